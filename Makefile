@@ -1,0 +1,33 @@
+# Two commands on a fresh machine with Python 3.11 or newer: `make demo` and `make test`. Both install first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,test]"
+	touch $(STAMP)
+
+demo: install  ## calibrate, plan, export, optimise, build, verify and bench the embedded model
+	$(BIN)/moe-edge demo -o demo-output
+
+check: install  ## what a reviewer would ask for, in seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## everything: checks, doctests, unit tests, end-to-end tests
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info

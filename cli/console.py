@@ -1,0 +1,43 @@
+"""Where words go: results to stdout, progress and errors to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_spec.errors import UserError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
+    """What a command found: for people, or with ``--json`` one object for machines."""
+    if as_json:
+        sys.stdout.write(json.dumps(payload, indent=1, sort_keys=True) + "\n")
+    else:
+        out.print(summary, markup=False, soft_wrap=True)
+
+
+def error(failure: UserError) -> None:
+    """``error:`` and ``hint:``, one line each."""
+    err.print(f"[bold red]error:[/] {_escape(failure.what)}", soft_wrap=True)
+    err.print(f"[bold cyan]hint:[/] {_escape(failure.hint)}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on stderr that goes away when the work is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        yield bar

@@ -1,0 +1,71 @@
+"""The ``moe-edge`` command: one verb a file, and errors that end in an exit code."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from cli import console
+from moe_spec.errors import UserError, VerificationError
+
+VERBS = (
+    "inspect",
+    "calibrate",
+    "plan",
+    "prune",
+    "export",
+    "optimize",
+    "build",
+    "verify",
+    "bench",
+    "run",
+    "demo",
+)
+"""Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
+
+EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
+
+
+def build_app() -> typer.Typer:
+    """The typer application over ``VERBS``."""
+    app = typer.Typer(
+        help="Prune Mixture-of-Experts models, export them to ONNX, build engines, and prove what was done.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def common(
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    ) -> None:
+        os.environ["MOE_EDGE_DEBUG"] = "1" if debug else ""
+
+    for verb in VERBS:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"cli.{verb}"), verb)
+        app.command(verb)(function)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted."""
+    try:
+        build_app()(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except UserError as failure:
+        console.error(failure)
+        _leave(EXIT_USER)
+    except VerificationError as failure:
+        console.err.print(f"[bold red]verification failed:[/] {failure}", soft_wrap=True)
+        _leave(EXIT_VERIFICATION)
+    except KeyboardInterrupt:
+        console.err.print("interrupted; nothing was written")
+        _leave(EXIT_INTERRUPTED)
+
+
+def _leave(code: int) -> None:
+    if os.environ.get("MOE_EDGE_DEBUG"):
+        raise  # the error being handled, with its traceback
+    sys.exit(code)

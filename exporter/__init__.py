@@ -1,0 +1,1 @@
+"""torch to ONNX: one node a MoE layer, whatever the family."""

@@ -1,0 +1,1 @@
+"""Emit one form of a ``MoEBlock``."""

@@ -1,0 +1,1 @@
+"""MoE architectures that transformers lacks, and the table of families that it has."""

@@ -1,0 +1,97 @@
+"""Task data: an .npz of model inputs or of images, with or without labels."""
+
+import dataclasses
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.errors import UserError
+from moe_spec.files import require_file, sha256_file
+from moe_spec.images import ImagePreprocessor
+
+IMAGES = "images"
+LABELS = "labels"
+MAX_BYTES = 8 << 30
+"""What an .npz may unpack to; checked before anything is allocated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples of a task.
+
+    Attributes:
+        feeds: model inputs by name, each with examples on axis 0.
+        labels: (N,) int64 class of each example, or None.
+        sha256: hash of the file.
+    """
+
+    feeds: Mapping[str, npt.NDArray[Any]]
+    labels: npt.NDArray[np.int64] | None
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.feeds.values())))
+
+    def batches(self, size: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Feeds of ``size`` examples each; the last may be smaller.
+
+        >>> data = Dataset({"x": np.arange(5)}, None, "")
+        >>> [batch["x"].tolist() for batch in data.batches(2)]
+        [[0, 1], [2, 3], [4]]
+        """
+        for start in range(0, len(self), size):
+            yield {name: array[start : start + size] for name, array in self.feeds.items()}
+
+    def first(self, count: int) -> "Dataset":
+        """The first ``count`` examples."""
+        labels = None if self.labels is None else self.labels[:count]
+        return dataclasses.replace(
+            self, feeds={name: array[:count] for name, array in self.feeds.items()}, labels=labels
+        )
+
+
+def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None) -> Dataset:
+    """Read an .npz: arrays named like the model's inputs, or ``images`` (uint8, preprocessed here), and ``labels``.
+
+    Raises:
+        UserError: no .npz, cut, pickled objects inside, too large, empty, of unequal lengths, or images without
+            a preprocessor.
+    """
+    arrays = _read(require_file(path, "task data (.npz)"))
+    labels = arrays.pop(LABELS, None)
+    if IMAGES in arrays:
+        if preprocessor is None:
+            raise UserError(
+                f"{path} holds images, but the model has no preprocessor_config.json",
+                hint="put preprocessor_config.json beside the model, or store model inputs in the .npz",
+            )
+        arrays["pixel_values"] = preprocessor(arrays.pop(IMAGES), str(path))
+    lengths = {name: len(array) for name, array in arrays.items() if array.ndim > 0}
+    if not lengths or len(lengths) < len(arrays) or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise UserError(
+            f"{path} holds examples {lengths}, expected arrays with the same number of examples, at least one",
+            hint="store one array a model input, examples on axis 0",
+        )
+    if labels is not None and labels.shape != (next(iter(lengths.values())),):
+        raise UserError(
+            f"{path} holds {labels.shape} labels for {next(iter(lengths.values()))} examples",
+            hint="store one integer class an example in `labels`",
+        )
+    return Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path))
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    hint = "write it with numpy.savez_compressed; pickled objects are never read"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MAX_BYTES:
+            raise UserError(f"{path} unpacks to {unpacked} bytes, more than {MAX_BYTES}", hint="split the data")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is no readable .npz: {error}", hint=hint) from error

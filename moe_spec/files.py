@@ -1,0 +1,105 @@
+"""Files that are either the old ones or the new ones, never half of one; and paths that stay where they belong."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_spec.errors import UserError
+
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of a text in UTF-8.
+
+    >>> sha256_text("moe")[:8]
+    '4b6f50ec'
+    """
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_file(path: Path, what: str) -> Path:
+    """``path`` if it is a file.
+
+    Raises:
+        UserError: it does not exist, or is a directory.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, expected {what}", hint=f"give the path of {what}")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, expected {what}", hint="check the path")
+    return path
+
+
+def inside(directory: Path, name: str, owner: Path) -> Path:
+    """``directory / name``, refused when ``name`` (an untrusted entry of ``owner``) leads out of ``directory``.
+
+    >>> inside(Path("model"), "model.onnx.data", Path("model/model.onnx")).as_posix()
+    'model/model.onnx.data'
+    """
+    target = directory / name
+    if Path(name).is_absolute() or not target.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{owner} names the file {name!r}, which lies outside {directory}",
+            hint="a model may only name files in its own directory; get the model from a source you trust",
+        )
+    return target
+
+
+def refuse_existing(path: Path) -> None:
+    """Checked before any work starts.
+
+    Raises:
+        UserError: ``path`` exists; nothing is ever overwritten.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} already exists", hint=f"give another -o, or remove it first: rm -r {path}")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A staging directory beside ``path`` that becomes ``path`` when the block ends well, and is removed when not.
+
+    Raises:
+        UserError: ``path`` exists already.
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        refuse_existing(path)
+        staging.rename(path)
+    except BaseException:  # ctrl-C too: nothing half-written is left behind
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A staging path beside ``path`` that replaces ``path`` when the block ends well, and is removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        staging.chmod(0o644)
+        yield staging
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise

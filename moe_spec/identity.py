@@ -1,0 +1,53 @@
+"""The identity of a model: one hash that a plan, statistics and manifests agree on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_spec.errors import UserError
+from moe_spec.files import sha256_file, sha256_text
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """Hash over config.json and every safetensors file of a transformers checkpoint.
+
+    Raises:
+        UserError: the directory is no checkpoint, or its weights are pickled.
+    """
+    return _hash_of([directory / "config.json", *checkpoint_weights(directory)])
+
+
+def checkpoint_weights(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by name.
+
+    Raises:
+        UserError: the directory does not exist, has no config.json, no weights, or pickled ones.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist, expected a checkpoint directory", hint="check the path")
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} is no checkpoint: it has no config.json",
+            hint="give a directory in transformers' layout: config.json and *.safetensors",
+        )
+    weights = sorted(directory.glob("*.safetensors"))
+    if weights:
+        return weights
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{directory} holds pickled weights ({', '.join(pickles)}), which can run code when they are read",
+            hint="convert them where you trust them: model.save_pretrained(DIR) writes safetensors",
+        )
+    raise UserError(f"{directory} holds no *.safetensors", hint="give a checkpoint with safetensors weights")
+
+
+def onnx_sha256(model: Path) -> str:
+    """Hash of an ONNX file and of the external data file beside it."""
+    data = model.with_name(model.name + ".data")
+    return _hash_of([model, *([data] if data.is_file() else [])])
+
+
+def _hash_of(paths: Sequence[Path]) -> str:
+    return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in paths))

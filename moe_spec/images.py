@@ -1,0 +1,75 @@
+"""Images to model input, as a transformers ``preprocessor_config.json`` says. numpy only: it runs on the device."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.errors import UserError
+from moe_spec.record import Record
+
+FILE_NAME = "preprocessor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreprocessor:
+    """``pixel_values = (image * rescale_factor - mean) / std``, one mean and std a channel."""
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float = 1 / 255
+
+    @property
+    def channels(self) -> int:
+        """Colour channels that the model expects: 1 or 3."""
+        return len(self.mean)
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "ImagePreprocessor | None":
+        """The model's preprocessor, or None where the model takes no images.
+
+        Raises:
+            UserError: the file is there but is no image preprocessor.
+        """
+        path = model_dir / FILE_NAME
+        if not path.is_file():
+            return None
+        remake = "export the model again with its preprocessor_config.json"
+        try:
+            record = Record(json.loads(path.read_text(encoding="utf-8")), str(path), remake)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
+        size = record.record("size")
+        if size is None:
+            raise record.fail("key 'size' is missing")
+        return cls(
+            height=size.take("height", int),
+            width=size.take("width", int),
+            mean=record.items("image_mean", float),
+            std=record.items("image_std", float),
+            rescale_factor=record.take("rescale_factor", float),
+        )
+
+    def __call__(self, images: npt.NDArray[Any], where: str) -> npt.NDArray[np.float32]:
+        """``pixel_values`` (N, C, H, W) float32 of ``images``, uint8 (N, H, W) or (N, H, W, C).
+
+        Raises:
+            UserError: the images are of another size, dtype or number of channels; ``where`` names their file.
+        """
+        stacked = images[..., np.newaxis] if images.ndim == 3 else images
+        expected = (self.height, self.width, self.channels)
+        if images.dtype != np.uint8 or stacked.shape[1:] != expected:
+            channels = "" if self.channels == 1 else f", {self.channels}"
+            raise UserError(
+                f"{where}: images are {images.dtype}{list(images.shape)}, "
+                f"expected uint8 [N, {self.height}, {self.width}{channels}]",
+                hint="store the images at the model's size, or give image files, which are resized",
+            )
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        scaled = (stacked.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32)

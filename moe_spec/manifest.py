@@ -1,0 +1,192 @@
+"""manifest.json: what a model directory holds, what was done to it, and the hash of what it was made from."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_spec.errors import UserError
+from moe_spec.files import inside, sha256_file
+from moe_spec.plan import PruningPlan
+from moe_spec.record import Json, Record, load_record, save_record
+
+SCHEMA = 1
+FILE_NAME = "manifest.json"
+MODEL = "model.onnx"
+OBSERVED = "observed.onnx"
+_REMAKE = "make the directory again with the command that made it"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """One file of the directory."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: ``shape`` holds ints and the names of dynamic axes; ``dtype`` is numpy's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockEntry:
+    """One MoE layer as it stands in the graph.
+
+    Attributes:
+        name: path of the MoE block in the model.
+        experts: E of this graph.
+        top_k: K of this graph.
+        keep: for each expert its id in the source model, ascending.
+        router: kind of router, e.g. ``softmax, top-k``; empty where none is left.
+        form: the ONNX form of the experts: ``experts`` (one node), ``dense``, ``sorted``, ``gather``, ``ffn``.
+        bytes: bytes of the router's and the experts' weights.
+        gates: output of ``observed.onnx`` with the gates (T, E), 0 where not selected; None without a router.
+        scores: output of ``observed.onnx`` with what top-k ranks (T, E), -inf where excluded; None without a router.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    keep: tuple[int, ...]
+    router: str
+    form: str
+    bytes: int
+    gates: str | None = None
+    scores: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassEntry:
+    """What one graph pass did."""
+
+    name: str
+    modified: bool
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The description of a model directory; from an engine back to the checkpoint it is one chain of hashes.
+
+    Attributes:
+        kind: ``exported``, ``optimized`` or ``engine``.
+        source_sha256: identity of the model at the start of the chain (a checkpoint, or a foreign ONNX file).
+        parent_sha256: hash of the parent's manifest.json; of the checkpoint or ONNX file where there is none.
+        files: every file of the directory but the manifest.
+        inputs: of ``model.onnx`` or of the engine.
+        outputs: likewise.
+        blocks: MoE layers in model order.
+        plan: the plan that was applied, if one was.
+        passes: the graph passes that ran, in order.
+        tools: versions of what made the directory.
+        details: what only this kind has: the oracle's errors, an engine's target and profiles.
+    """
+
+    kind: str
+    source_sha256: str
+    parent_sha256: str
+    files: tuple[FileEntry, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    blocks: tuple[BlockEntry, ...] = ()
+    plan: PruningPlan | None = None
+    passes: tuple[PassEntry, ...] = ()
+    tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        """The manifest as it stands in manifest.json."""
+        return dataclasses.asdict(self) | {"plan": None if self.plan is None else self.plan.to_json()}
+
+    def save(self, directory: Path) -> None:
+        """Write ``directory/manifest.json``."""
+        save_record(directory / FILE_NAME, "manifest", SCHEMA, self.to_json())
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read ``directory/manifest.json``.
+
+        Raises:
+            UserError: it is missing, cut, another artifact, or of another schema.
+        """
+        record = load_record(directory / FILE_NAME, "manifest", SCHEMA, _REMAKE)
+        plan = record.record("plan")
+        return cls(
+            kind=record.take("kind", str),
+            source_sha256=record.take("source_sha256", str),
+            parent_sha256=record.take("parent_sha256", str),
+            files=tuple(_flat(FileEntry, entry) for entry in record.records("files")),
+            inputs=tuple(_tensor(entry) for entry in record.records("inputs")),
+            outputs=tuple(_tensor(entry) for entry in record.records("outputs")),
+            blocks=tuple(_block(entry) for entry in record.records("blocks")),
+            plan=None if plan is None else PruningPlan.from_record(plan),
+            passes=tuple(_flat(PassEntry, entry) for entry in record.records("passes")),
+            tools=record.take("tools", dict),
+            details=record.take("details", dict),
+        )
+
+    def check_files(self, directory: Path) -> None:
+        """Compare the directory with the manifest.
+
+        Raises:
+            UserError: a file is missing, cut, or not the one that the manifest describes.
+        """
+        for entry in self.files:
+            path = inside(directory, entry.name, directory / FILE_NAME)
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise UserError(f"{path} is missing, {FILE_NAME} lists it", hint=_REMAKE)
+            if size != entry.bytes:
+                raise UserError(f"{path} has {size} bytes, {FILE_NAME} says {entry.bytes}", hint=_REMAKE)
+            if sha256_file(path) != entry.sha256:
+                raise UserError(f"{path} is not the file that {FILE_NAME} describes (sha256 differs)", hint=_REMAKE)
+
+
+def list_files(directory: Path) -> tuple[FileEntry, ...]:
+    """An entry for every file in ``directory`` but the manifest, by name."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != FILE_NAME)
+    return tuple(
+        FileEntry(path.relative_to(directory).as_posix(), sha256_file(path), path.stat().st_size) for path in paths
+    )
+
+
+def total_bytes(files: Iterable[FileEntry], names: Sequence[str]) -> int:
+    """Bytes of the files named.
+
+    >>> total_bytes([FileEntry("model.onnx", "", 3), FileEntry("config.json", "", 2)], ["model.onnx"])
+    3
+    """
+    return sum(entry.bytes for entry in files if entry.name in names)
+
+
+def _flat(kind: type[Any], record: Record) -> Any:
+    """A dataclass of plain str, int and bool fields."""
+    return kind(**{field.name: record.take(field.name, field.type) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def _tensor(record: Record) -> TensorSpec:
+    return TensorSpec(record.take("name", str), record.take("dtype", str), tuple(record.take("shape", list)))
+
+
+def _block(record: Record) -> BlockEntry:
+    return BlockEntry(
+        name=record.take("name", str),
+        experts=record.take("experts", int),
+        top_k=record.take("top_k", int),
+        keep=record.items("keep", int),
+        router=record.take("router", str),
+        form=record.take("form", str),
+        bytes=record.take("bytes", int),
+        gates=record.take("gates", str, default=None),
+        scores=record.take("scores", str, default=None),
+    )

@@ -1,0 +1,128 @@
+"""plan.json: which experts of which layer stay."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups, check_keep
+from moe_spec.record import Json, Record, load_record, save_record
+
+SCHEMA = 1
+_REMAKE = "make it again with `moe-edge plan`"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one MoE layer.
+
+    Attributes:
+        name: path of the MoE block in the model, e.g. ``model.layers.3.mlp``.
+        experts: E of the parent model.
+        top_k: K once pruned, at most ``len(keep)``.
+        keep: ids of the parent's experts that stay, ascending.
+        scores: (E,) what the criterion gave; higher is kept.
+        groups: the parent's group-limited routing, if it has one.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    keep: tuple[int, ...]
+    scores: tuple[float, ...] = ()
+    groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.name, self.experts, self.top_k, self.keep, self.groups)
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Ids of the parent's experts that go, ascending."""
+        return tuple(sorted(set(range(self.experts)) - set(self.keep)))
+
+    def to_json(self) -> Json:
+        """The layer as it stands in plan.json and in manifests."""
+        return dataclasses.asdict(self) | {"keep": list(self.keep), "scores": list(self.scores)}
+
+    @classmethod
+    def from_record(cls, record: Record) -> "LayerPlan":
+        """Read one layer; feasibility is checked again, because plans are edited by hand."""
+        groups = record.record("groups")
+        return cls(
+            name=record.take("name", str),
+            experts=record.take("experts", int),
+            top_k=record.take("top_k", int),
+            keep=record.items("keep", int),
+            scores=tuple(float(score) for score in record.take("scores", list)),
+            groups=None if groups is None else Groups(groups.take("count", int), groups.take("selected", int)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+    """Which experts stay, and where that decision came from.
+
+    Attributes:
+        model_sha256: identity of the model that was planned for (``Manifest.source_sha256``).
+        criterion: name of the criterion that ranked.
+        options: budget and criterion options, as given.
+        statistics_sha256: the statistics that were ranked, or None where the criterion needs none.
+        layers: in model order; a layer that is not named stays as it is.
+    """
+
+    model_sha256: str
+    criterion: str
+    layers: tuple[LayerPlan, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics_sha256: str | None = None
+
+    def layer(self, name: str) -> LayerPlan | None:
+        """The plan for layer ``name``, if it has one."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def require_model(self, model_sha256: str, where: str) -> None:
+        """Refuse a plan that was made for another model.
+
+        Raises:
+            UserError: the hashes differ.
+        """
+        if model_sha256 != self.model_sha256:
+            raise UserError(
+                f"the plan was made for model {self.model_sha256[:12]}, but {where} is model {model_sha256[:12]}",
+                hint="make a plan for this model with `moe-edge plan`, or give the model that the plan was made for",
+            )
+
+    def to_json(self) -> Json:
+        """The plan as it stands in plan.json and, embedded, in manifests."""
+        return {
+            "model_sha256": self.model_sha256,
+            "criterion": self.criterion,
+            "options": dict(self.options),
+            "statistics_sha256": self.statistics_sha256,
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_record(cls, record: Record) -> "PruningPlan":
+        """Read a plan from plan.json or from a manifest that embeds one."""
+        return cls(
+            model_sha256=record.take("model_sha256", str),
+            criterion=record.take("criterion", str),
+            options=record.take("options", dict),
+            statistics_sha256=record.take("statistics_sha256", str, default=None),
+            layers=tuple(LayerPlan.from_record(layer) for layer in record.records("layers")),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write plan.json."""
+        save_record(path, "plan", SCHEMA, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "PruningPlan":
+        """Read plan.json.
+
+        Raises:
+            UserError: the file is missing, cut, another artifact, of another schema, or plans what cannot be.
+        """
+        return cls.from_record(load_record(path, "plan", SCHEMA, _REMAKE))

@@ -1,0 +1,116 @@
+"""JSON artifacts: sorted, indented, diffable; read back with an error that names the file, the key and the mend."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe_spec.errors import UserError
+from moe_spec.files import new_file, require_file
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+_MISSING = object()
+
+
+class Record:
+    """One JSON object of an artifact, whose values are taken by key and type."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, remake: str) -> None:
+        self._values = values
+        self.where = where
+        self._remake = remake
+
+    def fail(self, what: str) -> UserError:
+        """The error for this record, with the command that makes the artifact anew."""
+        return UserError(f"{self.where}: {what}", hint=self._remake)
+
+    def take(self, key: str, kind: type[T], default: Any = _MISSING) -> T:
+        """The value at ``key``; an int passes for a float.
+
+        Raises:
+            UserError: the key is missing (and has no default) or holds another type.
+        """
+        value = self._values.get(key, default)
+        if value is _MISSING:
+            raise self.fail(f"key {key!r} is missing")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is default or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+            return value
+        raise self.fail(f"key {key!r} holds {value!r}, expected {kind.__name__}")
+
+    def records(self, key: str) -> list["Record"]:
+        """The JSON objects listed at ``key``."""
+        return [self._child(value, f"{key}[{index}]") for index, value in enumerate(self.take(key, list))]
+
+    def record(self, key: str) -> "Record | None":
+        """The JSON object at ``key``, or None where it is null or missing."""
+        value = self.take(key, dict, default=None)
+        return None if value is None else self._child(value, key)
+
+    def _child(self, value: Any, key: str) -> "Record":
+        if not isinstance(value, dict):
+            raise self.fail(f"{key} holds {value!r}, expected an object")
+        return Record(value, f"{self.where}: {key}", self._remake)
+
+    def items(self, key: str, kind: type[T]) -> tuple[T, ...]:
+        """The list at ``key``, every item of type ``kind``."""
+        values = self.take(key, list)
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise self.fail(f"key {key!r} holds {value!r}, expected {kind.__name__}")
+        return tuple(values)
+
+
+def dump(payload: Mapping[str, Any]) -> str:
+    """The one text form of an artifact.
+
+    >>> print(dump({"b": 1, "a": [1, 2]}))
+    {
+     "a": [
+      1,
+      2
+     ],
+     "b": 1
+    }
+    """
+    return json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
+
+
+def save_record(path: Path, artifact: str, schema: int, payload: Mapping[str, Any]) -> None:
+    """Write ``payload`` as artifact ``artifact``; a killed run leaves the old file."""
+    with new_file(path) as staging:
+        staging.write_text(dump({**payload, "artifact": artifact, "schema": schema}) + "\n", encoding="utf-8")
+
+
+def load_record(path: Path, artifact: str, schema: int, remake: str) -> Record:
+    """Read artifact ``artifact`` in schema ``schema``; ``remake`` is the hint of every error.
+
+    Raises:
+        UserError: the file is missing, cut, no JSON, another artifact, or of another schema.
+    """
+    require_file(path, f"a {artifact} (JSON)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
+    if not isinstance(values, dict) or values.get("artifact") != artifact:
+        found = values.get("artifact") if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path} holds {found!r}, expected a {artifact!r} artifact", hint=remake)
+    check_schema(path, artifact, values.get("schema"), schema, remake)
+    return Record(values, str(path), remake)
+
+
+def check_schema(path: Path, artifact: str, found: object, expected: int, remake: str) -> None:
+    """Refuse an artifact of another schema.
+
+    Raises:
+        UserError: ``found`` is not ``expected``; a newer one asks for a newer moe-edge.
+    """
+    if found == expected:
+        return
+    newer = isinstance(found, int) and found > expected
+    mend = "update moe-edge, or " if newer else ""
+    raise UserError(f"{path} has {artifact} schema {found!r}, this moe-edge reads {expected}", hint=f"{mend}{remake}")

@@ -1,0 +1,1 @@
+"""Build, verify, bench and run on the device. Needs neither torch nor onnx."""
