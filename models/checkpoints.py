@@ -1,0 +1,160 @@
+"""Checkpoints in transformers' layout: local, safetensors only, and never a silent substitute for a lost weight."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedModel
+
+from models import vmoe
+from models.families import family
+from moe_spec.errors import UserError
+from moe_spec.files import inside
+from moe_spec.identity import checkpoint_weights
+
+INDEX = "model.safetensors.index.json"
+
+AUTO_CLASSES: Mapping[str, type] = {
+    "ForCausalLM": transformers.AutoModelForCausalLM,
+    "ForImageClassification": transformers.AutoModelForImageClassification,
+    "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+}
+"""How an entry of config.architectures ends, and the auto class that it asks for; any other gets AutoModel."""
+
+_NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError)
+"""What transformers raises about files that do not fit together."""
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """The model of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        directory: config.json and safetensors weights.
+        dtype: what floating-point weights are cast to; None leaves them as they are stored.
+
+    Raises:
+        UserError: no checkpoint, pickled, cut or quantised weights, an unknown family, or weights that do not fill
+            the model that config.json describes.
+    """
+    config = load_config(directory)
+    _check_weights(directory)
+    with _quiet(), _explained(directory):
+        model: PreTrainedModel
+        model, report = _auto_class(config).from_pretrained(
+            directory,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    lost = sorted(report["missing_keys"])
+    if lost:  # transformers fills them with random numbers
+        raise UserError(
+            f"{directory} lacks {len(lost)} weights that its config.json asks for, the first is {lost[0]!r}",
+            hint="get the checkpoint again, complete",
+        )
+    return model
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """Write config.json and safetensors weights, in the layout that the family's checkpoints have."""
+    with _quiet():
+        model.save_pretrained(directory)
+
+
+def load_skeleton(directory: Path) -> PreTrainedModel:
+    """The modules of a checkpoint without its weights, on torch's meta device: for looking, not for running.
+
+    Raises:
+        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+    """
+    config = load_config(directory)
+    with _quiet(), _explained(directory), torch.device("meta"):
+        skeleton: PreTrainedModel = _auto_class(config).from_config(config)
+    return skeleton
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers config of a checkpoint of a known family.
+
+    Raises:
+        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+    """
+    checkpoint_weights(directory)
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no complete JSON: {error}", hint="get the checkpoint again") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{path} names no model_type", hint="give a directory in transformers' layout")
+    family(values["model_type"])
+    if values.get("quantization_config") is not None:
+        raise UserError(
+            f"{directory} holds quantised weights", hint="give the unquantised checkpoint; precision is chosen later"
+        )
+    vmoe.register()
+    with _quiet(), _explained(directory):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _auto_class(config: Any) -> Any:
+    for architecture in config.architectures or ():
+        for suffix, auto_class in AUTO_CLASSES.items():
+            if architecture.endswith(suffix):
+                return auto_class
+    return transformers.AutoModel
+
+
+def _check_weights(directory: Path) -> None:
+    """Every file that transformers will read is complete and lies in ``directory``."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is no complete index of weights", hint="get the checkpoint again") from error
+        for name in sorted(names):
+            if not inside(directory, name, index).is_file():
+                raise UserError(f"{directory / name} is missing, {index.name} names it", hint="get it again, complete")
+    for path in checkpoint_weights(directory):
+        try:
+            with safetensors.safe_open(path, framework="pt"):
+                pass  # the header is checked against the file's length here
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no complete safetensors file: {error}", hint="get the file again") from error
+
+
+@contextlib.contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except _NO_CHECKPOINT as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{directory} cannot be loaded: {reason[0] if reason else type(error).__name__}",
+            hint="config.json and the weights must describe the same model; get the checkpoint again",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load reports and progress bars: what matters in them is an error here."""
+    logging: Any = transformers.utils.logging  # untyped
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

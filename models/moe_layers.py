@@ -1,0 +1,66 @@
+"""The MoE layers of a torch model."""
+
+import dataclasses
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.families import Family, family
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class MoELayer:
+    """One MoE block.
+
+    Attributes:
+        name: module path of the block that holds router and experts, e.g. ``model.layers.0.mlp``.
+        router: gives ids and weights.
+        experts: the routed FFNs, as stacked weights with E on axis 0.
+        num_experts: E.
+        top_k: K.
+        groups: group-limited routing, if the router has it.
+    """
+
+    name: str
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    groups: Groups | None
+
+
+def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
+    """The MoE layers in model order.
+
+    Raises:
+        UserError: the model is of no known family, or has no MoE layer.
+    """
+    row = family(model.config.model_type)
+    blocks = [
+        (name, block)
+        for name, block in model.named_modules()
+        if isinstance(getattr(block, row.router, None), nn.Module)
+        and isinstance(getattr(block, row.experts, None), nn.Module)
+    ]
+    if not blocks:
+        raise UserError(
+            f"the {row.model_type} model has no MoE layer: none of its modules holds "
+            f"{row.router!r} and {row.experts!r}",
+            hint="give a model with experts; a dense one has nothing to prune",
+        )
+    return tuple(_layer(name, block, row) for name, block in blocks)
+
+
+def _layer(name: str, block: nn.Module, row: Family) -> MoELayer:
+    router = getattr(block, row.router)
+    groups = None if row.group_counts is None else Groups(*(getattr(router, count) for count in row.group_counts))
+    return MoELayer(
+        name=name,
+        router=router,
+        experts=getattr(block, row.experts),
+        num_experts=getattr(router, row.experts_count),
+        top_k=getattr(router, row.top_k_count),
+        groups=groups,
+    )

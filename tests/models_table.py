@@ -1,0 +1,161 @@
+"""The one table of tiny models: every family, E=8, K=2, two MoE layers, random weights that route decisively."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from models.families import family
+from models.moe_layers import find_moe_layers
+from models.vmoe.configuration import VMoeConfig
+from models.vmoe.modeling import VMoeForImageClassification
+
+EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 8, 2, 32, 48, 128
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": TOP_K,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEADS: dict[str, Any] = {"head_dim": HIDDEN // 4}
+_LATENT_ATTENTION: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_TEN_CLASSES: dict[str, Any] = {"num_labels": 10}
+
+
+def mixtral() -> PreTrainedModel:
+    """Softmax, top-k, renormalised."""
+    return _decoder(MixtralConfig(**_DECODER, num_local_experts=EXPERTS))
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Like mixtral, with ``norm_topk_prob`` and a head width of its own."""
+    return _decoder(
+        Qwen3MoeConfig(
+            **_DECODER,
+            **_HEADS,
+            moe_intermediate_size=WIDTH,
+            num_experts=EXPERTS,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def olmoe() -> PreTrainedModel:
+    """Softmax, top-k, not renormalised."""
+    return _decoder(OlmoeConfig(**_DECODER, num_experts=EXPERTS))
+
+
+def deepseek_v3() -> PreTrainedModel:
+    """Sigmoid, selection bias, one of two groups, renormalised and scaled, a shared expert."""
+    config = DeepseekV3Config(
+        **{**_DECODER, **_LATENT_ATTENTION},
+        moe_intermediate_size=WIDTH,
+        n_routed_experts=EXPERTS,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+    )
+    return _decoder(config)
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Top-k before softmax, router bias; transposed, interleaved, clamped experts with biases."""
+    return _decoder(
+        GptOssConfig(
+            **_DECODER,
+            **_HEADS,
+            num_local_experts=EXPERTS,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )
+
+
+def granitemoe() -> PreTrainedModel:
+    """Top-k before softmax."""
+    return _decoder(GraniteMoeConfig(**_DECODER, num_local_experts=EXPERTS))
+
+
+def vmoe() -> PreTrainedModel:
+    """Images of 12 x 12 pixels in 4 patches; experts in blocks 1 and 3, not gated, with biases; not renormalised."""
+    config = VMoeConfig(
+        image_size=12,
+        stem_channels=[8, 16],
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        **_TEN_CLASSES,
+    )
+    torch.manual_seed(0)
+    return _randomised(VMoeForImageClassification(config))
+
+
+TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "olmoe": olmoe,
+    "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
+    "granitemoe": granitemoe,
+    "vmoe": vmoe,
+}
+
+
+def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random inputs: pixel values (batch, C, S, S), or ids and a mask without padding, both (batch, sequence)."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        shape = (batch, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    ids = torch.randint(0, model.config.vocab_size, (batch, sequence), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _randomised(model)
+
+
+def _randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Matrices, and all that routers and experts hold, from normal(0, 0.2): routing with margins, biases not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    for layer in find_moe_layers(model):
+        for name in family(model.config.model_type).router_tensors:
+            getattr(layer.router, name).data.normal_(0, 0.2, generator=generator)
+        for parameter in layer.experts.parameters():
+            parameter.data.normal_(0, 0.2, generator=generator)
+    nn.Module.eval(model)
+    return model
