@@ -1,0 +1,67 @@
+"""The configuration of a V-MoE image classifier."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __init_subclass__ is not annotated
+    """Sizes of a V-MoE. The defaults are those of the embedded Fashion-MNIST model.
+
+    Attributes:
+        image_size: height and width of the input in pixels.
+        num_channels: colour channels of the input.
+        stem_channels: output channels of the stem's convolutions before the last one, which gives ``hidden_size``.
+            Each halves height and width, rounding up.
+        hidden_size: H.
+        intermediate_size: F, of the dense MLPs and of each expert.
+        num_hidden_layers: encoder blocks.
+        num_attention_heads: heads, which share H evenly.
+        num_experts: E.
+        num_experts_per_tok: K.
+        moe_every: every ``moe_every``-th block has experts; 2 means blocks 1, 3, 5, ... (zero-based).
+        hidden_act: activation of MLPs and experts, by its transformers name.
+        router_aux_loss_coef: weight of the auxiliary loss in the training loss (lambda of the paper).
+        initializer_range: standard deviation of the initial router weights and position embeddings.
+        layer_norm_eps: epsilon of every LayerNorm.
+    """
+
+    model_type = "vmoe"
+
+    image_size: int = 28
+    num_channels: int = 1
+    stem_channels: list[int] | tuple[int, ...] = (16, 32)
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_every: int = 2
+    hidden_act: str = "gelu"
+    router_aux_loss_coef: float = 0.01
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """JSON knows no tuples: the same list before saving and after loading."""
+        self.stem_channels = list(self.stem_channels)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of one image."""
+        side = self.image_size
+        for _ in (*self.stem_channels, self.hidden_size):
+            side = -(-side // 2)
+        return side**2
+
+    def has_experts(self, block: int) -> bool:
+        """Whether encoder block ``block`` (zero-based) has experts instead of a dense MLP.
+
+        >>> [VMoeConfig(moe_every=2).has_experts(block) for block in range(4)]
+        [False, True, False, True]
+        """
+        return block % self.moe_every == self.moe_every - 1

@@ -1,0 +1,234 @@
+"""V-MoE for image classification: https://arxiv.org/abs/2106.05974 with the routing of google-research/vmoe.
+
+Token-choice routing: the router is linear without bias, probabilities are a softmax over all E experts in float32, a
+token goes to its K most probable experts, and their probabilities are the gates as they are, never renormalised.
+No token is dropped: this is V-MoE with an unbounded capacity ratio, so no expert has a buffer that could overflow.
+
+Axes beside those of ``moe_spec``: B images, P tokens of one image, T = B * P.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from models.vmoe.configuration import VMoeConfig
+from models.vmoe.losses import auxiliary_loss
+
+
+@dataclasses.dataclass
+class VMoeImageClassifierOutput(ImageClassifierOutput):
+    """``ImageClassifierOutput`` and the routers' auxiliary loss, summed over MoE layers; None outside training."""
+
+    aux_loss: Tensor | None = None
+
+
+class VMoeStem(nn.Module):
+    """Convolutions that each halve the image, then learned position embeddings."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        widths = [config.num_channels, *config.stem_channels, config.hidden_size]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1) for before, after in itertools.pairwise(widths)
+        )
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, S, S) to (B, P, H)."""
+        hidden = self.convolutions[0](pixel_values)
+        for convolution in self.convolutions[1:]:
+            hidden = convolution(self.act_fn(hidden))
+        tokens_BPH: Tensor = hidden.flatten(2).transpose(1, 2)
+        return tokens_BPH + self.position_embeddings
+
+
+class VMoeSelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of one image."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BPH: Tensor) -> Tensor:
+        """(B, P, H) to (B, P, H)."""
+        heads = self.qkv_proj(hidden_BPH).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+
+class VMoeMlp(nn.Module):
+    """The dense MLP of the blocks without experts."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, None]:
+        """(B, P, H) to (B, P, H), and no auxiliary loss."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_BPH))), None
+
+
+class VMoeRouter(nn.Module):
+    """Chooses K of E experts a token; in training, normal noise of standard deviation 1/E is added to the logits."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E) float32 that top-k saw, gates (T, K) in the model's dtype, expert ids (T, K) int64."""
+        logits_TE = self.logits(hidden_TH)
+        if self.training:
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * self.noise_std
+        gates_TK, ids_TK = torch.topk(logits_TE.softmax(dim=-1), self.top_k, dim=-1)
+        return logits_TE, gates_TK.to(hidden_TH.dtype), ids_TK
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """Logits (T, E) float32 without noise."""
+        return functional.linear(hidden_TH.float(), self.weight.float())
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the training noise."""
+        return 1 / self.num_experts
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class VMoeExperts(nn.Module):
+    """E two-layer MLPs with biases, as stacked weights. transformers' experts interface may replace ``forward``."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        E, F, H = config.num_experts, config.intermediate_size, config.hidden_size
+        self.num_experts = E
+        self.up_proj = nn.Parameter(torch.empty(E, F, H))
+        self.up_proj_bias = nn.Parameter(torch.empty(E, F))
+        self.down_proj = nn.Parameter(torch.empty(E, H, F))
+        self.down_proj_bias = nn.Parameter(torch.empty(E, H))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """``y_t = sum_k gates_tk f_{ids_tk}(x_t)``, (T, H): one expert after the other on the tokens it was given."""
+        output_TH = torch.zeros_like(hidden_TH)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(ids_TK == expert)
+            up = functional.linear(hidden_TH[token], self.up_proj[expert], self.up_proj_bias[expert])
+            down = functional.linear(self.act_fn(up), self.down_proj[expert], self.down_proj_bias[expert])
+            output_TH.index_add_(0, token, down * gates_TK[token, choice, None])
+        return output_TH
+
+
+class VMoeSparseMlp(nn.Module):
+    """Router and experts in place of the dense MLP."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.router = VMoeRouter(config)
+        self.experts = VMoeExperts(config)
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts' mix (B, P, H), and in training the auxiliary loss of this layer."""
+        hidden_TH = hidden_BPH.flatten(0, 1)
+        logits_TE, gates_TK, ids_TK = self.router(hidden_TH)
+        mixed_BPH = self.experts(hidden_TH, ids_TK, gates_TK).view_as(hidden_BPH)
+        if not self.training:
+            return mixed_BPH, None
+        router = self.router
+        # the load loss needs the logits without their noise: one small product again, instead of state on the router
+        return mixed_BPH, auxiliary_loss(router.logits(hidden_TH), logits_TE, router.noise_std, router.top_k)
+
+
+class VMoeLayer(nn.Module):
+    """A pre-LayerNorm transformer block with a dense or a sparse MLP."""
+
+    def __init__(self, config: VMoeConfig, block: int) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = VMoeSelfAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VMoeSparseMlp(config) if config.has_experts(block) else VMoeMlp(config)
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, P, H) to (B, P, H), and the auxiliary loss of a sparse MLP in training."""
+        hidden_BPH = hidden_BPH + self.attention(self.layernorm_before(hidden_BPH))
+        mixed_BPH, aux_loss = self.mlp(self.layernorm_after(hidden_BPH))
+        return hidden_BPH + mixed_BPH, aux_loss
+
+
+class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call] # as VMoeConfig
+    """Stem, encoder blocks, LayerNorm, mean over the tokens, linear classifier."""
+
+    config_class = VMoeConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__(config)
+        self.stem = VMoeStem(config)
+        self.layers = nn.ModuleList(VMoeLayer(config, block) for block in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        assert config.num_labels is not None  # PreTrainedConfig counts id2label
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> VMoeImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, S, S) float.
+            labels: (B,) int64 classes; asks for the loss.
+
+        Returns:
+            logits (B, num_labels); with ``labels`` the loss: cross-entropy, and in training mode the auxiliary loss of
+            the routers times ``router_aux_loss_coef``.
+        """
+        hidden_BPH = self.stem(pixel_values)
+        aux_losses = []
+        for layer in self.layers:
+            hidden_BPH, aux_loss = layer(hidden_BPH)
+            aux_losses += [] if aux_loss is None else [aux_loss]
+        logits = self.classifier(self.layernorm(hidden_BPH).mean(dim=1))
+        total = torch.stack(aux_losses).sum() if aux_losses else None
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits, labels)
+            loss = loss if total is None else loss + self.config.router_aux_loss_coef * total
+        return VMoeImageClassifierOutput(loss=loss, logits=logits, aux_loss=total)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier for what is multiplied, as in google-research/vmoe; small normal for routers and positions."""
+        if isinstance(module, VMoeStem):
+            init.normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, VMoeRouter):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, VMoeExperts):
+            bound = (6 / sum(module.up_proj.shape[1:])) ** 0.5
+            init.uniform_(module.up_proj, -bound, bound)
+            init.uniform_(module.down_proj, -bound, bound)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
