@@ -1,0 +1,66 @@
+"""Whether task data fits a model, checked before anything runs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+from transformers import PreTrainedModel
+
+from moe_spec.errors import UserError, did_you_mean
+
+OPTIONAL_INPUTS = ("attention_mask", "token_type_ids", "position_ids")
+"""What a data set may hold beside the model's main input."""
+
+
+def check_inputs(feeds: Mapping[str, npt.NDArray[Any]], model: PreTrainedModel, where: str) -> None:
+    """Refuse arrays that ``model`` has no input for, or cannot take; ``where`` names their file.
+
+    Raises:
+        UserError: the main input is missing, an array is unknown, of another shape or kind, or ids are not in the
+            vocabulary.
+    """
+    main = model.main_input_name
+    takes = {main, *(name for name in OPTIONAL_INPUTS if name in inspect.signature(model.forward).parameters)}
+    for name in feeds:
+        if name not in takes:
+            raise UserError(
+                f"{where} holds the array {name!r}, which the {model.config.model_type} model does not take",
+                hint=did_you_mean(name, takes),
+            )
+    if main not in feeds:
+        raise UserError(f"{where} lacks the array {main!r}", hint=f"store the model's input as {main!r}")
+    if main == "pixel_values":
+        _check_pixels(feeds[main], model.config, where)
+    elif main == "input_ids":
+        _check_ids(feeds, model.config.get_text_config().vocab_size, where)
+
+
+def _check_pixels(pixels: npt.NDArray[Any], config: Any, where: str) -> None:
+    expected = (config.num_channels, config.image_size, config.image_size)
+    if pixels.dtype.kind != "f" or pixels.shape[1:] != expected:
+        raise UserError(
+            f"{where}: pixel_values are {pixels.dtype}{list(pixels.shape)}, expected float [N, "
+            f"{', '.join(map(str, expected))}]",
+            hint="store them as the model takes them, or store uint8 `images`",
+        )
+
+
+def _check_ids(feeds: Mapping[str, npt.NDArray[Any]], vocabulary: int, where: str) -> None:
+    ids = feeds["input_ids"]
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.size == 0:
+        raise UserError(
+            f"{where}: input_ids are {ids.dtype}{list(ids.shape)}, expected integers [N, S]",
+            hint="pad token ids to one length; attention_mask 0 marks the padding",
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise UserError(
+            f"{where}: input_ids go from {ids.min()} to {ids.max()}, but the vocabulary has {vocabulary} entries",
+            hint="tokenise with the tokenizer of this model",
+        )
+    for name, array in feeds.items():
+        if array.shape != ids.shape:
+            raise UserError(
+                f"{where}: {name} is {list(array.shape)}, but input_ids are {list(ids.shape)}",
+                hint=f"store one {name} entry a token",
+            )

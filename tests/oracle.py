@@ -1,0 +1,75 @@
+"""The oracle of pruning: the unpruned model with the dropped experts made unselectable."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from models.families import family
+from models.moe_layers import find_moe_layers
+from moe_spec import LayerPlan, PruningPlan
+
+UNSELECTABLE = -1e30
+"""For a selection bias. Finite: in the sum of a group's two best, two dropped experts must not turn into NaN, and they
+must still rank above the experts of groups that were not selected."""
+
+
+def plan_for(model: PreTrainedModel, keeps: Mapping[str, tuple[int, ...]], top_k: int | None = None) -> PruningPlan:
+    """A plan that keeps ``keeps[layer]`` in the layers named; ``top_k`` None leaves K as it is."""
+    layers = [
+        LayerPlan(layer.name, layer.num_experts, top_k or layer.top_k, tuple(keeps[layer.name]), groups=layer.groups)
+        for layer in find_moe_layers(model)
+        if layer.name in keeps
+    ]
+    return PruningPlan(model_sha256="", criterion="by hand", layers=tuple(layers))
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+    """Within the block the experts that ``plan`` drops have router logits of -inf, before softmax and top-k."""
+    masks = {}
+    with contextlib.ExitStack() as stack:
+        for layer in find_moe_layers(model):
+            layer_plan = plan.layer(layer.name)
+            if layer_plan is None:
+                continue
+            mask_E = torch.zeros(layer.num_experts)
+            mask_E[list(layer_plan.dropped)] = -torch.inf
+            masks[_address(layer.router.weight)] = mask_E
+            if "e_score_correction_bias" in family(model.config.model_type).router_tensors:
+                stack.enter_context(_unselectable(layer.router, list(layer_plan.dropped)))
+        stack.enter_context(_MaskedLinear(masks))
+        yield
+
+
+class _MaskedLinear(TorchFunctionMode):
+    """Adds a mask to what ``F.linear`` gives for some weights."""
+
+    def __init__(self, masks: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._masks = masks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and _address(args[1]) in self._masks:
+            return result + self._masks[_address(args[1])]
+        return result
+
+
+def _address(weight: Any) -> int:
+    """The same for a weight and for its casts to its own dtype."""
+    return int(weight.data_ptr())
+
+
+@contextlib.contextmanager
+def _unselectable(router: Any, dropped: list[int]) -> Iterator[None]:
+    before = router.e_score_correction_bias.clone()
+    router.e_score_correction_bias[dropped] = UNSELECTABLE
+    try:
+        yield
+    finally:
+        router.e_score_correction_bias.copy_(before)

@@ -1,0 +1,218 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoints import save_model
+from models.moe_layers import find_moe_layers
+from moe_spec import Dataset, Statistics, UserError
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.statistics import SUMS, merge
+from pruning.calibrate import calibrate, collect
+from pruning.observe import observed
+from tests.models_table import EXPERTS, TINY, TOP_K, example_inputs
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def sums_by_hand(model, inputs):
+    """Every expert on every token, and the router's own answer, one token after the other."""
+    seen = []
+    hooks = [
+        layer.experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+        for layer in find_moe_layers(model)
+    ]
+    logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    for layer, (hidden_TH, ids_TK, gates_TK) in zip(find_moe_layers(model), seen, strict=True):
+        eager = inspect.unwrap(type(layer.experts).forward)
+        sums = {key: np.zeros(EXPERTS) for key in SUMS}
+        for token, (ids_K, gates_K) in enumerate(zip(ids_TK.tolist(), gates_TK.tolist(), strict=True)):
+            for expert, gate in zip(ids_K, gates_K, strict=True):
+                row = hidden_TH[token : token + 1]
+                norm = eager(layer.experts, row, torch.tensor([[expert]]), torch.ones(1, 1)).norm().item()
+                terms = (1, gate, norm, norm**2, gate * norm)
+                for key, term in zip(SUMS, terms, strict=True):
+                    sums[key][expert] += term
+        yield sums
+
+
+def assert_same_sums(left, right, rtol=1e-5):
+    assert [layer.token_count for layer in left] == [layer.token_count for layer in right]
+    for mine, theirs in zip(left, right, strict=True):
+        for key in SUMS:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=rtol, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_computes_the_same_while_it_is_observed(name):
+    model = TINY[name]()
+    inputs = example_inputs(model, batch=3, sequence=6, seed=0)
+    model.set_experts_implementation("eager")
+    expected = logits(model, inputs)
+    with observed(model, lambda *_: None):
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_sums_are_those_of_the_real_router_and_experts(name):
+    model = TINY[name]()
+    inputs = example_inputs(model, batch=3, sequence=6, seed=0)
+    layers = collect(model, [inputs])
+    assert [layer.name for layer in layers] == [layer.name for layer in find_moe_layers(model)]
+    for layer, expected in zip(layers, sums_by_hand(model, inputs), strict=True):
+        assert layer["tokens"].sum() == TOP_K * layer.token_count
+        for key in SUMS:
+            assert layer[key].dtype == np.float64
+            np.testing.assert_allclose(layer[key], expected[key], rtol=1e-5, err_msg=key)
+
+
+def test_padding_is_not_counted():
+    model = TINY["qwen3_moe"]()
+    short, long = (example_inputs(model, 1, sequence, seed) for seed, sequence in enumerate((4, 9)))
+    padded = {
+        name: torch.cat([torch.nn.functional.pad(short[name], (0, 5)), long[name]])
+        for name in ("input_ids", "attention_mask")
+    }
+    assert_same_sums(collect(model, [padded]), collect(model, [short, long]))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "vmoe"])
+def test_many_batches_give_what_one_gives_and_shards_add_up(name):
+    model = TINY[name]()
+    inputs = example_inputs(model, batch=6, sequence=5, seed=0)
+    batches = [{key: value[start : start + 2] for key, value in inputs.items()} for start in (0, 2, 4)]
+    whole = collect(model, [inputs])
+    assert_same_sums(collect(model, batches), whole)
+    first, rest = (
+        Statistics("model", (data,), collect(model, part)) for data, part in (("a", batches[:1]), ("b", batches[1:]))
+    )
+    merged = merge(first, rest)
+    assert merged.data_sha256 == ("a", "b")
+    assert_same_sums(merged.layers, whole)
+
+
+def test_groups_stand_in_the_statistics():
+    model = TINY["deepseek_v3"]()
+    layers = collect(model, [example_inputs(model, 1, 4, seed=0)])
+    assert [layer.groups for layer in layers] == [layer.groups for layer in find_moe_layers(model)]
+
+
+def test_the_model_is_as_before_even_after_an_error():
+    model = TINY["mixtral"]()
+    before = model.get_experts_implementation()
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), observed(model, fail):
+        logits(model, example_inputs(model, 1, 2, seed=0))
+    assert model.get_experts_implementation() == before
+    logits(model, example_inputs(model, 1, 2, seed=0))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "granitemoe"
+    save_model(TINY["granitemoe"](), directory)
+    return directory
+
+
+def data_file(tmp_path, **arrays):
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def ids(examples=5, sequence=4):
+    return np.random.default_rng(0).integers(0, 128, (examples, sequence), dtype=np.int32)
+
+
+def test_calibrate_writes_what_it_returns(checkpoint, tmp_path):
+    data, out, told = data_file(tmp_path, input_ids=ids(), labels=np.zeros(5)), tmp_path / "s.safetensors", []
+    statistics = calibrate(checkpoint, data, out, batch_size=2, on_progress=lambda *done: told.append(done))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+    loaded = Statistics.load(out)
+    assert (loaded.model_sha256, loaded.data_sha256) == (statistics.model_sha256, statistics.data_sha256)
+    assert loaded.model_sha256 == checkpoint_sha256(checkpoint)
+    assert [layer.token_count for layer in loaded.layers] == [20, 20]
+    assert_same_sums(loaded.layers, statistics.layers, rtol=0)
+
+
+def test_a_limit_takes_the_first_examples(checkpoint, tmp_path):
+    data = data_file(tmp_path, input_ids=ids())
+    limited = calibrate(checkpoint, data, tmp_path / "limited.safetensors", limit=3)
+    first = calibrate(checkpoint, data_file(tmp_path, input_ids=ids()[:3]), tmp_path / "first.safetensors")
+    assert_same_sums(limited.layers, first.layers, rtol=0)
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    out = tmp_path / "s.safetensors"
+    out.touch()
+    with pytest.raises(UserError) as caught:
+        calibrate(tmp_path / "no model", tmp_path / "no data", out)
+    assert caught.value.what == f"{out} already exists"
+
+
+VMOE_TAKES = "known: pixel_values"
+GRANITE_TAKES = "known: attention_mask, input_ids, position_ids"
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "what", "hint"),
+    [
+        (
+            "granitemoe",
+            {"input_idz": ids()},
+            "data.npz holds the array 'input_idz', which the granitemoe model does not take",
+            f"did you mean 'input_ids'? {GRANITE_TAKES}",
+        ),
+        (
+            "granitemoe",
+            {"attention_mask": ids()},
+            "data.npz lacks the array 'input_ids'",
+            "store the model's input as 'input_ids'",
+        ),
+        (
+            "granitemoe",
+            {"input_ids": ids().astype(np.float32)},
+            "data.npz: input_ids are float32[5, 4], expected integers [N, S]",
+            "pad token ids to one length; attention_mask 0 marks the padding",
+        ),
+        (
+            "granitemoe",
+            {"input_ids": np.array([[0, 128]])},
+            "data.npz: input_ids go from 0 to 128, but the vocabulary has 128 entries",
+            "tokenise with the tokenizer of this model",
+        ),
+        (
+            "granitemoe",
+            {"input_ids": ids(), "attention_mask": np.ones((5, 3), np.int64)},
+            "data.npz: attention_mask is [5, 3], but input_ids are [5, 4]",
+            "store one attention_mask entry a token",
+        ),
+        (
+            "vmoe",
+            {"input_ids": ids()},
+            "data.npz holds the array 'input_ids', which the vmoe model does not take",
+            VMOE_TAKES,
+        ),
+        (
+            "vmoe",
+            {"pixel_values": np.zeros((5, 1, 28, 28), np.float32)},
+            "data.npz: pixel_values are float32[5, 1, 28, 28], expected float [N, 1, 12, 12]",
+            "store them as the model takes them, or store uint8 `images`",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_the_model_is_refused(name, arrays, what, hint):
+    from pruning.inputs import check_inputs
+
+    with pytest.raises(UserError) as caught:
+        check_inputs(Dataset(arrays, None, "").feeds, TINY[name](), "data.npz")
+    assert (caught.value.what, caught.value.hint) == (what, hint)
