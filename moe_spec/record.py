@@ -1,6 +1,7 @@
 """JSON artifacts: sorted, indented, diffable; read back with an error that names the file, the key and the mend."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,9 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 _MISSING = object()
+
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.e+-]+(?:,\n\s*)?)+)\n\s*\]")
+"""Kept on one line; a JSON string holds no line break, so nothing else matches."""
 
 
 class Record:
@@ -69,14 +73,14 @@ def dump(payload: Mapping[str, Any]) -> str:
 
     >>> print(dump({"b": 1, "a": [1, 2]}))
     {
-     "a": [
-      1,
-      2
-     ],
+     "a": [1, 2],
      "b": 1
     }
     """
-    return json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
+    return _LIST_OF_NUMBERS.sub(
+        lambda match: "[" + ", ".join(match.group(1).replace("\n", " ").replace(" ", "").split(",")) + "]", text
+    )
 
 
 def save_record(path: Path, artifact: str, schema: int, payload: Mapping[str, Any]) -> None:

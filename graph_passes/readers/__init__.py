@@ -1,1 +1,75 @@
-"""Recognise a form: ``read(graph, node) -> MoEBlock | Refusal``. A reader never changes the graph."""
+"""Recognise MoE blocks. One file a form, each with ``anchors(graph)`` and ``read(anchor, name, weights)``.
+
+A reader never changes the graph. What no reader takes, but looks like a router, is a ``Refusal``: nothing is ever
+silently unpruned.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import FormError, MoEBlock, Refusal
+from graph_passes.readers import batched_mm, experts_node
+from graph_passes.routers import SCORES, Weights
+from graph_passes.walk import SHAPE_ONLY, is_weight, produced_by, source
+
+READERS: tuple[ModuleType, ...] = (experts_node, batched_mm)
+"""Most specific first."""
+
+FOREIGN_MOE_OPS = ("MoE", "QMoE", "TRT_MoE")
+"""Fused MoE ops of other tools, which no reader takes yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What was found in a graph: blocks in graph order, and every MoE layer that was not recognised."""
+
+    blocks: tuple[MoEBlock, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
+    """Every MoE block of ``graph``, whose weights lie in ``directory``."""
+    graph.toposort()
+    weights = Weights(directory)
+    found: list[tuple[int, MoEBlock | Refusal]] = []
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    anchors = [(order[id(node)], reader, node) for reader in READERS for node in reader.anchors(graph)]
+    for position, reader, node in sorted(anchors, key=lambda item: item[0]):
+        found.append((position, _try(reader, node, f"moe.{len(found)}", weights)))
+    blocks = tuple(item for _, item in found if isinstance(item, MoEBlock))
+    refusals = [item for _, item in found if isinstance(item, Refusal)]
+    return Reading(blocks, (*refusals, *_leftovers(graph, blocks, refusals)))
+
+
+def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEBlock | Refusal:
+    try:
+        block: MoEBlock = reader.read(node, name, weights)
+    except FormError as reason:
+        return Refusal(reader.FORM, reason.reason, reason.node)
+    return block
+
+
+def _leftovers(graph: gs.Graph, blocks: tuple[MoEBlock, ...], refusals: list[Refusal]) -> list[Refusal]:
+    """MoE ops and routers that belong to no recognised block."""
+    known = {id(source(block.router.ids)) for block in blocks}
+    found = []
+    for node in graph.nodes:
+        if node.op in FOREIGN_MOE_OPS:
+            found.append(Refusal("any", "no reader takes this fused op", f"{node.op} {node.name!r}"))
+        elif node.op == "TopK" and id(node.outputs[1]) not in known and not refusals and _looks_like_router(node):
+            found.append(
+                Refusal("any", "experts are routed here, in a form that no reader knows", f"TopK {node.name!r}")
+            )
+    return found
+
+
+def _looks_like_router(topk: gs.Node) -> bool:
+    """Whether a TopK whose ids are used ranks a projection by a constant matrix: ``TopK([score](hidden @ weight))``."""
+    if not topk.outputs[1].outputs:
+        return False
+    value = source(topk.inputs[0], SHAPE_ONLY | frozenset(SCORES) | {"Where"})
+    linear = produced_by(value, "Gemm", "MatMul", "Add")
+    return linear is not None and any(is_weight(tensor, rank) for tensor in linear.inputs for rank in (1, 2))

@@ -1,0 +1,114 @@
+"""A checkpoint to a model directory with one experts node a layer."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+from transformers import PreTrainedModel
+
+from exporter.check import check_experts, check_parity
+from exporter.tasks import task_of
+from exporter.trace import trace
+from models.checkpoints import load_model
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.files import new_directory, refuse_existing
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
+from moe_spec.plan import PruningPlan
+from moe_spec.runner import Runner
+
+OPSET = 20
+"""The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
+
+COMPANIONS = ("generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja")
+"""Files that a runtime needs beside the graph."""
+
+INLINE_BYTES = 1024
+
+TOOLS = ("moe-edge", "torch", "transformers", "onnx", "onnxscript")
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    runner: Runner,
+    *,
+    opset: int = OPSET,
+    plan: PruningPlan | None = None,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+) -> Manifest:
+    """Export ``checkpoint`` in float32 to the new directory ``out`` and check it against torch.
+
+    ``prepare`` changes the model in memory before it is traced, as ``pruning.apply_plan`` does for ``plan``; ``runner``
+    runs the result.
+
+    Raises:
+        UserError: no checkpoint, an unknown family or task, or an output that exists.
+        VerificationError: the exported graph does not compute what torch computes.
+    """
+    refuse_existing(out)
+    identity = checkpoint_sha256(checkpoint)
+    if plan is not None:
+        plan.require_model(identity, str(checkpoint))
+    model = load_model(checkpoint)
+    if prepare is not None:
+        prepare(model)
+    task = task_of(type(model).__name__)
+    layers = find_moe_layers(model)
+    proto = trace(model, task, layers, opset)
+    check_experts(proto, layers)
+    with new_directory(out) as staging:
+        onnx.save(
+            proto,
+            staging / MODEL,
+            save_as_external_data=True,
+            location=f"{MODEL}.data",
+            size_threshold=INLINE_BYTES,
+        )
+        onnx.checker.check_model(str(staging / MODEL))
+        parity = check_parity(model, task, staging / MODEL, runner)
+        model.config.save_pretrained(staging)
+        _copy_companions(checkpoint, staging)
+        manifest = Manifest(
+            kind="exported",
+            source_sha256=identity,
+            parent_sha256=identity,
+            files=list_files(staging),
+            inputs=tuple(_spec(value) for value in proto.graph.input),
+            outputs=tuple(_spec(value) for value in proto.graph.output),
+            blocks=tuple(_block(layer, plan) for layer in layers),
+            plan=plan,
+            tools={name: importlib.metadata.version(name) for name in TOOLS},
+            details={"opset": opset, "parity_with_torch": parity},
+        )
+        manifest.save(staging)
+    return manifest
+
+
+def _copy_companions(checkpoint: Path, staging: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in checkpoint.glob(pattern):
+            shutil.copyfile(path, staging / path.name)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, dims)
+
+
+def _block(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
+    planned = None if plan is None else plan.layer(layer.name)
+    parameters = [*layer.router.parameters(), *layer.router.buffers(), *layer.experts.parameters()]
+    return BlockEntry(
+        name=layer.name,
+        experts=layer.num_experts,
+        top_k=layer.top_k,
+        keep=tuple(range(layer.num_experts)) if planned is None else planned.keep,
+        router=type(layer.router).__name__,
+        form="experts",
+        bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    )

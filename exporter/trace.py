@@ -1,0 +1,94 @@
+"""torch to an ONNX graph in memory, traced once, with one experts node a layer and the names of the checkpoint."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import torch
+from transformers import PreTrainedModel
+
+from exporter.experts import IMPLEMENTATION, describe, experts_implementation
+from exporter.experts_function import function_of
+from exporter.tasks import Task
+from models.moe_layers import MoELayer
+from moe_spec.experts_op import DOMAIN
+
+TRACED = (2, 5)
+"""Batch and sequence of the example that is traced; `exporter.check` runs others."""
+
+_PREFIX = "wrapped."
+
+
+class _Call(torch.nn.Module):
+    """Calls a transformers model by input name and returns a tuple, as the tracer wants it."""
+
+    def __init__(self, model: PreTrainedModel, task: Task) -> None:
+        super().__init__()
+        self.wrapped = model
+        self._names = tuple(task.axes)
+        self._outputs = task.outputs
+        self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.wrapped(**dict(zip(self._names, inputs, strict=True)), **self._options)
+        return tuple(outputs[name] for name in self._outputs)
+
+
+def run_torch(model: PreTrainedModel, task: Task, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The model's own outputs, its experts computed by transformers' reference loop."""
+    inputs = [torch.from_numpy(feeds[name]) for name in task.axes]
+    with torch.inference_mode(), experts_implementation(model, "eager"):
+        outputs = _Call(model, task)(*inputs)
+    return {name: value.numpy() for name, value in zip(task.outputs, outputs, strict=True)}
+
+
+def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> onnx.ModelProto:
+    """The model as ONNX, weights inside; functions define the experts nodes."""
+    feeds = task.example(model.config, *TRACED, np.random.default_rng(0))
+    inputs = tuple(torch.from_numpy(feeds[name]) for name in task.axes)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports what torchvision is missing
+    with warnings.catch_warnings(), experts_implementation(model, IMPLEMENTATION):
+        warnings.simplefilter("ignore")  # the tracer warns about transformers' own code
+        program = torch.onnx.export(
+            _Call(model, task),
+            inputs,
+            dynamo=True,
+            dynamic_shapes=(tuple(dict(axes) for axes in task.axes.values()),),
+            input_names=list(task.axes),
+            output_names=list(task.outputs),
+            opset_version=opset,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _restore_names(proto)
+    _define_experts(proto, layers, opset)
+    return proto
+
+
+def _restore_names(proto: onnx.ModelProto) -> None:
+    """Parameters get the names they have in the checkpoint, and traces of the exporter's paths go."""
+    renamed = {
+        tensor.name: tensor.name.removeprefix(_PREFIX)
+        for tensor in proto.graph.initializer
+        if tensor.name.startswith(_PREFIX)
+    }
+    for tensor in proto.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        del node.metadata_props[:]
+    del proto.graph.value_info[:]
+    del proto.metadata_props[:]
+    proto.producer_name = "moe-edge"
+
+
+def _define_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer], opset: int) -> None:
+    variants = {op.op_type: op for op in (describe(layer.experts) for layer in layers)}
+    del proto.functions[:]
+    proto.functions.extend(function_of(op, opset) for op in variants.values())
+    for node in proto.graph.node:
+        if node.domain == DOMAIN:
+            node.name = f"{node.input[3].rpartition('.')[0]}"

@@ -1,0 +1,162 @@
+"""The record between readers and writers: one MoE block, whatever form it had and whatever form it gets."""
+
+import dataclasses
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.weights import Weight
+from moe_spec.experts_op import Activation
+from moe_spec.feasibility import Groups
+
+SCORE_FIRST = "score_first"
+TOPK_FIRST = "topk_first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """From the hidden state to ids and weights.
+
+    ``score(hidden @ weight.T + bias)`` is ranked (plus ``selection_bias``, within ``groups``), the K best are taken,
+    and their scores, renormalised and scaled, multiply the experts' outputs. With ``order=topk_first`` the K best
+    logits are taken and the score is computed over those K.
+
+    Attributes:
+        weight_EH: (E, H).
+        bias_E: (E,) added to the logits.
+        selection_bias_E: (E,) added to the scores for the choice only.
+        score: ``softmax`` or ``sigmoid``.
+        order: ``SCORE_FIRST`` or ``TOPK_FIRST``.
+        top_k: K.
+        renormalize: whether the K weights are divided by their sum plus ``eps``.
+        scale: what the weights are multiplied with at the end.
+        groups: group-limited routing, each group scored by the sum of its two best experts.
+        group_of: for each expert its group, where there are groups.
+        hidden: (T, H) what the router reads.
+        logits: (T, E) value in the graph.
+        choice: (T, E) value in the graph: what is ranked, before groups exclude anything.
+        ranked: (T, E) value in the graph: what the last top-k ranks.
+        ids: (T, K) value in the graph.
+        weights: (T, K) value in the graph.
+        scope: path of the MoE block, where the name of the router's weight tells it.
+    """
+
+    weight_EH: Weight
+    bias_E: Weight | None
+    selection_bias_E: Weight | None
+    score: str
+    order: str
+    top_k: int
+    renormalize: bool
+    eps: float
+    scale: float
+    groups: Groups | None
+    group_of: tuple[int, ...]
+    hidden: gs.Tensor
+    logits: gs.Tensor
+    choice: gs.Tensor
+    ranked: gs.Tensor
+    ids: gs.Tensor
+    weights: gs.Tensor
+    scope: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The router in words, for people and manifests."""
+        steps = [self.score, "top-k"] if self.order == SCORE_FIRST else ["top-k", self.score]
+        if self.selection_bias_E is not None:
+            steps.insert(1, "selection bias")
+        if self.groups is not None:
+            steps.insert(-1, f"{self.groups.selected} of {self.groups.count} groups")
+        if self.renormalize:
+            steps.append("renormalised")
+        return ", ".join(steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The routed FFNs: ``act(x @ gate + gate_bias) * (x @ up + up_bias) @ down + down_bias`` (see ``Activation``).
+
+    Attributes:
+        up_EHF: (E, H, F).
+        gate_EHF: (E, H, F), None where not gated.
+        down_EFH: (E, F, H).
+        up_bias_EF: (E, F) or None; gate_bias_EF likewise.
+        down_bias_EH: (E, H) or None.
+        activation: what happens between.
+    """
+
+    up_EHF: Weight
+    gate_EHF: Weight | None
+    down_EFH: Weight
+    up_bias_EF: Weight | None
+    gate_bias_EF: Weight | None
+    down_bias_EH: Weight | None
+    activation: Activation
+
+    def weights(self) -> list[Weight]:
+        """Every weight there is."""
+        tensors = (self.up_EHF, self.gate_EHF, self.down_EFH, self.up_bias_EF, self.gate_bias_EF, self.down_bias_EH)
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEBlock:
+    """One MoE layer.
+
+    Attributes:
+        name: path of the block in the model, or ``moe.<index>`` where the graph has lost it.
+        form: the form it was read from or written to.
+        hidden: (T, H) what the experts read.
+        out: (T, H) the weighted sum of the experts' outputs.
+        router: see ``Router``.
+        experts: see ``Experts``.
+        keep: for each expert its id in the source model.
+    """
+
+    name: str
+    form: str
+    hidden: gs.Tensor
+    out: gs.Tensor
+    router: Router
+    experts: Experts
+    keep: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts.up_EHF.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the router's and the experts' weights."""
+        router = self.router
+        small = (router.weight_EH, router.bias_E, router.selection_bias_E)
+        weights = [*self.experts.weights(), *(weight for weight in small if weight is not None)]
+        return sum(weight.nbytes for weight in weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a form was not recognised.
+
+    Attributes:
+        form: the form that was tried.
+        reason: what was found and what was expected.
+        node: the node where it went wrong.
+    """
+
+    form: str
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.form}: {self.reason} (at {self.node})"
+
+
+class FormError(Exception):
+    """Raised inside a reader where its form ends; `graph_passes.readers` turns it into a ``Refusal``."""
+
+    def __init__(self, reason: str, node: gs.Node | gs.Tensor | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = "a graph input" if node is None else f"{getattr(node, 'op', 'value')} {node.name!r}"

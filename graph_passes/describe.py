@@ -1,0 +1,103 @@
+"""What a model is: its graph, its MoE blocks or why they were refused, its place in the chain of hashes."""
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock, Refusal
+from graph_passes.model_file import load_graph, model_path
+from graph_passes.readers import read_blocks
+from moe_spec.errors import UserError
+from moe_spec.files import sha256_file
+from moe_spec.identity import onnx_sha256
+from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
+
+TOOLS = ("moe-edge", "onnx", "onnx-graphsurgeon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An ONNX model with its MoE blocks.
+
+    Attributes:
+        path: the .onnx file.
+        graph: its graph; weights stay on disk.
+        blocks: the MoE layers that were recognised, in graph order.
+        refusals: why others were not.
+        manifest: of the directory, if it has one.
+        source_sha256: identity of the model at the start of the chain.
+        parent_sha256: hash of the manifest, or of the ONNX file where there is none.
+    """
+
+    path: Path
+    graph: gs.Graph
+    blocks: tuple[MoEBlock, ...]
+    refusals: tuple[Refusal, ...]
+    manifest: Manifest | None
+    source_sha256: str
+    parent_sha256: str
+
+
+def inspect_model(path: Path) -> Model:
+    """Read an ONNX file or model directory, recognised or not.
+
+    Raises:
+        UserError: no ONNX model, or weights that are missing or cut.
+    """
+    file = model_path(path)
+    manifest_path = file.parent / FILE_NAME
+    manifest = Manifest.load(file.parent) if manifest_path.is_file() else None
+    graph = load_graph(file)
+    reading = read_blocks(graph, file.parent)
+    identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
+    parent = identity if manifest is None else sha256_file(manifest_path)
+    blocks = tuple(_with_ids(block, manifest) for block in reading.blocks)
+    return Model(file, graph, blocks, reading.refusals, manifest, identity, parent)
+
+
+def read_model(path: Path, *, allow_partial: bool = False) -> Model:
+    """Read an ONNX file or model directory whose every MoE layer is recognised.
+
+    Raises:
+        UserError: a layer was refused (unless ``allow_partial``), or there is no MoE layer at all.
+    """
+    model = inspect_model(path)
+    if model.refusals and not allow_partial:
+        lines = "; ".join(str(refusal) for refusal in model.refusals)
+        raise UserError(
+            f"{model.path}: {len(model.refusals)} MoE layer(s) not recognised: {lines}",
+            hint="`moe-edge inspect` shows what every reader found; --allow-partial leaves these layers as they are",
+        )
+    if not model.blocks:
+        raise UserError(
+            f"{model.path} has no MoE layer",
+            hint="give a model with routed experts; `moe-edge inspect` shows what it has",
+        )
+    return model
+
+
+def _with_ids(block: MoEBlock, manifest: Manifest | None) -> MoEBlock:
+    """The block with the ids that its experts have in the source model, as the manifest says."""
+    entries = () if manifest is None else manifest.blocks
+    entry = next((entry for entry in entries if entry.name == block.name), None)
+    return block if entry is None else dataclasses.replace(block, keep=entry.keep)
+
+
+def io_of(graph: gs.Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of ``graph``."""
+    return tuple(_spec(tensor) for tensor in graph.inputs), tuple(_spec(tensor) for tensor in graph.outputs)
+
+
+def _spec(tensor: gs.Tensor) -> TensorSpec:
+    dtype = tensor.dtype if not isinstance(tensor.dtype, int) else onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype)
+    shape = tuple(f"{tensor.name}_{axis}" if dim is None else dim for axis, dim in enumerate(tensor.shape or ()))
+    return TensorSpec(tensor.name, np.dtype(dtype).name, shape)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what rewrites graphs."""
+    return {name: importlib.metadata.version(name) for name in TOOLS}

@@ -1,0 +1,53 @@
+"""Random inputs for a graph that nobody has told us anything about."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from graph_passes.walk import SHAPE_ONLY, is_weight, sink
+
+SIZES = ((1, 1), (3, 7), (2, 31))
+"""(first, further) dynamic sizes: a single token or example, an odd count, and more tokens than experts times K."""
+
+
+def random_feeds(graph: gs.Graph, size: tuple[int, int], rng: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
+    """One array an input. Dynamic axes of one name get one size; the first to be met gets ``size[0]``.
+
+    Floats are standard normal. Integers that index a constant table (an embedding) stay inside it; masks are ones and
+    positions count up.
+    """
+    names: dict[str, int] = {}
+    return {tensor.name: _values(tensor, _shape(tensor, names, size), rng) for tensor in graph.inputs}
+
+
+def _shape(tensor: gs.Tensor, names: dict[str, int], size: tuple[int, int]) -> tuple[int, ...]:
+    dims = []
+    for axis, dim in enumerate(tensor.shape):
+        if isinstance(dim, int):
+            dims.append(dim)
+        else:
+            key = dim or f"{tensor.name}.{axis}"
+            dims.append(names.setdefault(key, size[0] if not names else size[1]))
+    return tuple(dims)
+
+
+def _values(tensor: gs.Tensor, shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[Any]:
+    dtype = np.dtype(tensor.dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype.kind == "b" or "mask" in tensor.name:
+        return np.ones(shape, dtype)
+    if "position" in tensor.name:
+        return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+    return rng.integers(0, _index_range(tensor), shape).astype(dtype)
+
+
+def _index_range(tensor: gs.Tensor) -> int:
+    """Rows of the table that ``tensor`` indexes; 2 where it indexes none."""
+    for node in sink(tensor, SHAPE_ONLY).outputs:
+        if node.op == "Gather" and is_weight(node.inputs[0], 2):
+            return int(node.inputs[0].shape[0])
+    return 2

@@ -1,0 +1,133 @@
+"""ONNX files in and out, weights streamed: peak memory is the largest single tensor, not the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from graph_passes.weights import Weight, of_constant
+from moe_spec.errors import UserError
+from moe_spec.files import require_file
+from moe_spec.manifest import MODEL
+
+ALIGNMENT = 4096
+"""Offsets in the data file, so that runtimes can memory-map each weight."""
+
+INLINE_BYTES = 1024
+"""Smaller constants stay in the .onnx file: shapes, axes, scales."""
+
+G_LOGGER.severity = G_LOGGER.ERROR  # it prints to stdout, which belongs to results
+
+
+def model_path(path: Path) -> Path:
+    """The .onnx file that ``path`` (a model directory or the file itself) stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_dir():
+        return require_file(path / MODEL, f"a model directory with {MODEL}")
+    return require_file(path, "an ONNX file or a model directory")
+
+
+def load_graph(path: Path) -> gs.Graph:
+    """Read the structure of an ONNX file; weights stay where they are, and their extents are checked.
+
+    Raises:
+        UserError: no ONNX file, or external data that is missing, cut or outside the directory.
+    """
+    model = _parse(path)
+    graph = gs.import_onnx(model)
+    for tensor in constants(graph):
+        of_constant(tensor, path.parent)
+    return graph
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    hint = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{path} is no readable ONNX file: {error}", hint=hint) from error
+    if not model.graph.node:
+        raise UserError(f"{path} is no ONNX model: its graph has no node", hint=hint)
+    return model
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every constant that a node of the graph reads, once, in the order of use."""
+    found: dict[int, gs.Constant] = {}
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def weight_bytes(graph: gs.Graph, directory: Path) -> int:
+    """Bytes of every constant of the graph."""
+    return sum(of_constant(tensor, directory).nbytes for tensor in constants(graph))
+
+
+def save_graph(
+    graph: gs.Graph, source: Path, target: Path, on_progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write ``graph`` (whose weights may lie in ``source``, a directory) as ``target`` and ``target.data``.
+
+    Afterwards the graph's weights lie in the new data file, so that a variant of it can be saved beside ``target``
+    with `save_variant`, sharing the weights. ``on_progress(done, total)`` counts bytes.
+    """
+    weights = [(tensor, of_constant(tensor, source)) for tensor in constants(graph)]
+    total = sum(weight.nbytes for _, weight in weights)
+    data, done = target.with_name(target.name + ".data"), 0
+    with data.open("wb") as file:
+        for tensor, weight in weights:
+            if weight.nbytes < INLINE_BYTES:
+                tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
+            else:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                tensor._values = LazyValues(_external(tensor.name, weight, data.name, file.tell()))
+                np.ascontiguousarray(weight.load()).tofile(file)
+            tensor.data_location = None
+            done += weight.nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    if data.stat().st_size == 0:
+        data.unlink()
+    save_variant(graph, target)
+    onnx.checker.check_model(str(target))
+
+
+def save_variant(graph: gs.Graph, target: Path) -> None:
+    """Write ``graph`` as ``target``; its large weights lie in a data file beside it already."""
+    _forget_shapes(graph)
+    graph.functions = [function for function in graph.functions if _is_called(graph, function)]
+    model = gs.export_onnx(graph, do_type_check=False)
+    model.producer_name = "moe-edge"
+    onnx.save(onnx.shape_inference.infer_shapes(model), target)
+
+
+def _external(name: str, weight: Weight, location: str, offset: int) -> onnx.TensorProto:
+    proto = onnx.TensorProto(name=name, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
+    proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(weight.nbytes))):
+        proto.external_data.add(key=key, value=value)
+    return proto
+
+
+def _forget_shapes(graph: gs.Graph) -> None:
+    """Intermediate shapes name the old E and K; they are inferred anew."""
+    ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if isinstance(tensor, gs.Variable) and id(tensor) not in ends:
+                tensor.shape, tensor.dtype = None, None
+
+
+def _is_called(graph: gs.Graph, function: gs.Function) -> bool:
+    return any(node.domain == function.domain and node.op == function.name for node in graph.nodes)

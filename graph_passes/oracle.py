@@ -1,0 +1,50 @@
+"""Proof that a pruned graph computes what the original computes with the dropped experts unselectable."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.feeds import SIZES, random_feeds
+from moe_spec.errors import VerificationError
+from moe_spec.manifest import MODEL
+from moe_spec.runner import Runner, error_between
+
+TOLERANCE: Mapping[str, float] = {"float64": 1e-5, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest difference allowed, relative to the largest magnitude of the output, by the output's dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleEntry:
+    """The error of one output at one shape."""
+
+    shapes: Mapping[str, Sequence[int]]
+    output: str
+    max_abs: float
+    max_rel: float
+
+
+def check(graph: gs.Graph, reference: Path, candidate: Path, runner: Runner) -> list[OracleEntry]:
+    """Run both on random inputs at `SIZES`; ``graph`` says what inputs there are.
+
+    Raises:
+        VerificationError: an output differs by more than `TOLERANCE`.
+    """
+    rng = np.random.default_rng(0)
+    batches = [random_feeds(graph, size, rng) for size in SIZES]
+    expected, got = (runner.run(path / MODEL if path.is_dir() else path, batches) for path in (reference, candidate))
+    entries = []
+    for feeds, wanted, found in zip(batches, expected, got, strict=True):
+        for name, value in wanted.items():
+            largest, relative = error_between(value, found[name])
+            entries.append(OracleEntry({key: feed.shape for key, feed in feeds.items()}, name, largest, relative))
+            allowed = TOLERANCE.get(value.dtype.name, 0.0)
+            if relative > allowed:
+                raise VerificationError(
+                    f"output {name!r} of the optimised graph differs from the original with the dropped experts "
+                    f"unselectable by {relative:.2e} of its range (allowed {allowed:.0e} for {value.dtype.name}); "
+                    "nothing was written"
+                )
+    return entries

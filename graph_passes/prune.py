@@ -1,0 +1,100 @@
+"""Pruning on the record: one keep list in, a narrower record out. Nothing is read, nothing in the graph changes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from graph_passes.block import Experts, MoEBlock, Router
+from graph_passes.weights import Weight
+from moe_spec.errors import UserError
+from moe_spec.plan import LayerPlan, PruningPlan
+
+
+def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
+    """``block`` with the experts ``plan.keep`` only.
+
+    Router rows, router bias, selection bias, expert weights and expert biases are sliced with one keep list. Experts
+    stay in the routing group they were in. Removing a row equals setting its logit to -inf before softmax and top-k.
+
+    Raises:
+        UserError: the plan is for a layer with other counts.
+    """
+    router = block.router
+    if (plan.experts, plan.groups) != (block.num_experts, router.groups):
+        raise UserError(
+            f"the plan says that layer {plan.name} has {plan.experts} experts and {_groups(plan.groups)}, "
+            f"the graph has {block.num_experts} and {_groups(router.groups)}",
+            hint="make a plan for this model with `moe-edge plan`",
+        )
+    if plan.top_k != min(router.top_k, len(plan.keep)):
+        raise UserError(
+            f"the plan sets K={plan.top_k} in layer {plan.name}, whose router selects K={router.top_k}",
+            hint=f"K shrinks only where fewer experts are kept; here it is {min(router.top_k, len(plan.keep))}",
+        )
+    return dataclasses.replace(
+        block,
+        router=_prune_router(router, plan),
+        experts=_prune_experts(block.experts, plan.keep),
+        keep=tuple(block.keep[expert] for expert in plan.keep),
+    )
+
+
+def _prune_router(router: Router, plan: LayerPlan) -> Router:
+    return dataclasses.replace(
+        router,
+        weight_EH=router.weight_EH.take(plan.keep),
+        bias_E=_take(router.bias_E, plan.keep),
+        selection_bias_E=_take(router.selection_bias_E, plan.keep),
+        top_k=plan.top_k,
+        group_of=tuple(router.group_of[expert] for expert in plan.keep) if router.groups else (),
+    )
+
+
+def _prune_experts(experts: Experts, keep: Sequence[int]) -> Experts:
+    return dataclasses.replace(
+        experts,
+        up_EHF=experts.up_EHF.take(keep),
+        gate_EHF=_take(experts.gate_EHF, keep),
+        down_EFH=experts.down_EFH.take(keep),
+        up_bias_EF=_take(experts.up_bias_EF, keep),
+        gate_bias_EF=_take(experts.gate_bias_EF, keep),
+        down_bias_EH=_take(experts.down_bias_EH, keep),
+    )
+
+
+def _take(weight: Weight | None, keep: Sequence[int]) -> Weight | None:
+    return None if weight is None else weight.take(keep)
+
+
+def _groups(groups: object) -> str:
+    return "no routing groups" if groups is None else f"{groups}"
+
+
+def match_layers(plan: PruningPlan, blocks: Sequence[MoEBlock]) -> list[LayerPlan | None]:
+    """For each block what the plan says of it.
+
+    Blocks are found by name; by the end of the name where an exporter put something in front; and in order where the
+    graph has lost all names and the counts agree.
+
+    Raises:
+        UserError: the plan names a layer that the graph lacks.
+    """
+    if len(plan.layers) == len(blocks) and all(block.name == f"moe.{index}" for index, block in enumerate(blocks)):
+        return list(plan.layers)
+    matched = [next((layer for layer in plan.layers if _same(layer.name, block.name)), None) for block in blocks]
+    names = {layer.name for layer in matched if layer is not None}
+    unknown = [layer.name for layer in plan.layers if layer.name not in names]
+    if unknown:
+        raise UserError(
+            f"the plan names layer {unknown[0]!r}, which the model lacks",
+            hint=f"the model's MoE layers are: {', '.join(block.name for block in blocks)}",
+        )
+    return matched
+
+
+def _same(planned: str, found: str) -> bool:
+    """Whether two paths name the same block.
+
+    >>> _same("model.layers.0.mlp", "wrapper.model.layers.0.mlp"), _same("layers.1", "layers.11")
+    (True, False)
+    """
+    return found == planned or found.endswith(f".{planned}") or planned.endswith(f".{found}")

@@ -1,0 +1,52 @@
+"""transformers' stacked expert weights into the record's axes, without reading them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graph_passes.block import Experts
+from graph_passes.weights import Weight
+from moe_spec.experts_op import ExpertsOp
+
+Array = npt.NDArray[Any]
+
+EXPERTS_SCOPE = ".experts."
+"""What stands between the name of a block and the name of an expert parameter in transformers."""
+
+
+def from_stacked(up: Weight, down: Weight, up_bias: Weight | None, down_bias: Weight | None, op: ExpertsOp) -> Experts:
+    """The record of experts stored as (E, out, in), or (E, in, out) where ``op.transposed``.
+
+    ``up`` holds gate and up where ``op.gated``: halves of the output axis, or alternating where ``op.interleaved``.
+    """
+    up_EHN = up if op.transposed else _swap(up)
+    down_EFH = down if op.transposed else _swap(down)
+    if not op.gated:
+        return Experts(up_EHN, None, down_EFH, up_bias, None, down_bias, op.activation)
+    gate, value = (_part(index, op.interleaved) for index in (0, 1))
+    return Experts(
+        up_EHF=_halve(up_EHN, value),
+        gate_EHF=_halve(up_EHN, gate),
+        down_EFH=down_EFH,
+        up_bias_EF=None if up_bias is None else _halve(up_bias, value),
+        gate_bias_EF=None if up_bias is None else _halve(up_bias, gate),
+        down_bias_EH=down_bias,
+        activation=op.activation,
+    )
+
+
+def _swap(weight: Weight) -> Weight:
+    experts, rows, columns = weight.shape
+    return weight.map((experts, columns, rows), lambda array: array.transpose(0, 2, 1))
+
+
+def _halve(weight: Weight, part: Callable[[Array], Array]) -> Weight:
+    return weight.map((*weight.shape[:-1], weight.shape[-1] // 2), part)
+
+
+def _part(index: int, interleaved: bool) -> Callable[[Array], Array]:
+    if interleaved:
+        return lambda array: array[..., index::2]
+    return lambda array: np.split(array, 2, axis=-1)[index]

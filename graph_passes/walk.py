@@ -1,0 +1,80 @@
+"""Looking around in a graph: the few questions that readers ask."""
+
+from collections.abc import Container, Sequence
+from typing import TypeGuard
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+SHAPE_ONLY = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Ops that move no value to another token, expert or channel where MoE blocks use them."""
+
+
+def is_weight(tensor: gs.Tensor | None, rank: int) -> TypeGuard[gs.Constant]:
+    """Whether ``tensor`` is a constant of that rank."""
+    return isinstance(tensor, gs.Constant) and len(tensor.shape) == rank
+
+
+def producer(tensor: gs.Tensor | None) -> gs.Node | None:
+    """The node that computes ``tensor``; None for inputs and constants."""
+    return tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+
+
+def produced_by(tensor: gs.Tensor | None, *ops: str) -> gs.Node | None:
+    """The node that computes ``tensor``, if it is one of ``ops``."""
+    node = producer(tensor)
+    return node if node is not None and node.op in ops else None
+
+
+def operand(node: gs.Node, index: int) -> gs.Tensor | None:
+    """Input ``index`` of ``node``; None where it is left out."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def source(tensor: gs.Tensor, ops: Container[str] = SHAPE_ONLY) -> gs.Tensor:
+    """What ``tensor`` was before ops of ``ops`` reshaped it."""
+    node = producer(tensor)
+    while node is not None and node.op in ops:
+        tensor = node.inputs[0]
+        node = producer(tensor)
+    return tensor
+
+
+def sink(tensor: gs.Tensor, ops: Container[str] = SHAPE_ONLY) -> gs.Tensor:
+    """What ``tensor`` becomes after its only consumers, as long as they are of ``ops``."""
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in ops:
+        tensor = tensor.outputs[0].outputs[0]
+    return tensor
+
+
+def scalar(tensor: gs.Tensor | None) -> float | None:
+    """The value of a constant with one element."""
+    if isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape, dtype=np.int64)) == 1:
+        return float(tensor.values.reshape(-1)[0])
+    return None
+
+
+def split_constant(node: gs.Node) -> tuple[gs.Tensor, float] | None:
+    """``(x, c)`` of a binary node with one scalar constant ``c``, on either side."""
+    for this, other in ((0, 1), (1, 0)):
+        value = scalar(node.inputs[other])
+        if value is not None and not isinstance(node.inputs[this], gs.Constant):
+            return node.inputs[this], value
+    return None
+
+
+def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor, except_by: Sequence[gs.Node] = ()) -> None:
+    """Let every consumer of ``old`` but those in ``except_by``, and the graph's outputs, read ``new`` instead."""
+    for node in list(old.outputs):
+        if all(node is not other for other in except_by):
+            for index, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    node.inputs[index] = new
+    for index, tensor in enumerate(graph.outputs):
+        if tensor is old:
+            name, new.name = old.name, old.name
+            old.name = f"{name}.replaced"
+            new.dtype, new.shape = old.dtype, old.shape
+            graph.outputs[index] = new

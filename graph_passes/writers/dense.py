@@ -1,0 +1,48 @@
+"""Form ``dense``: every expert on every token as two or three 2-D GEMMs, the gate before the down projection.
+
+``out = reshape(act(x @ W_up (H, E F)) * gates (T, E, 1)) @ W_down (E F, H)``. No data-dependent shape and no copy of a
+weight per token, so TensorRT takes it and it costs E/K times the selected work: the form for few experts.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock
+from graph_passes.emitter import Emitter
+from graph_passes.weights import Weight
+from graph_passes.writers.expert_math import activate, gate_dtype, linear
+from graph_passes.writers.routing import Routing, emit_routing, gates_of
+
+
+def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
+    """Nodes that compute ``block.out``, and the routing they use."""
+    experts, count = block.experts, block.num_experts
+    width = experts.up_EHF.shape[2]
+    routing = emit_routing(emitter, block)
+    gates = gate_dtype(emitter, gates_of(emitter, routing, count), experts)
+    gate = None
+    if experts.gate_EHF is not None:
+        gate = _wide(emitter, block.hidden, experts.gate_EHF, experts.gate_bias_EF, "gate")
+    up = _wide(emitter, block.hidden, experts.up_EHF, experts.up_bias_EF, "up")
+    middle = emitter.reshape(activate(emitter, gate, up, experts), (-1, count, width), "middle_TEF")
+    column = emitter.emit("Unsqueeze", gates, emitter.ints(2), label="gates_column")
+    gated = emitter.reshape(emitter.emit("Mul", middle, column, label="gated"), (-1, count * width), "gated_flat")
+    down_EFH = experts.down_EFH
+    stacked = down_EFH.map((count * width, down_EFH.shape[2]), lambda array: array.reshape(count * width, -1))
+    out = emitter.emit("MatMul", gated, emitter.weight("experts.down", stacked), label="down")
+    if experts.down_bias_EH is not None:  # each expert's bias counts as much as its gate
+        bias = emitter.emit(
+            "MatMul", gates, emitter.weight("experts.down_bias", experts.down_bias_EH), label="down_bias"
+        )
+        out = emitter.emit("Add", out, bias, label="out")
+    return out, routing
+
+
+def _wide(emitter: Emitter, x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
+    """``x (T, H) @ (H, E F)``: the experts side by side."""
+    experts, hidden, width = weight.shape
+    wide = weight.map((hidden, experts * width), lambda array: array.transpose(1, 0, 2).reshape(hidden, -1))
+    flat = None
+    if bias is not None:
+        flat = emitter.weight(f"experts.{label}_bias", bias.map((experts * width,), np.ravel))
+    return linear(emitter, x, emitter.weight(f"experts.{label}", wide), flat, label)

@@ -1,0 +1,37 @@
+"""Form ``gather``: each token's K experts gathered by id. Right for one token; a copy of K experts for every other."""
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock
+from graph_passes.emitter import Emitter
+from graph_passes.weights import Weight
+from graph_passes.writers.expert_math import activate, gate_dtype, linear
+from graph_passes.writers.routing import Routing, emit_routing, slots_of
+
+
+def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
+    """Nodes that compute ``block.out``, and the routing they use."""
+    experts = block.experts
+    routing = emit_routing(emitter, block)
+    ids, weights = slots_of(emitter, routing, block.num_experts)
+
+    def project(x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
+        """``x (T, K or 1, 1, in)`` times the gathered ``(T, K, in, out)``."""
+        kernel = emitter.emit(
+            "Gather", emitter.weight(f"experts.{label}", weight), ids, label=f"{label}_weight", axis=0
+        )
+        added = None
+        if bias is not None:
+            rows = emitter.emit(
+                "Gather", emitter.weight(f"experts.{label}_bias", bias), ids, label=f"{label}_bias", axis=0
+            )
+            added = emitter.emit("Unsqueeze", rows, emitter.ints(2), label=f"{label}_bias_row")
+        return linear(emitter, x, kernel, added, label)
+
+    x = emitter.emit("Unsqueeze", block.hidden, emitter.ints(1, 2), label="token")
+    gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")
+    up = project(x, experts.up_EHF, experts.up_bias_EF, "up")
+    down = project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
+    column = emitter.emit("Unsqueeze", weights, emitter.ints(2, 3), label="weights_column")
+    gated = emitter.emit("Mul", down, gate_dtype(emitter, column, experts), label="gated")
+    return emitter.emit("ReduceSum", gated, emitter.ints(1, 2), label="out", keepdims=0), routing

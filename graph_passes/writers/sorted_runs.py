@@ -1,0 +1,73 @@
+"""Form ``sorted``: tokens sorted by expert, one small FFN an expert on its own tokens, results put back in order.
+
+Only the selected work is done, so this is the form for many experts and many tokens on a CPU. Its Split sizes depend on
+data.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import Experts, MoEBlock
+from graph_passes.emitter import INT64, Emitter
+from graph_passes.weights import Weight
+from graph_passes.writers.expert_math import activate, gate_dtype, linear
+from graph_passes.writers.routing import Routing, emit_routing, slots_of
+
+
+def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
+    """Nodes that compute ``block.out``, and the routing they use."""
+    experts, count, top_k = block.experts, block.num_experts, block.router.top_k
+    routing = emit_routing(emitter, block)
+    ids, weights = slots_of(emitter, routing, count)
+    flat = emitter.reshape(ids, (-1,), "slots")
+    slots = emitter.emit("Shape", flat, label="slot_count")
+    order = _argsort(emitter, flat, slots, "order")
+    token = emitter.emit("Div", order, emitter.array("top_k", np.int64(top_k)), label="token")
+    tokens = emitter.emit("Gather", block.hidden, token, label="sorted_tokens", axis=0)
+    outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
+    gates = gate_dtype(emitter, emitter.reshape(weights, (-1, 1), "weights_column"), experts)
+    sorted_gates = emitter.emit("Gather", gates, order, label="sorted_gates", axis=0)
+    gated = emitter.emit("Mul", outputs, sorted_gates, label="gated")
+    back = emitter.emit("Gather", gated, _argsort(emitter, order, slots, "inverse"), label="unsorted", axis=0)
+    by_token = emitter.reshape(back, (-1, top_k, experts.down_EFH.shape[2]), "by_token")
+    return emitter.emit("ReduceSum", by_token, emitter.ints(1), label="out", keepdims=0), routing
+
+
+def _argsort(emitter: Emitter, values: gs.Tensor, count: gs.Tensor, label: str) -> gs.Tensor:
+    """Indices that sort ``values`` ascending; of a permutation, its inverse."""
+    _, indices = emitter.emit("TopK", values, count, label=label, outputs=2, axis=0, largest=0, sorted=1)
+    return indices
+
+
+def _counts(emitter: Emitter, ids: gs.Tensor, experts: int) -> gs.Tensor:
+    """(E,) how many slots chose each expert."""
+    column = emitter.emit("Unsqueeze", ids, emitter.ints(1), label="slots_column")
+    hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.arange(experts)), label="slot_hit")
+    number = emitter.emit("Cast", hit, label="slot_hit_number", to=INT64)
+    return emitter.emit("ReduceSum", number, emitter.ints(0), label="counts", keepdims=0)
+
+
+def _each(emitter: Emitter, tokens: gs.Tensor, counts: gs.Tensor, experts: Experts) -> gs.Tensor:
+    """Each expert's FFN on its own run of ``tokens``, concatenated."""
+    number = experts.up_EHF.shape[0]
+    parts = emitter.emit("Split", tokens, counts, label="run", outputs=number, axis=0)
+    runs = parts if isinstance(parts, list) else [parts]
+    return emitter.emit(
+        "Concat", *(_ffn(emitter, run, experts, expert) for expert, run in enumerate(runs)), label="outputs", axis=0
+    )
+
+
+def _ffn(emitter: Emitter, x: gs.Tensor, experts: Experts, expert: int) -> gs.Tensor:
+    def project(x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
+        kernel = emitter.weight(f"experts.{expert}.{label}", _one(weight, expert))
+        added = None if bias is None else emitter.weight(f"experts.{expert}.{label}_bias", _one(bias, expert))
+        return linear(emitter, x, kernel, added, f"{label}_{expert}")
+
+    gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")
+    up = project(x, experts.up_EHF, experts.up_bias_EF, "up")
+    return project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
+
+
+def _one(weight: Weight, expert: int) -> Weight:
+    """The weight of one expert, without the expert axis."""
+    return weight.take([expert]).map(weight.shape[1:], lambda array: array[0])

@@ -1,0 +1,100 @@
+"""``moe_edge.Experts*``: the node that stands for all routed experts of one MoE layer in an exported graph.
+
+The exporter writes it, with its definition in standard ops as a model-local function, so any ONNX runtime can run it.
+graph_passes takes its attributes at their word instead of guessing from patterns. Inputs, in this order::
+
+    hidden (T, H)   ids (T, K) int64   weights (T, K)   up   down   [up_bias   down_bias]
+
+``up`` holds the gate projection too where ``gated``. Weights lie as transformers has them: (E, out, in), or
+(E, in, out) where ``transposed``; gate and up are halves of the output axis, or alternate where ``interleaved``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moe_spec.errors import UserError
+
+DOMAIN = "moe_edge"
+VERSION = 1
+OP_PREFIX = "Experts"
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+NO_LIMIT = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """``act(gate) * (up + up_offset)``, or ``act(up)`` without a gate.
+
+    Attributes:
+        kind: one of ``ACTIVATIONS``.
+        alpha: ``silu`` is ``x * sigmoid(alpha * x)``.
+        limit: gate is clamped to at most this and up to [-limit, limit] before; ``NO_LIMIT`` for none.
+        up_offset: added to up (gpt-oss: 1).
+    """
+
+    kind: str
+    alpha: float = 1.0
+    limit: float = NO_LIMIT
+    up_offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsOp:
+    """One variant of the node."""
+
+    activation: Activation
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    biased: bool
+
+    @property
+    def op_type(self) -> str:
+        """A name for each variant, because an ONNX function has one body.
+
+        >>> ExpertsOp(Activation("silu"), gated=True, interleaved=False, transposed=False, biased=False).op_type
+        'Experts_silu_gated'
+        """
+        flags = ("gated", "interleaved", "transposed", "biased")
+        numbers = [f"{value:g}".replace(".", "p") for value in self._settings() if value not in (1.0, 0.0)]
+        parts = [OP_PREFIX, self.activation.kind, *numbers, *(flag for flag in flags if getattr(self, flag))]
+        return "_".join(parts)
+
+    def _settings(self) -> tuple[float, float]:
+        return self.activation.alpha, self.activation.limit
+
+    def to_attributes(self) -> dict[str, Any]:
+        """ONNX attributes of the node."""
+        return {
+            "activation": self.activation.kind,
+            "alpha": self.activation.alpha,
+            "limit": self.activation.limit,
+            "up_offset": self.activation.up_offset,
+            "gated": int(self.gated),
+            "interleaved": int(self.interleaved),
+            "transposed": int(self.transposed),
+            "biased": int(self.biased),
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], where: str) -> "ExpertsOp":
+        """The variant that a node of an untrusted file claims to be.
+
+        Raises:
+            UserError: an attribute is missing or unknown.
+        """
+        try:
+            kind = str(attributes["activation"])
+            settings = (float(attributes[key]) for key in ("alpha", "limit", "up_offset"))
+            flags = {key: bool(attributes[key]) for key in ("gated", "interleaved", "transposed", "biased")}
+            activation = Activation(kind, *settings)
+        except KeyError as missing:
+            raise UserError(
+                f"node {where} has no attribute {missing}", hint="export the model again with `moe-edge export`"
+            ) from missing
+        if kind not in ACTIVATIONS:
+            raise UserError(
+                f"node {where} has the unknown activation {kind!r}", hint=f"known: {', '.join(ACTIVATIONS)}"
+            )
+        return cls(activation=activation, **flags)
