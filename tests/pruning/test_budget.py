@@ -1,0 +1,180 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_spec import Groups, UserError
+from pruning.budget import SCOPES, RankedLayer, parse_keep
+
+
+def layer(scores, name="mlp", top_k=2, groups=None):
+    return RankedLayer(name, top_k, groups, np.asarray(scores, np.float64))
+
+
+def kept(layers, keep, scope="layer", clamp=False):
+    counts = SCOPES[scope](layers, keep, clamp)
+    return [one.plan(count, clamp).keep for one, count in zip(layers, counts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [("1", 1), ("8", 8), ("1.0", 1.0), ("100%", 1.0), ("50%", 0.5), (".5", 0.5), ("12.5%", 0.125), ("1e-1", 0.1)],
+)
+def test_a_whole_number_is_a_count_and_anything_else_a_share(text, keep):
+    assert (parse_keep(text), type(parse_keep(text))) == (keep, type(keep))
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "8.0", "0.0", "0%", "101%", "-50%", "nan", "inf", "half", "", "%", "3 of 8"]
+)
+def test_what_is_neither_count_nor_share_is_refused(text):
+    with pytest.raises(UserError) as caught:
+        parse_keep(text)
+    assert caught.value.what == f"--keep {text} is neither a count of experts nor a share of them"
+    expected = "give a whole number from 1, like --keep 4, or a share above 0 and at most 1, like --keep 0.5 or 50%"
+    assert caught.value.hint == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "experts", "count"),
+    [(0.5, 8, 4), (1.0, 8, 8), (0.3, 8, 2), (0.3125, 8, 3), (0.35, 10, 4), (0.01, 8, 1), (0.999, 8, 8)],
+)
+def test_a_share_is_rounded_half_up_to_at_least_one_expert(share, experts, count):
+    assert layer(np.ones(experts)).count(share) == count
+
+
+def test_more_experts_than_there_are_is_refused():
+    with pytest.raises(UserError, match=re.escape("--keep 9 asks for 9 experts, but layer mlp has 8")) as caught:
+        kept([layer(range(8))], 9)
+    assert caught.value.hint == "keep at most 8: --keep 8"
+
+
+def test_the_best_stay_in_ascending_order_and_ties_go_to_the_lower_id():
+    assert kept([layer([3, 9, 3, 1, 9, 3])], 4) == [(0, 1, 2, 4)]
+    assert kept([layer(np.zeros(5))], 3) == [(0, 1, 2)]
+
+
+def test_fewer_than_k_needs_a_clamp():
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8))], 1)
+    assert caught.value.what == "layer mlp keeps 1 of 8 experts, but its router selects K=2 a token"
+    assert caught.value.hint == "keep at least 2: --keep 2; or let K shrink with the layer: --clamp-top-k"
+    clamped = layer(range(8)).plan(1, clamp=True)
+    assert (clamped.keep, clamped.top_k) == ((7,), 1)
+
+
+def test_a_clamp_leaves_k_alone_where_enough_experts_stay():
+    assert [layer(range(8), top_k=4).plan(count, clamp=True).top_k for count in (3, 4, 5)] == [3, 4, 4]
+
+
+TWO_GROUPS = {"top_k": 2, "groups": Groups(count=2, selected=1)}
+
+
+def test_every_group_keeps_the_same_number():
+    grouped = layer([9, 8, 7, 6, 5, 4, 3, 2], **TWO_GROUPS)
+    assert kept([grouped], 4) == [(0, 1, 4, 5)]
+    assert kept([grouped], 8) == [tuple(range(8))]
+
+
+@pytest.mark.parametrize(
+    ("keep", "clamp", "nearest"),
+    [
+        (3, False, "--keep 4 or --keep 6"),
+        (5, False, "--keep 4 or --keep 6"),
+        (7, False, "--keep 6 or --keep 8"),
+        (2, False, "--keep 4 or --keep 6"),
+        (1, False, "--keep 4 or --keep 6"),
+        (2, True, "--keep 1 or --keep 4"),
+    ],
+)
+def test_a_count_that_groups_cannot_share_is_refused_with_the_nearest_that_they_can(keep, clamp, nearest):
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8), **TWO_GROUPS)], keep, clamp=clamp)
+    assert caught.value.what == (
+        f"layer mlp keeps {keep} of 8 experts, but its router selects K=2 from 1 of 2 groups: "
+        "every group must keep the same number, and enough of them"
+    )
+    assert caught.value.hint == f"the nearest that works: {nearest}"
+
+
+def test_one_expert_may_survive_all_groups_with_a_clamp():
+    plan = layer([1, 2, 3, 4, 9, 0, 0, 0], **TWO_GROUPS).plan(1, clamp=True)
+    assert (plan.keep, plan.top_k) == ((4,), 1)
+
+
+def test_with_groups_k_shrinks_to_what_the_selected_groups_hold():
+    wide = layer(range(8), top_k=4, groups=Groups(count=2, selected=1))
+    assert [wide.plan(count, clamp=True).top_k for count in (1, 4, 6, 8)] == [1, 2, 3, 4]
+
+
+def test_a_global_budget_goes_where_the_scores_are():
+    even, steep = layer([1, 1, 1, 1], name="even", top_k=1), layer([97, 1, 1, 1], name="steep", top_k=1)
+    assert kept([steep, even], 2, scope="layer") == [(0, 1), (0, 1)]
+    assert kept([steep, even], 2, scope="global") == [(0,), (0, 1, 2)]
+
+
+def test_a_global_ranking_does_not_mind_the_scale_of_a_layer():
+    rng = np.random.default_rng(0)
+    scores = rng.random((2, 8))
+    grown = [layer(scores[0]), layer(scores[1] * 1000, name="deep")]
+    assert kept([layer(scores[0]), layer(scores[1])], 4, "global") == kept(grown, 4, "global")
+
+
+@pytest.mark.parametrize(("clamp", "floor"), [(False, 2), (True, 1)])
+def test_a_global_budget_leaves_every_layer_its_floor(clamp, floor):
+    dead, alive = layer([1, 0, 0, 0], name="dead"), layer([1, 1, 1, 1], name="alive")
+    assert [len(keep) for keep in kept([dead, alive], 2, "global", clamp)] == [floor, 4 - floor]
+
+
+def test_a_global_budget_below_the_floors_is_refused():
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8)), layer(range(8))], 1, "global")
+    assert caught.value.what == "--keep 1 leaves 2 experts for 2 layers, which need at least 4"
+    assert caught.value.hint == "keep more: --keep 2; or let K shrink: --clamp-top-k"
+
+
+def test_a_layer_of_zeros_is_the_first_to_shrink():
+    assert kept([layer(np.zeros(4)), layer([1, 1, 1, 1])], 3, "global") == [(0, 1), (0, 1, 2, 3)]
+
+
+def test_a_global_budget_grows_layers_with_groups_by_one_expert_of_each():
+    weak = layer([1, 1, 0, 0, 1, 1, 0, 0], name="weak", **TWO_GROUPS)
+    even = layer(np.ones(8), name="even", **TWO_GROUPS)
+    assert [len(keep) for keep in kept([weak, even], 5, "global")] == [4, 6]
+
+
+def test_a_global_budget_that_groups_cannot_spend_is_refused():
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8), **TWO_GROUPS)], 5, "global")
+    assert caught.value.what == "--keep 5 asks for 5 experts in all, but routing groups let 4 be kept"
+    assert caught.value.hint == "keep a multiple of 2, the number of groups, in every layer"
+
+
+scores = st.lists(st.floats(0, 1e6), min_size=4, max_size=16)
+
+
+@given(scores, st.data())
+def test_any_ranking_keeps_the_best_sorted_and_enough(values, data):
+    keep = data.draw(st.integers(2, len(values)))
+    (ids,) = kept([layer(values)], keep)
+    assert list(ids) == sorted(set(ids))
+    assert len(ids) == keep
+    dropped = set(range(len(values))) - set(ids)
+    assert min(values[i] for i in ids) >= max((values[i] for i in dropped), default=0)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=6, max_size=6, unique=True), st.permutations(range(6)))
+def test_renaming_experts_renames_the_plan(values, order):
+    (ids,) = kept([layer(values)], 3)
+    (renamed,) = kept([layer([values[i] for i in order])], 3)
+    assert {order[i] for i in renamed} == set(ids)
+
+
+@given(st.lists(st.lists(st.floats(0, 1e6), min_size=8, max_size=8), min_size=1, max_size=4), st.integers(2, 8))
+def test_a_global_budget_is_spent_to_the_last_expert(values, keep):
+    layers = [layer(row) for row in values]
+    counts = [len(ids) for ids in kept(layers, keep, "global")]
+    assert sum(counts) == keep * len(layers)
+    assert min(counts) >= 2

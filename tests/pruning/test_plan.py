@@ -1,0 +1,125 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from models.checkpoints import save_model
+from moe_spec import LayerStatistics, PruningPlan, Statistics, UserError
+from moe_spec.files import sha256_file
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.statistics import SUMS
+from pruning.plan import PlanOptions, make_plan, plan
+from tests.models_table import TINY
+
+
+def statistics(tokens, gated_norm):
+    sums = {key: np.zeros(4) for key in SUMS}
+    sums |= {"tokens": np.asarray(tokens, np.float64), "gated_norm": np.asarray(gated_norm, np.float64)}
+    return LayerStatistics("layers.0.mlp", 4, 2, 20, sums)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    first = statistics(tokens=(9, 5, 5, 1), gated_norm=(9, 10, 1, 8))
+    second = dataclasses.replace(statistics((1, 1, 1, 1), (1, 2, 3, 4)), name="layers.1.mlp")
+    Statistics("model", ("data",), (first, second)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "deepseek_v3"
+    save_model(TINY["deepseek_v3"](), directory)
+    return directory
+
+
+def test_a_plan_says_what_it_was_made_from(source, tmp_path):
+    made = plan(source, PlanOptions(keep=0.5), tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == made
+    assert (made.model_sha256, made.statistics_sha256) == ("model", sha256_file(source))
+    assert made.criterion == "reap"
+    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False}
+    assert [layer.name for layer in made.layers] == ["layers.0.mlp", "layers.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "keep", "scores"),
+    [("reap", (1, 3), (1.0, 2.0, 0.2, 8.0)), ("frequency", (0, 1), (9.0, 5.0, 5.0, 1.0))],
+)
+def test_the_criterion_decides_who_stays(source, criterion, keep, scores):
+    layer = make_plan(source, PlanOptions(keep=2, criterion=criterion)).layers[0]
+    assert (layer.keep, layer.scores) == (keep, scores)
+
+
+def test_the_scope_decides_how_many_stay_where(source):
+    counts = [len(layer.keep) for layer in make_plan(source, PlanOptions(keep=3, scope="global")).layers]
+    assert counts == [2, 4]
+
+
+def test_one_expert_a_layer_needs_the_clamp(source):
+    made = make_plan(source, PlanOptions(keep=1, clamp_top_k=True))
+    assert [(layer.keep, layer.top_k) for layer in made.layers] == [((3,), 1), ((3,), 1)]
+
+
+def test_random_needs_only_a_checkpoint_and_repeats_with_its_seed(checkpoint):
+    first, second, other = (
+        make_plan(checkpoint, PlanOptions(keep=4, criterion="random", seed=seed)) for seed in (0, 0, 1)
+    )
+    assert first == second != other
+    assert first.model_sha256 == checkpoint_sha256(checkpoint)
+    assert first.statistics_sha256 is None
+    for layer in first.layers:
+        assert layer.groups is not None
+        assert layer.groups.survivors(layer.keep, layer.experts) == [2, 2]
+
+
+def test_random_takes_its_layers_from_statistics_too(source):
+    made = make_plan(source, PlanOptions(keep=2, criterion="random"))
+    assert (made.model_sha256, made.statistics_sha256) == ("model", None)
+    assert [len(layer.keep) for layer in made.layers] == [2, 2]
+
+
+def refusal(source, **options):
+    with pytest.raises(UserError) as caught:
+        make_plan(source, PlanOptions(**options))
+    return caught.value.what, caught.value.hint
+
+
+def test_a_checkpoint_is_no_statistics(checkpoint):
+    what, hint = refusal(checkpoint, keep=4)
+    assert what == f"criterion 'reap' ranks by statistics, but {checkpoint} is a directory"
+    assert hint == (
+        f"moe-edge calibrate {checkpoint} --data DATA.npz -o statistics.safetensors, and plan with that; "
+        "without data: --criterion random"
+    )
+
+
+def test_unknown_names_are_refused_with_the_nearest(source):
+    what, hint = refusal(source, keep=2, criterion="freqency")
+    assert what == "'freqency' is no criterion"
+    assert hint == "did you mean 'frequency'? known: frequency, gate-mass, random, reap"
+    assert refusal(source, keep=2, scope="layers") == (
+        "'layers' is no scope",
+        "did you mean 'layer'? known: global, layer",
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, -0.5])
+def test_a_budget_that_is_none_is_refused_in_python_too(source, keep):
+    assert refusal(source, keep=keep)[0] == f"--keep {keep} is neither a count of experts nor a share of them"
+
+
+def test_statistics_that_are_not_finite_are_refused(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    Statistics("model", ("data",), (statistics((1, 1, 1, 1), (1, np.inf, 1, 1)),)).save(path)
+    expected = "the statistics of layer layers.0.mlp are not finite: the model overflowed on the calibration data"
+    assert refusal(path, keep=2)[0] == expected
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    out = tmp_path / "plan.json"
+    out.touch()
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path / "nothing", PlanOptions(keep=2), out)
+    assert caught.value.what == f"{out} already exists"
