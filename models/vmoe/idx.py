@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError
-from moe_spec.files import require_file
 
 CLASSES = (
     "T-shirt/top",
@@ -66,17 +65,21 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: the file is missing, no gzip, no idx of bytes, or not as long as its header says.
     """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, expected a gzipped idx file", hint=HINT)
     try:
-        content = gzip.decompress(require_file(path, "a gzipped idx file").read_bytes())
+        content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file: {error}", hint=HINT) from error
     if len(content) < 4 or content[:3] != _UNSIGNED_BYTES:
         raise UserError(
             f"{path} begins with {content[:4].hex() or 'nothing'}, expected an idx file of bytes", hint=HINT
         )
-    axes = content[3]
-    sizes: npt.NDArray[Any] = np.frombuffer(content[4 : 4 + 4 * axes], ">u4")
-    data = np.frombuffer(content[4 + 4 * axes :], np.uint8)
-    if len(sizes) != axes or data.size != int(sizes.prod(dtype=np.int64)):
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise UserError(f"{path} is cut in its header", hint=HINT)
+    sizes: npt.NDArray[Any] = np.frombuffer(content[4:header], ">u4")
+    data = np.frombuffer(content[header:], np.uint8)
+    if data.size != int(sizes.prod(dtype=np.int64)):
         raise UserError(f"{path} holds {data.size} bytes, its header says {sizes.tolist()}", hint=HINT)
     return data.reshape(sizes.astype(np.int64))

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         written = train(options.data, options.output, recipe, report=_print)
     except UserError as failure:
-        _print(f"error: {failure}")
+        sys.stderr.write(f"error: {failure}\n")
         return 1
     _print(f"accuracy: {written['accuracy']}")
     return 0
