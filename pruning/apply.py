@@ -1,0 +1,160 @@
+"""Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.checkpoints import load_model, load_skeleton, save_model
+from models.families import Family, family
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.errors import UserError, did_you_mean
+from moe_spec.feasibility import EXPERTS_THAT_SCORE_A_GROUP, Groups, check_keep
+from moe_spec.files import new_directory, refuse_existing
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.plan import LayerPlan, PruningPlan
+
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+)
+"""Files that a pruned checkpoint takes over from its parent as they are."""
+
+PLAN = "plan.json"
+"""The plan that a pruned checkpoint was made by, kept in its directory."""
+
+_ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
+
+
+def prune(checkpoint: Path, plan_path: Path, out: Path) -> Path:
+    """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
+
+    Weights keep their dtype. The plan stands in the new directory as plan.json.
+
+    Raises:
+        UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
+            torch router or the one count in config.json cannot say.
+    """
+    refuse_existing(out)
+    plan = PruningPlan.load(plan_path)
+    plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
+    rehearsal = load_skeleton(checkpoint)  # refusals come before the weights are read
+    apply_plan(rehearsal, plan)
+    _require_one_count(rehearsal, checkpoint)
+    model = load_model(checkpoint, dtype=None)
+    apply_plan(model, plan)
+    with new_directory(out) as staging:
+        save_model(model, staging)
+        for pattern in COMPANIONS:
+            for path in checkpoint.glob(pattern):
+                shutil.copyfile(path, staging / path.name)
+        plan.save(staging / PLAN)
+    return out
+
+
+def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Drop experts in memory: ``w (E, ...) -> w[keep] (Ek, ...)`` for router and experts of every layer named.
+
+    1. Survivor ``j`` is expert ``keep[j]`` of before, so top-k breaks ties as it did.
+    2. Router weight, bias and selection bias are sliced by the same ids; shared experts and scales stay untouched.
+    3. Layers may keep different numbers. The config has one count: it changes only where all layers agree.
+    4. All layers are checked before the first is changed.
+
+    Raises:
+        UserError: a layer that the model lacks or has with another number of experts, or one whose router cannot
+            work with what is kept.
+    """
+    row = family(model.config.model_type)
+    layers = {layer.name: layer for layer in find_moe_layers(model)}
+    todo = [(_find(layers, layer_plan), layer_plan) for layer_plan in plan.layers]
+    groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
+    for (layer, layer_plan), left in zip(todo, groups, strict=True):
+        _slice_layer(layer, layer_plan, row)
+        _set_counts(model.get_submodule(layer.name), layer, layer_plan, left, row)
+    shapes = _shapes(model)
+    if len(shapes) == 1:
+        experts, top_k, one_group = shapes.pop()
+        row.set_config_counts(model.config, experts, top_k, one_group)
+        for name, value in (("num_experts", experts), ("num_experts_per_tok", top_k)):
+            if hasattr(model, name):  # what the auxiliary loss of transformers' decoders reads
+                setattr(model, name, value)
+
+
+def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
+    if plan.name not in layers:
+        raise UserError(
+            f"the plan names layer {plan.name!r}, which the model does not have", hint=did_you_mean(plan.name, layers)
+        )
+    layer = layers[plan.name]
+    if plan.experts != layer.num_experts or plan.top_k > layer.top_k:
+        raise UserError(
+            f"the plan is for {plan.experts} experts in layer {plan.name} and leaves K={plan.top_k}, "
+            f"but the model has {layer.num_experts} there, and K={layer.top_k}",
+            hint="make a plan for this model with `moe-edge plan`",
+        )
+    return layer
+
+
+def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
+    """What a torch router of groups of equal length needs to route as before; emptied groups vanish."""
+    check_keep(layer.name, layer.num_experts, plan.top_k, plan.keep, layer.groups)
+    if layer.groups is None:
+        return None
+    survivors = layer.groups.survivors(plan.keep, layer.num_experts)
+    filled = [count for count in survivors if count > 0]
+    if min(filled) < EXPERTS_THAT_SCORE_A_GROUP or len(set(filled)) > 1:
+        raise UserError(
+            f"layer {layer.name} keeps {survivors} experts in its {layer.groups.count} routing groups, but a torch "
+            f"router needs the same number in each, at least {EXPERTS_THAT_SCORE_A_GROUP}",
+            hint=_ONNX_WAY,
+        )
+    return Groups(len(filled), min(layer.groups.selected, len(filled)))
+
+
+def _slice_layer(layer: MoELayer, plan: LayerPlan, row: Family) -> None:
+    for name in row.router_tensors:
+        _slice(layer.router, name, plan.keep)
+    for name, _ in list(layer.experts.named_parameters(recurse=False)):
+        _slice(layer.experts, name, plan.keep)
+
+
+def _slice(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
+    tensor: torch.Tensor = getattr(module, name)
+    kept = tensor.detach().index_select(0, torch.tensor(keep, device=tensor.device))
+    is_parameter = isinstance(tensor, nn.Parameter)
+    setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+
+
+def _set_counts(block: nn.Module, layer: MoELayer, plan: LayerPlan, groups: Groups | None, row: Family) -> None:
+    for module in (layer.router, layer.experts):
+        setattr(module, row.experts_count, len(plan.keep))
+    for module in (block, layer.router):
+        if hasattr(module, row.top_k_count):
+            setattr(module, row.top_k_count, plan.top_k)
+    if row.group_counts is not None and groups is not None:
+        for name, value in zip(row.group_counts, (groups.count, groups.selected), strict=True):
+            setattr(layer.router, name, value)
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
+    return {(layer.num_experts, layer.top_k, layer.groups) for layer in find_moe_layers(model)}
+
+
+def _require_one_count(pruned: PreTrainedModel, checkpoint: Path) -> None:
+    if len(_shapes(pruned)) > 1:
+        counts = ", ".join(f"{layer.name}: {layer.num_experts} (K={layer.top_k})" for layer in find_moe_layers(pruned))
+        raise UserError(
+            f"the plan leaves different counts in the layers of {checkpoint} ({counts}), "
+            "but a checkpoint's config.json has one for all of them",
+            hint=_ONNX_WAY,
+        )
