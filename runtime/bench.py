@@ -1,0 +1,137 @@
+"""What a model costs: latency, throughput, memory, bytes."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
+from moe_spec.runner import Feeds
+from runtime.backend import Session
+from runtime.backends import open_session
+from runtime.feeds import RandomFeeds
+from runtime.memory import peak_memory
+from runtime.model_dir import model_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRow:
+    """One model at one batch size.
+
+    Attributes:
+        model: its path, as given.
+        batch_size: examples a run.
+        median_ms: latency of a run.
+        p90_ms: nine of ten runs were quicker.
+        examples_per_second: at the median.
+        memory_bytes: that opening it and one run add to the peak of a fresh process; None where it cannot be measured.
+        file_bytes: of the graph and its weights, or of the engine.
+    """
+
+    model: str
+    batch_size: int
+    median_ms: float
+    p90_ms: float
+    examples_per_second: float
+    memory_bytes: int | None
+    file_bytes: int
+
+
+def bench(
+    models: Sequence[Path],
+    batch_sizes: Sequence[int] = (1, 64),
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    threads: int = 1,
+    length: int = 32,
+    data: Dataset | None = None,
+) -> list[BenchRow]:
+    """Time models against each other, turn by turn, so that what else the machine does hits all alike.
+
+    Args:
+        models: engine directories, model directories or .onnx files.
+        batch_sizes: examples a run.
+        repeats: timed runs of each model at each batch size.
+        warmup: runs before the first that is timed.
+        threads: that one operator may use on a CPU; 0 for one a core.
+        length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
+        data: examples to feed; by default random ones (``feeds.RandomFeeds``).
+
+    Returns:
+        A row for each model and batch size, models together, as given.
+
+    Raises:
+        UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
+    """
+    if not models or not batch_sizes or min(*batch_sizes, repeats) < 1 or warmup < 0:
+        raise UserError(
+            f"nothing to measure: {len(models)} models, batch sizes {list(batch_sizes)}, {repeats} repeats",
+            hint="give at least one model, one batch size of 1 or more, and one repeat",
+        )
+    rows = []
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(open_session(model, threads)) for model in models]
+        for size in batch_sizes:
+            runs = {
+                str(index): functools.partial(session.run, _feeds(models[index], session, size, length, data))
+                for index, session in enumerate(sessions)
+            }
+            times = time_in_turns(runs, repeats=repeats, warmup=warmup)
+            rows += [_row(model, size, times[str(index)]) for index, model in enumerate(models)]
+    measured = (
+        dataclasses.replace(row, memory_bytes=peak_memory(Path(row.model), row.batch_size, length, threads))
+        for row in rows
+    )
+    order = [str(model) for model in models]
+    return sorted(measured, key=lambda row: order.index(row.model))
+
+
+def _feeds(model: Path, session: Session, size: int, length: int, data: Dataset | None) -> Feeds:
+    for spec in session.inputs:
+        if spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] != size:
+            raise UserError(
+                f"{model}: input {spec.name} takes exactly {spec.shape[0]} examples, asked for {size}",
+                hint=f"bench it at its own batch size: --batch-size {spec.shape[0]}",
+            )
+    if data is None:
+        return RandomFeeds.of(session.inputs, model).draw(size, length, seed=0)
+    if len(data) < size:
+        raise UserError(f"the data holds {len(data)} examples, asked for {size} at once", hint="give more data")
+    return data.first(size).feeds
+
+
+def _row(model: Path, size: int, times: Sequence[float]) -> BenchRow:
+    median = float(np.median(times))
+    return BenchRow(
+        model=str(model),
+        batch_size=size,
+        median_ms=median,
+        p90_ms=float(np.percentile(times, 90)),
+        examples_per_second=1000 * size / median,
+        memory_bytes=None,
+        file_bytes=model_bytes(model),
+    )
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int) -> dict[str, list[float]]:
+    """Milliseconds of every repeat of each of ``runs``, which take turns.
+
+    >>> {name: len(times) for name, times in time_in_turns({"a": int, "b": str}, repeats=3, warmup=1).items()}
+    {'a': 3, 'b': 3}
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter_ns()
+            run()
+            times[name].append((time.perf_counter_ns() - start) / 1e6)
+    return times

@@ -1,0 +1,92 @@
+"""Engine directories: what every backend writes beside its engine, and what must hold before one is opened."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_spec.errors import UserError
+from moe_spec.files import inside, sha256_file
+from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest, TensorSpec, list_files
+from runtime.backend import ENGINE
+from runtime.profiles import Profile, ShapeRange, show_options
+from runtime.targets import Target
+
+_GRAPHS = (MODEL, f"{MODEL}.data", OBSERVED)
+
+
+def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
+    """As it stands in the manifest."""
+    return {name: {key: list(shape) for key, shape in vars(shapes).items()} for name, shapes in profile.items()}
+
+
+def finish_engine(
+    model_dir: Path,
+    target: Target,
+    out_dir: Path,
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    tools: Mapping[str, str],
+    details: Mapping[str, Any],
+) -> Manifest:
+    """Copy what goes with the model (config.json, ...), and write the manifest that chains the engine to its parent.
+
+    An engine has no observed outputs, so its blocks name none.
+    """
+    parent = Manifest.load(model_dir)
+    for entry in parent.files:
+        if entry.name not in _GRAPHS:
+            copy = out_dir / entry.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(model_dir, entry.name, model_dir / FILE_NAME), copy)
+    manifest = Manifest(
+        kind=ENGINE,
+        source_sha256=parent.source_sha256,
+        parent_sha256=sha256_file(model_dir / FILE_NAME),
+        files=list_files(out_dir),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        blocks=tuple(dataclasses.replace(block, gates=None, scores=None) for block in parent.blocks),
+        plan=parent.plan,
+        passes=parent.passes,
+        tools={**parent.tools, **tools},
+        details={"backend": target.backend, "target": target.name, **details},
+    )
+    manifest.save(out_dir)
+    return manifest
+
+
+def check_engine(engine_dir: Path, backend: str, library: str, version: str) -> Manifest:
+    """The manifest of an engine that ``library`` in ``version`` can open, every file hashed.
+
+    Raises:
+        UserError: no engine, one of another backend, a damaged one, or one of another library version.
+    """
+    manifest = Manifest.load(engine_dir)
+    if manifest.kind != ENGINE or manifest.details.get("backend") != backend:
+        found = f"{manifest.kind} of {manifest.details.get('backend', 'no backend')}"
+        raise UserError(f"{engine_dir} holds {found}, expected an engine of {backend}", hint=rebuild(manifest))
+    try:
+        manifest.check_files(engine_dir)
+    except UserError as damage:
+        raise UserError(damage.what, hint=rebuild(manifest)) from damage
+    built = manifest.tools.get(library)
+    if built != version:
+        raise UserError(
+            f"{engine_dir} was built with {library} {built}, but {version} is installed; engines are not portable",
+            hint=rebuild(manifest),
+        )
+    return manifest
+
+
+def rebuild(manifest: Manifest) -> str:
+    """The command that builds this engine again."""
+    target = manifest.details.get("target", "TARGET")
+    ranges = manifest.details.get("profile", {})
+    profile = {name: ShapeRange(**{key: tuple(shape) for key, shape in row.items()}) for name, row in ranges.items()}
+    return " ".join(
+        ["build it again: moe-edge build MODEL_DIRECTORY -o ENGINE_DIRECTORY", f"--target {target}"]
+        + ([show_options(profile)] if profile else [])
+    )

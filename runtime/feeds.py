@@ -1,0 +1,117 @@
+"""What goes into a model: checked feeds, and random ones where there is no data."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.errors import UserError
+from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Feeds
+
+RANDOM_SHAPES = ((1, 1), (2, 7), (5, 4))
+"""Lengths of the leading and of the other dynamic axes; the first is a single example of a single token."""
+
+
+def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
+    """Refuse feeds that the model does not take.
+
+    Raises:
+        UserError: names are missing or unknown, or an array has another dtype, rank or length than its input.
+    """
+    known = {spec.name: spec for spec in inputs}
+    if feeds.keys() != known.keys():
+        raise UserError(
+            f"{where} takes {', '.join(sorted(known))}, but was given {', '.join(sorted(feeds)) or 'nothing'}",
+            hint="name the arrays like the model's inputs",
+        )
+    lengths: dict[str, tuple[int, str]] = {}
+    for name, spec in known.items():
+        array = feeds[name]
+        expected = f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
+        found = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+        if array.dtype.name != spec.dtype or not _fits(spec, array.shape):
+            raise UserError(f"{where}: input {name} is {found}, expected {expected}", hint=_mend(spec, array))
+        for dim, length in zip(spec.shape, array.shape, strict=True):
+            if isinstance(dim, str) and lengths.setdefault(dim, (length, name))[0] != length:
+                raise UserError(
+                    f"{where}: axis {dim!r} is {lengths[dim][0]} in {lengths[dim][1]}, but {length} in {name}",
+                    hint="give all inputs the same number of examples and the same lengths",
+                )
+
+
+def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    return len(shape) == len(spec.shape) and all(
+        isinstance(dim, str) or dim == length for dim, length in zip(spec.shape, shape, strict=True)
+    )
+
+
+def _mend(spec: TensorSpec, array: npt.NDArray[Any]) -> str:
+    if array.dtype.name != spec.dtype:
+        return f"store it as {spec.dtype}: array.astype({spec.dtype!r})"
+    return "check what the axes mean; examples are on axis 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFeeds:
+    """Inputs drawn at random.
+
+    Floats are standard normal, flags True. Integers depend on the name: a mask is all ones, positions count up,
+    token types are 0, and other ids are uniform below ``vocabulary``.
+
+    Attributes:
+        inputs: of the model.
+        vocabulary: ids are below it; ``vocab_size`` of config.json, or 2 where there is none.
+        seed: of the generator.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    vocabulary: int
+    seed: int = 0
+
+    @classmethod
+    def of(cls, inputs: Sequence[TensorSpec], directory: Path) -> "RandomFeeds":
+        """For a model in ``directory``, whose config.json may tell the size of the vocabulary."""
+        return cls(tuple(inputs), _vocabulary(directory / "config.json"))
+
+    def three_shapes(self) -> Iterator[Feeds]:
+        """Feeds at each of ``RANDOM_SHAPES``."""
+        for index, (leading, other) in enumerate(RANDOM_SHAPES):
+            yield self.draw(leading, other, self.seed + index)
+
+    def draw(self, leading: int, other: int, seed: int) -> Feeds:
+        """Feeds whose dynamic axes are ``leading`` long where they lead an input, and ``other`` elsewhere."""
+        leads = {spec.shape[0] for spec in self.inputs if spec.shape}
+        random = np.random.default_rng(seed)
+
+        def lengths(spec: TensorSpec) -> tuple[int, ...]:
+            return tuple(dim if isinstance(dim, int) else leading if dim in leads else other for dim in spec.shape)
+
+        return {spec.name: self._array(random, spec, lengths(spec)) for spec in self.inputs}
+
+    def _array(self, random: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        dtype = np.dtype(spec.dtype)
+        if dtype.kind == "f":
+            return random.standard_normal(shape).astype(dtype)
+        if dtype.kind == "b" or "mask" in spec.name:
+            return np.ones(shape, dtype)
+        if "position" in spec.name:
+            return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+        if "type" in spec.name:
+            return np.zeros(shape, dtype)
+        return random.integers(0, self.vocabulary, shape).astype(dtype)
+
+
+def _vocabulary(config: Path) -> int:
+    if not config.is_file():
+        return 2
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{config} is no complete JSON: {error}", hint="export the model again") from error
+    size = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else 2

@@ -1,0 +1,68 @@
+"""Where the graph is, and whether a target takes it."""
+
+from pathlib import Path
+
+from moe_spec.errors import UserError
+from moe_spec.files import inside
+from moe_spec.manifest import MODEL, OBSERVED, Manifest
+from runtime.backend import ENGINE_FILE
+from runtime.onnx_file import check_external_data, float_types
+from runtime.targets import Target
+
+
+def model_file(path: Path) -> Path:
+    """The graph of ``path``, an .onnx file or a model directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_dir():
+        model = path / MODEL
+        if not model.is_file():
+            raise UserError(
+                f"{path} is no model directory: it has no {MODEL}", hint="give what export or optimize wrote"
+            )
+        return model
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, expected an .onnx file or a model directory", hint="check the path")
+    return path
+
+
+def observed_file(model_dir: Path) -> Path:
+    """The graph of a model directory that shows what its routers did.
+
+    Raises:
+        UserError: there is none.
+    """
+    observed = model_dir / OBSERVED
+    if not observed.is_file():
+        raise UserError(
+            f"{model_dir} has no {OBSERVED}, so its routers cannot be observed",
+            hint="give a directory that `moe-edge export` or `moe-edge optimize` wrote",
+        )
+    return observed
+
+
+def model_bytes(path: Path) -> int:
+    """Bytes of what runs: the graph and its weights, or the engine."""
+    if (path / ENGINE_FILE).is_file():
+        return (path / ENGINE_FILE).stat().st_size
+    onnx = model_file(path)
+    locations = {tensor.location for tensor in check_external_data(onnx) if tensor.location is not None}
+    return onnx.stat().st_size + sum(inside(onnx.parent, name, onnx).stat().st_size for name in locations)
+
+
+def why_not_buildable(model_dir: Path, target: Target) -> list[str]:
+    """Reasons in the model why ``target`` cannot take it: a form or a number format that it does not know."""
+    manifest = Manifest.load(model_dir)
+    reasons = [
+        f"layer {block.name} has the form {block.form!r}, {target.name} takes {', '.join(target.forms)}"
+        for block in manifest.blocks
+        if block.form not in target.forms
+    ]
+    found = float_types(check_external_data(model_file(model_dir)))
+    unknown = sorted(set(found) - target.precisions)
+    if unknown:
+        takes = ", ".join(sorted(target.precisions))
+        reasons.append(f"{MODEL} holds {', '.join(unknown)}, {target.name} takes {takes}")
+    return reasons

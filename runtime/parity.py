@@ -1,0 +1,156 @@
+"""How close two models are: pure functions over arrays.
+
+T tokens, E experts of the source model, R rows of an output (everything but the last axis), V its last axis.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+_TINY = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a router did with T tokens, by the source model's expert ids.
+
+    Attributes:
+        gates: (T, E) weight of each expert, 0 where it was not selected.
+        scores: (T, E) what top-k ranked, -inf where an expert could not be selected.
+    """
+
+    gates: Floats
+    scores: Floats
+
+    @classmethod
+    def of(
+        cls, gates_Tk: npt.NDArray[Any], scores_Tk: npt.NDArray[Any], keep: Sequence[int], experts: int
+    ) -> "Routing":
+        """Spread a graph's own experts, of which number j is ``keep[j]``, over the ids 0 to ``experts`` - 1.
+
+        >>> Routing.of(np.array([[0.0, 1.0]]), np.array([[0.2, 0.8]]), keep=(0, 2), experts=3)
+        Routing(gates=array([[0., 0., 1.]]), scores=array([[ 0.2, -inf,  0.8]]))
+        """
+        gates = np.zeros((len(gates_Tk), experts))
+        scores = np.full((len(gates_Tk), experts), -np.inf)
+        gates[:, list(keep)], scores[:, list(keep)] = gates_Tk, scores_Tk
+        return cls(gates, scores)
+
+    @classmethod
+    def of_one_expert(cls, tokens: int, keep: Sequence[int], experts: int) -> "Routing":
+        """A layer without a router: every token goes to its one expert with gate 1."""
+        return cls.of(np.ones((tokens, 1)), np.ones((tokens, 1)), keep, experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenParity:
+    """Two routers on the same T tokens; every array is (T,).
+
+    Attributes:
+        flipped: the sets of selected experts differ.
+        agreement: size of the sets' intersection over that of their union (Jaccard).
+        margin: relative margin of the reference's choice (``selection_margin``).
+        weight: largest gate, on either side, of an expert that only one side selected.
+        gate_error: largest difference of a gate, over the reference's largest gate.
+    """
+
+    flipped: Flags
+    agreement: Floats
+    margin: Floats
+    weight: Floats
+    gate_error: Floats
+
+
+def compare_routing(reference: Routing, candidate: Routing, top_k: int) -> TokenParity:
+    """Token by token; ``top_k`` is the reference's K."""
+    mine, theirs = reference.gates != 0, candidate.gates != 0
+    differs = mine != theirs  # NaN counts as selected
+    union = (mine | theirs).sum(axis=1)
+    largest = np.nan_to_num(np.maximum(np.abs(reference.gates), np.abs(candidate.gates)), nan=np.inf)
+    error = np.nan_to_num(np.abs(reference.gates - candidate.gates), nan=np.inf).max(axis=1, initial=0.0)
+    return TokenParity(
+        flipped=differs.any(axis=1),
+        agreement=(mine & theirs).sum(axis=1) / np.maximum(union, 1) + (union == 0),
+        margin=selection_margin(reference.scores, top_k),
+        weight=np.where(differs, largest, 0.0).max(axis=1, initial=0.0),
+        gate_error=error / max(float(np.abs(reference.gates).max(initial=0.0)), _TINY),
+    )
+
+
+def selection_margin(scores_TE: Floats, top_k: int) -> Floats:
+    """``(s_k - s_{k+1}) / scale`` (T,), over what is selectable; infinite where there was no choice.
+
+    Probabilities are exact relative to themselves: their scale is ``|s_k|``. Logits, told by a negative one, are exact
+    relative to their kind: their scale is the mean magnitude of the token's logits, where that is larger.
+
+    What group-limited routing excluded has score -inf, so the margin between groups is not seen here: a flip that
+    comes from a change of group is judged by the margin inside the group.
+
+    >>> selection_margin(np.array([[4.0, 1.0, 2.0], [4.0, 1.0, -np.inf]]), top_k=2)
+    array([0.5, inf])
+    >>> selection_margin(np.array([[5.0, 0.01, -0.99]]), top_k=2)
+    array([0.5])
+    """
+    ranked = -np.sort(-scores_TE, axis=1)
+    margins = np.full(len(ranked), np.inf)
+    if ranked.shape[1] <= top_k:
+        return margins
+    finite = np.isfinite(ranked)
+    choice = finite[:, top_k]
+    last, next_one = ranked[choice, top_k - 1], ranked[choice, top_k]
+    scale = np.abs(last)
+    if ranked[finite].min(initial=0.0) < 0:
+        magnitudes = np.abs(np.where(finite, ranked, 0.0)).sum(axis=1) / np.maximum(finite.sum(axis=1), 1)
+        scale = np.maximum(scale, magnitudes[choice])
+    margins[choice] = (last - next_one) / np.maximum(scale, _TINY)
+    return margins
+
+
+def softmax(logits_RV: Floats) -> Floats:
+    """Along the last axis."""
+    powers = np.exp(logits_RV - logits_RV.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def kl_divergence(reference_RV: Floats, candidate_RV: Floats) -> Floats:
+    """``KL(reference || candidate)`` (R,) in nats, of two tables of probabilities.
+
+    >>> kl_divergence(np.array([[0.5, 0.5]]), np.array([[0.5, 0.5]]))
+    array([0.])
+    """
+    ratio = np.log(np.maximum(reference_RV, _TINY)) - np.log(np.maximum(candidate_RV, _TINY))
+    return np.asarray((reference_RV * ratio).sum(axis=-1))
+
+
+def esap(reference_RV: Floats, candidate_RV: Floats) -> Floats:
+    """Expected acceptance ``sum_v min(p_v, q_v)`` (R,): 1 is identical (EvoESAP's fitness).
+
+    >>> esap(np.array([[0.7, 0.3]]), np.array([[0.5, 0.5]]))
+    array([0.8])
+    """
+    return np.asarray(np.minimum(reference_RV, candidate_RV).sum(axis=-1))
+
+
+def cosine(reference_RV: Floats, candidate_RV: Floats) -> Floats:
+    """Cosine (R,) of the angle between rows; 1 where both are zero.
+
+    >>> cosine(np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 2.0], [0.0, 0.0]]))
+    array([0., 1.])
+    """
+    lengths = np.linalg.norm(reference_RV, axis=-1) * np.linalg.norm(candidate_RV, axis=-1)
+    both_zero = ~(reference_RV.any(axis=-1) | candidate_RV.any(axis=-1))
+    return np.where(both_zero, 1.0, (reference_RV * candidate_RV).sum(axis=-1) / np.maximum(lengths, _TINY))
+
+
+def same_top1(reference_RV: Floats, candidate_RV: Floats) -> Flags:
+    """Whether the largest entry (R,) is at the same place.
+
+    >>> same_top1(np.array([[1.0, 2.0]]), np.array([[2.0, 1.0]]))
+    array([False])
+    """
+    return np.asarray(reference_RV.argmax(axis=-1) == candidate_RV.argmax(axis=-1))

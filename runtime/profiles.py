@@ -1,0 +1,159 @@
+"""Optimisation profiles: the range of shapes that an engine must take, in trtexec's syntax.
+
+``--minShapes=x:1x3x8,y:1 --optShapes=... --maxShapes=...``; ``--optShapes`` alone fixes the shapes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from moe_spec.errors import UserError
+from moe_spec.manifest import TensorSpec
+
+BATCH_RANGE = (1, 8, 64)
+OTHER_RANGE = (1, 32, 128)
+"""What the default profile lets a leading and any other dynamic axis be: least, best, most."""
+
+_SYNTAX = "give NAME:DIMxDIM,... as trtexec does, e.g. --minShapes=x:1x3x8,y:1"
+_SHAPE = re.compile(r"\d+(x\d+)*")
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeRange:
+    """Shapes of one input: the smallest, the one to be quick at, and the largest."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+Profile = Mapping[str, ShapeRange]
+
+
+def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None) -> Profile | None:
+    """The profile that the three options give; None where none is given.
+
+    >>> parse_profile("x:1x8", "x:4x8", "x:64x8")
+    {'x': ShapeRange(min=(1, 8), opt=(4, 8), max=(64, 8))}
+    >>> parse_profile(None, "x:4x8", None)
+    {'x': ShapeRange(min=(4, 8), opt=(4, 8), max=(4, 8))}
+
+    Raises:
+        UserError: bad syntax, two of the three options, or options that name different inputs.
+    """
+    given = {"--minShapes": minimum, "--optShapes": optimum, "--maxShapes": maximum}
+    if minimum is None and optimum is None and maximum is None:
+        return None
+    if optimum is not None and minimum is None and maximum is None:
+        given = dict.fromkeys(given, optimum)
+    missing = [option for option, text in given.items() if text is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing: a profile needs all three options, or --optShapes alone",
+            hint="give --minShapes, --optShapes and --maxShapes, each with every dynamic input",
+        )
+    parsed = {option: _parse(option, text) for option, text in given.items() if text is not None}
+    names = {option: sorted(shapes) for option, shapes in parsed.items()}
+    if len(set(map(tuple, names.values()))) > 1:
+        listing = "; ".join(f"{option} names {', '.join(found)}" for option, found in names.items())
+        raise UserError(f"the profile's options name different inputs: {listing}", hint="name the same inputs in each")
+    return {name: ShapeRange(*(parsed[option][name] for option in given)) for name in names["--minShapes"]}
+
+
+def _parse(option: str, text: str) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for item in text.split(","):
+        name, colon, dims = item.rpartition(":")  # names may hold colons, shapes do not
+        name = name.strip("'\"")
+        if not colon or not name or not _SHAPE.fullmatch(dims) or name in shapes:
+            raise UserError(f"{option}={text}: cannot read {item!r}", hint=_SYNTAX)
+        shapes[name] = tuple(int(dim) for dim in dims.split("x"))
+    return shapes
+
+
+def dynamic(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The inputs that have an axis whose length is not fixed."""
+    return [spec for spec in inputs if any(isinstance(dim, str) for dim in spec.shape)]
+
+
+def default_profile(inputs: Sequence[TensorSpec]) -> Profile:
+    """``BATCH_RANGE`` for axes that lead an input, ``OTHER_RANGE`` for the rest; one range for all axes of one name.
+
+    >>> default_profile([TensorSpec("ids", "int64", ("batch", "sequence"))])["ids"]
+    ShapeRange(min=(1, 1), opt=(8, 32), max=(64, 128))
+    """
+    leading = {spec.shape[0] for spec in inputs if spec.shape}
+
+    def lengths(spec: TensorSpec, which: int) -> Shape:
+        ranges = (BATCH_RANGE if dim in leading else OTHER_RANGE for dim in spec.shape)
+        return tuple(
+            dim if isinstance(dim, int) else bounds[which] for dim, bounds in zip(spec.shape, ranges, strict=True)
+        )
+
+    return {spec.name: ShapeRange(*(lengths(spec, which) for which in range(3))) for spec in dynamic(inputs)}
+
+
+def check_profile(profile: Profile, inputs: Sequence[TensorSpec]) -> None:
+    """Refuse a profile that does not fit the model's inputs.
+
+    Raises:
+        UserError: an input is unknown or left out, has another rank or a fixed axis, or not min <= opt <= max.
+    """
+    known = {spec.name: spec for spec in inputs}
+    unknown = sorted(set(profile) - set(known))
+    if unknown:
+        raise UserError(
+            f"the profile names {', '.join(unknown)}, but the model's inputs are {', '.join(sorted(known))}",
+            hint="name the model's inputs in --minShapes, --optShapes and --maxShapes",
+        )
+    left_out = [_show(spec) for spec in dynamic(inputs) if spec.name not in profile]
+    if left_out:
+        raise UserError(
+            f"the profile leaves out the dynamic input{'s' * (len(left_out) > 1)} {', '.join(left_out)}",
+            hint="give every dynamic input a range in --minShapes, --optShapes and --maxShapes",
+        )
+    for name, shapes in profile.items():
+        _check_shapes(known[name], shapes)
+
+
+def _check_shapes(spec: TensorSpec, shapes: ShapeRange) -> None:
+    for option, shape in (("--minShapes", shapes.min), ("--optShapes", shapes.opt), ("--maxShapes", shapes.max)):
+        fits = len(shape) == len(spec.shape) and all(
+            isinstance(dim, str) or dim == given for dim, given in zip(spec.shape, shape, strict=True)
+        )
+        if not fits:
+            raise UserError(
+                f"{option} gives {spec.name} the shape {_dims(shape)}, but the model's input is {_show(spec)}",
+                hint=f"give {spec.name} {len(spec.shape)} dimensions, the fixed ones as they are",
+            )
+    ordered = all(low <= best <= high for low, best, high in zip(shapes.min, shapes.opt, shapes.max, strict=True))
+    if not ordered:
+        raise UserError(
+            f"the profile of {spec.name} is {_dims(shapes.min)}, {_dims(shapes.opt)}, {_dims(shapes.max)}, "
+            "expected min <= opt <= max on every axis",
+            hint="swap the shapes so that they ascend",
+        )
+
+
+def show_options(profile: Profile) -> str:
+    """The profile as the three options.
+
+    >>> show_options({"x": ShapeRange((1, 8), (4, 8), (64, 8))})
+    '--minShapes=x:1x8 --optShapes=x:4x8 --maxShapes=x:64x8'
+    """
+
+    def option(which: str) -> str:
+        shapes = ",".join(f"{name}:{_dims(getattr(shapes, which))}" for name, shapes in sorted(profile.items()))
+        return f"--{which}Shapes={shapes}"
+
+    return " ".join(option(which) for which in ("min", "opt", "max")) if profile else ""
+
+
+def _dims(shape: Sequence[int | str]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _show(spec: TensorSpec) -> str:
+    return f"{spec.name}[{', '.join(map(str, spec.shape))}]"

@@ -1,0 +1,170 @@
+"""parity.json: what `verify` measured and what it made of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moe_spec.record import Json, Record, load_record, save_record
+from runtime.tolerances import Tolerance
+
+SCHEMA = 1
+_REMAKE = "make it again with `moe-edge verify`"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerParity:
+    """One MoE layer.
+
+    A flip is a token for which candidate and reference select different experts. Flips are *judged* only on examples
+    that did not flip in a lower layer: whatever follows a flip sees other hidden states.
+
+    Attributes:
+        name: of the layer.
+        tokens: compared.
+        flips: among all tokens.
+        flip_rate: ``flips / tokens``.
+        agreement: mean Jaccard index of the sets of selected experts.
+        judged_tokens: tokens on which flips were judged.
+        judged_flips: flips among them.
+        faults: judged flips that rounding does not explain: the reference's margin was wide, and the gate mattered.
+        largest_margin: of the judged flips, relative; None without a finite one.
+        gate_error: largest relative difference of a gate on judged tokens that did not flip; None if not finite.
+    """
+
+    name: str
+    tokens: int
+    flips: int
+    flip_rate: float
+    agreement: float
+    judged_tokens: int
+    judged_flips: int
+    faults: int
+    largest_margin: float | None
+    gate_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputParity:
+    """One output of the model.
+
+    Attributes:
+        name: of the output.
+        examples: without any flip, on which elements were compared.
+        max_abs: largest difference of an element on these examples; None if there are none, or if it is not finite.
+        max_rel: ``max_abs`` over the reference's largest magnitude; None likewise.
+        cosine: mean cosine of rows over all examples; None, like what follows, where the output is not floating.
+        kl: mean ``KL(reference || candidate)`` of the softmax of rows.
+        top1_agreement: share of rows whose largest entry is at the same place.
+        esap: mean expected acceptance of the softmax of rows, 1 for identical ones.
+    """
+
+    name: str
+    examples: int
+    max_abs: float | None
+    max_rel: float | None
+    cosine: float | None
+    kl: float | None
+    top1_agreement: float | None
+    esap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskAccuracy:
+    """Top-1 accuracy on labelled data; ``difference`` is candidate minus reference."""
+
+    reference: float
+    candidate: float
+    difference: float
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """The verdict and what it rests on.
+
+    Attributes:
+        passed: whether the candidate computes what the reference computes.
+        reasons: why not; empty when it passed.
+        first_wrong_layer: the lowest layer whose routing differs by more than rounding, when it failed.
+        candidate_sha256: hash of the candidate's manifest.json.
+        reference_sha256: hash of the reference's manifest.json.
+        data: what was fed, in words.
+        data_sha256: hash of the task data; None for random feeds.
+        examples: fed.
+        precision: the number format that the tolerance belongs to.
+        tolerance: what was allowed.
+        layers: in model order; None where the candidate is an engine, which shows no routers.
+        outputs: in model order.
+        accuracy: None without labels.
+        notes: what was not measured, and why.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+    first_wrong_layer: str | None
+    candidate_sha256: str
+    reference_sha256: str
+    data: str
+    data_sha256: str | None
+    examples: int
+    precision: str
+    tolerance: Tolerance
+    layers: tuple[LayerParity, ...] | None
+    outputs: tuple[OutputParity, ...]
+    accuracy: TaskAccuracy | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flips(self) -> int | None:
+        """Flips in all layers; None where they could not be seen."""
+        return None if self.layers is None else sum(layer.flips for layer in self.layers)
+
+    def to_json(self) -> Json:
+        """The report as it stands in parity.json."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write parity.json."""
+        save_record(path, "parity", SCHEMA, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "ParityReport":
+        """Read parity.json.
+
+        Raises:
+            UserError: the file is missing, cut, another artifact, or of another schema.
+        """
+        record = load_record(path, "parity", SCHEMA, _REMAKE)
+        layers, accuracy = record.take("layers", list, default=None), record.record("accuracy")
+        tolerance = record.record("tolerance")
+        if tolerance is None:
+            raise record.fail("key 'tolerance' is missing")
+        return cls(
+            passed=record.take("passed", bool),
+            reasons=record.items("reasons", str),
+            first_wrong_layer=record.take("first_wrong_layer", str, default=None),
+            candidate_sha256=record.take("candidate_sha256", str),
+            reference_sha256=record.take("reference_sha256", str),
+            data=record.take("data", str),
+            data_sha256=record.take("data_sha256", str, default=None),
+            examples=record.take("examples", int),
+            precision=record.take("precision", str),
+            tolerance=_row(Tolerance, tolerance),
+            layers=None if layers is None else tuple(_row(LayerParity, row) for row in record.records("layers")),
+            outputs=tuple(_row(OutputParity, row) for row in record.records("outputs")),
+            accuracy=None if accuracy is None else _row(TaskAccuracy, accuracy),
+            notes=record.items("notes", str),
+        )
+
+
+def _row(kind: type[Any], record: Record) -> Any:
+    """A dataclass whose fields are str, int, float, or float or None."""
+    plain = {str: str, int: int, float: float}
+    return kind(
+        **{
+            field.name: record.take(field.name, plain[field.type])
+            if field.type in plain
+            else record.take(field.name, float, default=None)
+            for field in dataclasses.fields(kind)
+        }
+    )

@@ -1,0 +1,136 @@
+"""Batch inference: .npz and image files in, classes or raw outputs out."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.dataset import load_dataset
+from moe_spec.errors import UserError
+from moe_spec.files import new_file, refuse_existing
+from moe_spec.images import FILE_NAME as PREPROCESSOR
+from moe_spec.images import ImagePreprocessor
+from moe_spec.runner import Arrays, Feeds
+from runtime.backends import open_session
+from runtime.image_files import SUFFIXES, read_images
+from runtime.parity import softmax
+
+LOGITS = "logits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a model said of N examples.
+
+    Attributes:
+        names: of the examples: a path, with an index where the file holds several.
+        outputs: (N, ...) by name.
+        classes: name of the likeliest class of each example; None where the model does not classify.
+        probabilities: (N, C) float64 softmax of the logits; None likewise.
+    """
+
+    names: tuple[str, ...]
+    outputs: Mapping[str, npt.NDArray[Any]]
+    classes: tuple[str, ...] | None
+    probabilities: npt.NDArray[np.float64] | None
+
+    def save(self, path: Path) -> None:
+        """Write outputs, and ``classes`` and ``probabilities`` where there are any, to an .npz."""
+        arrays = dict(self.outputs)
+        if self.classes is not None and self.probabilities is not None:
+            arrays |= {"classes": np.array(self.classes), "probabilities": self.probabilities}
+        with new_file(path) as staging:
+            np.savez_compressed(staging, **arrays)  # type: ignore[arg-type]  # numpy's stub takes names for flags
+
+
+def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size: int = 32) -> Predictions:
+    """Run a model or an engine over files.
+
+    Args:
+        model: engine directory, model directory or .onnx file.
+        inputs: .npz files (model inputs, or ``images`` for models with a preprocessor) and PNG or JPEG files.
+        out: .npz to write; it must not exist yet.
+        batch_size: examples that are run at once.
+
+    Raises:
+        UserError: a file is missing, broken or does not fit the model, or ``out`` exists or is no .npz.
+    """
+    if out is not None:
+        refuse_existing(out)
+        if out.suffix != ".npz":
+            raise UserError(f"{out} is no .npz", hint=f"write to {out.with_suffix('.npz')}")
+    with open_session(model) as session:
+        names: list[str] = []
+        batches: list[Arrays] = []
+        for found, feeds in _batches(_directory(model), inputs, batch_size):
+            names += found
+            batches.append(session.run(feeds))
+    outputs = _concatenate(batches)
+    labels = _labels(_directory(model))
+    logits = outputs.get(LOGITS)
+    predictions = Predictions(tuple(names), outputs, None, None)
+    if labels is not None and logits is not None and logits.ndim == 2 and logits.shape[1] == len(labels):
+        classes = tuple(labels[index] for index in logits.argmax(axis=1))
+        predictions = dataclasses.replace(
+            predictions, classes=classes, probabilities=softmax(logits.astype(np.float64))
+        )
+    if out is not None:
+        predictions.save(out)
+    return predictions
+
+
+def _directory(model: Path) -> Path:
+    return model if model.is_dir() else model.parent
+
+
+def _batches(directory: Path, inputs: Sequence[Path], size: int) -> Iterator[tuple[list[str], Feeds]]:
+    """Names of examples and what to feed for them: every .npz by itself, then the image files together."""
+    if size < 1:
+        raise UserError(f"the batch size is {size}, expected 1 or more", hint="give --batch-size 1 or more")
+    preprocessor = ImagePreprocessor.load(directory)
+    images = [path for path in inputs if path.suffix.lower() in SUFFIXES]
+    if images and preprocessor is None:
+        raise UserError(
+            f"{images[0]} is an image, but {directory} has no {PREPROCESSOR}",
+            hint="give a model that takes images, or store model inputs in an .npz",
+        )
+    for path in inputs:
+        if path not in images:
+            data = load_dataset(path, preprocessor)
+            for index, feeds in enumerate(data.batches(size)):
+                count = len(next(iter(feeds.values())))
+                yield [f"{path}[{index * size + offset}]" for offset in range(count)], feeds
+    for start in range(0, len(images), size):
+        assert preprocessor is not None, "images were refused above"
+        part = images[start : start + size]
+        yield [str(path) for path in part], read_images(part, preprocessor)
+
+
+def _concatenate(batches: Sequence[Arrays]) -> Arrays:
+    """Outputs of all batches, examples on axis 0."""
+    if not batches:
+        raise UserError("there is nothing to run", hint="give .npz or image files with --input")
+    shapes = {name: {batch[name].shape[1:] for batch in batches} for name in batches[0]}
+    ragged = sorted(name for name, found in shapes.items() if len(found) > 1)
+    if ragged:
+        raise UserError(
+            f"the inputs give outputs of different shapes: {', '.join(ragged)}",
+            hint="run files of one length at a time",
+        )
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _labels(directory: Path) -> list[str] | None:
+    """Class names by id, from config.json; None where it names none."""
+    config = directory / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("id2label")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{config} is no complete JSON: {error}", hint="export the model again") from error
+    return [named[str(index)] for index in range(len(named))] if named else None

@@ -1,0 +1,113 @@
+"""The few calls of the CUDA driver that running an engine takes, through ctypes.
+
+The driver library is on every GPU machine; the CUDA toolkit and its Python packages are not.
+
+Executed by the tests: that there is no driver. Everything else was type-checked and read against ``cuda.h`` only; it
+has not run on a GPU yet.
+"""
+
+import ctypes
+import ctypes.util
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.errors import UserError
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
+class Driver:
+    """GPU 0 with its primary context, which TensorRT shares. Buffers are freed at the end of the ``with`` block."""
+
+    def __init__(self) -> None:
+        """Load the driver.
+
+        Raises:
+            UserError: there is no driver, or no GPU.
+        """
+        try:
+            self._cuda = ctypes.CDLL(_LIBRARY)
+        except OSError as error:
+            raise UserError(f"there is no NVIDIA driver here: {error}", hint="install the driver of the GPU") from error
+        self._call("cuInit", ctypes.c_uint(0))
+        self._device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(0))
+        self._buffers: dict[str, tuple[ctypes.c_uint64, int]] = {}
+        self.stream = ctypes.c_void_p()
+
+    def compute_capability(self) -> str:
+        """``major.minor`` of the GPU."""
+        parts = []
+        for attribute in (_MAJOR, _MINOR):
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
+            parts.append(str(value.value))
+        return ".".join(parts)
+
+    def __enter__(self) -> Self:
+        context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        self._call("cuCtxSetCurrent", context)
+        self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(0))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pointer, _ in self._buffers.values():
+            self._call("cuMemFree_v2", pointer)
+        self._buffers.clear()
+        self._call("cuStreamDestroy_v2", self.stream)
+        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+    def buffer(self, name: str, size: int) -> int:
+        """Address of a device buffer of at least ``size`` bytes, which belongs to ``name`` and is used again."""
+        pointer, capacity = self._buffers.get(name, (ctypes.c_uint64(), -1))
+        if capacity < size:
+            if capacity >= 0:
+                self._call("cuMemFree_v2", pointer)
+                del self._buffers[name]
+            pointer = ctypes.c_uint64()
+            self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
+            self._buffers[name] = (pointer, size)
+        return pointer.value
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Copy a contiguous array to the device."""
+        source = array.ctypes.data_as(ctypes.c_void_p)
+        size = ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, self.stream)
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+        """An array from the device; its values are there once ``synchronize`` returned."""
+        array = np.empty(shape, dtype)
+        target = array.ctypes.data_as(ctypes.c_void_p)
+        size = ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), size, self.stream)
+        return array
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._call("cuStreamSynchronize", self.stream)
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        status = getattr(self._cuda, function)(*arguments)
+        if status == 0:
+            return
+        text = ctypes.c_char_p()
+        self._cuda.cuGetErrorString(status, ctypes.byref(text))
+        reason = (text.value or b"unknown error").decode()
+        raise UserError(f"the GPU driver refuses {function}: {reason} ({status})", hint="check the GPU with nvidia-smi")
+
+
+def compute_capability_here() -> str | None:
+    """``major.minor`` of this machine's GPU; None without one."""
+    try:
+        return Driver().compute_capability()
+    except UserError:
+        return None

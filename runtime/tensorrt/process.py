@@ -1,0 +1,50 @@
+"""Runs a build in a process of its own, and turns whatever becomes of it into facts or an error."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from moe_spec.errors import UserError
+from runtime.tensorrt.request import ERROR, FACTS, BuildRequest, NetworkFacts
+
+_LAST_LINES = 3
+
+
+def build_in_fresh_process(request: BuildRequest, log: Path) -> NetworkFacts:
+    """Build ``request.engine``; what TensorRT says goes to ``log``. The process dies with this call, ctrl-C included.
+
+    Raises:
+        UserError: TensorRT refuses the model, or crashes.
+    """
+    with tempfile.TemporaryDirectory(prefix="moe-edge-build-") as scratch, log.open("wb") as output:
+        path = Path(scratch) / "request.json"
+        request.save(path)
+        # -P: a `runtime` or `numpy` folder in the current directory must not be imported
+        command = [sys.executable, "-P", "-m", "runtime.tensorrt.worker", str(path)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603 - our own worker
+        try:
+            status = process.wait()
+        finally:
+            process.kill()  # no effect on a process that has ended
+            process.wait()
+        if status == 0:
+            return NetworkFacts(**json.loads(path.with_name(FACTS).read_text(encoding="utf-8")))
+        if path.with_name(ERROR).is_file():
+            raise UserError(**json.loads(path.with_name(ERROR).read_text(encoding="utf-8")))
+    raise UserError(
+        f"{request.backend} ended with {_describe(status)} while it built {request.onnx.name}; "
+        f"it last said: {_last_words(log)}",
+        hint="free some memory and try again; if it crashes again, report it to NVIDIA with the log",
+    )
+
+
+def _describe(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return " | ".join(lines[-_LAST_LINES:]) or "nothing"

@@ -1,0 +1,33 @@
+"""One build in one process: ``python -m runtime.tensorrt.worker REQUEST.json``.
+
+A fresh process, because a builder that was used before gives other bytes, and because TensorRT may crash.
+stdout is the build log. Facts or an error are written beside the request.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from moe_spec.errors import UserError
+from runtime.tensorrt.library import load_library
+from runtime.tensorrt.network import build_engine
+from runtime.tensorrt.request import ERROR, FACTS, BuildRequest
+
+
+def main(path: Path) -> int:
+    """Build what the request at ``path`` asks for; 0 when it is done, 1 when an error was written."""
+    request = BuildRequest.load(path)
+    try:
+        plan, facts = build_engine(load_library(request.backend), request, sys.stdout)
+    except UserError as error:
+        path.with_name(ERROR).write_text(json.dumps({"what": error.what, "hint": error.hint}), encoding="utf-8")
+        return 1
+    with request.engine.open("wb") as file:
+        file.write(plan)
+    path.with_name(FACTS).write_text(json.dumps(dataclasses.asdict(facts)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,147 @@
+"""Does a candidate compute what its reference computes? Knows that an MoE's routers may flip.
+
+Element-wise error on an MoE is dominated by tokens that select other experts, so three things are looked at apart:
+which experts are selected, and whether rounding explains each difference; the outputs of examples on which nothing
+flipped; and measures over everything (cosine, KL, top-1 agreement, task accuracy).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.dataset import Dataset
+from moe_spec.runner import Arrays, Feeds
+from runtime.feeds import RANDOM_SHAPES, RandomFeeds
+from runtime.parity import Flags, compare_routing
+from runtime.report import ParityReport
+from runtime.sides import Side, check_comparable
+from runtime.tally import AccuracyTally, LayerTally, OutputTally
+from runtime.tolerances import TOLERANCES, Tolerance
+from runtime.verdict import first_wrong_layer, why_it_failed
+
+_RANDOM = f"random feeds at the shapes {', '.join(f'{leading}x{other}' for leading, other in RANDOM_SHAPES)}"
+_NO_ROUTERS = "the candidate is an engine, which shows no routers: no flips were looked for, all examples were compared"
+
+
+def verify(
+    candidate: Path,
+    reference: Path,
+    data: Dataset | None = None,
+    *,
+    batch_size: int = 32,
+    threads: int = 0,
+    tolerance: Tolerance | None = None,
+) -> ParityReport:
+    """Compare two model directories, or an engine with a model directory.
+
+    Args:
+        candidate: model or engine directory.
+        reference: model directory; of the parent model, with dropped experts unselectable where a plan was applied.
+        data: task data; without it both see random feeds at three shapes, one of them a single token.
+        batch_size: examples that are run at once.
+        threads: that one operator may use on a CPU; 0 for one a core.
+        tolerance: what is allowed; by default what ``TOLERANCES`` says of the coarser model's number format.
+
+    Raises:
+        UserError: a directory is damaged or cannot be run here, or the two are not comparable.
+    """
+    with contextlib.ExitStack() as stack:
+        mine, theirs = Side.open(reference, threads), Side.open(candidate, threads)
+        stack.enter_context(mine.session)
+        stack.enter_context(theirs.session)
+        check_comparable(mine, theirs)
+        precision = max(mine.precision(), theirs.precision(), key=list(TOLERANCES).index)
+        comparison = _Comparison(mine, theirs, tolerance or TOLERANCES[precision])
+        for feeds, labels in _batches(mine, data, batch_size):
+            comparison.add(feeds, labels)
+        return comparison.report(data, precision)
+
+
+def _batches(reference: Side, data: Dataset | None, size: int) -> Iterator[tuple[Feeds, npt.NDArray[np.int64] | None]]:
+    if data is None:
+        random = RandomFeeds.of(reference.session.inputs, reference.path)
+        yield from ((feeds, None) for feeds in random.three_shapes())
+        return
+    for index, feeds in enumerate(data.batches(size)):
+        yield feeds, None if data.labels is None else data.labels[index * size : (index + 1) * size]
+
+
+class _Comparison:
+    """Both models on the same batches."""
+
+    def __init__(self, reference: Side, candidate: Side, tolerance: Tolerance) -> None:
+        self._reference, self._candidate, self._tolerance = reference, candidate, tolerance
+        blocks = zip(reference.manifest.blocks, candidate.manifest.blocks, strict=True) if candidate.observed else ()
+        self._layers = [(mine, theirs, LayerTally(mine.name, tolerance)) for mine, theirs in blocks]
+        self._outputs = [OutputTally(spec.name) for spec in reference.manifest.outputs]
+        self._accuracy = AccuracyTally()
+        self._examples = 0
+
+    def add(self, feeds: Feeds, labels: npt.NDArray[np.int64] | None) -> None:
+        """Run one batch on both."""
+        mine, theirs = self._reference.run(feeds), self._candidate.run(feeds)
+        batch = len(next(iter(feeds.values())))
+        clean_B = self._compare_layers(mine, theirs, np.ones(batch, dtype=np.bool_))
+        for tally in self._outputs:
+            tally.add(mine[tally.name], theirs[tally.name], clean_B)
+        logits = self._logits(mine)
+        if labels is not None and logits is not None:
+            self._accuracy.add(mine[logits], theirs[logits], labels)
+        self._examples += batch
+
+    def _compare_layers(self, mine: Arrays, theirs: Arrays, clean_B: Flags) -> Flags:
+        """Examples without a flip, which shrink from layer to layer."""
+        for our_block, their_block, tally in self._layers:
+            gates = [run[block.gates] for run, block in ((mine, our_block), (theirs, their_block)) if block.gates]
+            if not gates:
+                continue  # one expert on both sides: nothing can flip
+            tokens, experts = len(gates[0]), max(our_block.keep) + 1
+            routing = self._reference.routing(our_block, mine, tokens, experts)
+            other = self._candidate.routing(their_block, theirs, tokens, experts)
+            compared = compare_routing(routing, other, our_block.top_k)
+            tally.add(compared, _per_token(clean_B, tokens))
+            clean_B = clean_B & ~_per_example(compared.flipped, len(clean_B))
+        return clean_B
+
+    def _logits(self, outputs: Arrays) -> str | None:
+        """The output (N, C) that classifies: `logits`, or the only one of that shape."""
+        tables = [tally.name for tally in self._outputs if outputs[tally.name].ndim == 2]
+        return "logits" if "logits" in tables else tables[0] if len(tables) == 1 else None
+
+    def report(self, data: Dataset | None, precision: str) -> ParityReport:
+        """The verdict on all batches."""
+        layers = tuple(tally.report() for _, _, tally in self._layers) if self._candidate.observed else None
+        outputs = tuple(tally.report() for tally in self._outputs)
+        reasons = why_it_failed(layers or (), outputs, self._tolerance)
+        return ParityReport(
+            passed=not reasons,
+            reasons=reasons,
+            first_wrong_layer=first_wrong_layer(layers or (), self._tolerance) if reasons else None,
+            candidate_sha256=self._candidate.sha256,
+            reference_sha256=self._reference.sha256,
+            data=_RANDOM if data is None else "task data",
+            data_sha256=None if data is None else data.sha256,
+            examples=self._examples,
+            precision=precision,
+            tolerance=self._tolerance,
+            layers=layers,
+            outputs=outputs,
+            accuracy=self._accuracy.report(),
+            notes=() if self._candidate.observed else (_NO_ROUTERS,),
+        )
+
+
+def _per_token(clean_B: Flags, tokens: int) -> Flags:
+    """Each example's flag for each of its tokens; where tokens belong to no example, all of them for all."""
+    if tokens % len(clean_B):
+        return np.full(tokens, clean_B.all())
+    return np.repeat(clean_B, tokens // len(clean_B))
+
+
+def _per_example(flags_T: Flags, batch: int) -> Flags:
+    if len(flags_T) % batch:
+        return np.full(batch, flags_T.any())
+    return np.asarray(flags_T.reshape(batch, -1).any(axis=1))
