@@ -41,3 +41,15 @@ def progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         yield bar
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """``what`` on stderr while it goes on, for work whose end cannot be told."""
+    with err.status(what):
+        yield
+
+
+def step(what: str) -> None:
+    """One line on stderr for each step of a longer journey."""
+    err.print(f"[dim]·[/] {_escape(what)}", soft_wrap=True)

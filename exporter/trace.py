@@ -14,6 +14,7 @@ from exporter.experts_function import function_of
 from exporter.tasks import Task
 from models.moe_layers import MoELayer
 from moe_spec.experts_op import DOMAIN
+from moe_spec.runner import Arrays, Feeds
 
 TRACED = (2, 5)
 """Batch and sequence of the example that is traced; `exporter.check` runs others."""
@@ -36,7 +37,7 @@ class _Call(torch.nn.Module):
         return tuple(outputs[name] for name in self._outputs)
 
 
-def run_torch(model: PreTrainedModel, task: Task, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
     """The model's own outputs, its experts computed by transformers' reference loop."""
     inputs = [torch.from_numpy(feeds[name]) for name in task.axes]
     with torch.inference_mode(), experts_implementation(model, "eager"):

@@ -1,0 +1,66 @@
+"""The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench.
+
+Example: moe-edge demo -o demo-output
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cli import console
+from cli.options import AsJson, Output
+
+if TYPE_CHECKING:
+    from cli.journey import Row
+
+
+def demo(
+    output: Output = Path("demo-output"),
+    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Build TensorRT-RTX engines too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench.
+
+    Keeps 8, 4, 2 and 1 of 8 experts of a V-MoE trained on Fashion-MNIST, and leaves every artifact in a directory.
+
+    Example: moe-edge demo -o demo-output
+    """
+    from cli.journey import TARGETS, Journey
+    from moe_spec.files import new_directory
+    from moe_spec.record import dump
+
+    with new_directory(output) as staging:
+        rows = Journey(staging, TARGETS if engines else (), console.step).run()
+        payload = {"rows": [dataclasses.asdict(row) for row in rows], "output": str(output)}
+        (staging / "demo.json").write_text(dump(payload) + "\n", encoding="utf-8")
+    if not as_json:
+        console.out.print(_table(rows))
+    console.result(f"every artifact is in {output}", payload, as_json)
+
+
+def _table(rows: "list[Row]") -> Table:
+    from cli.journey import BATCHES
+
+    table = Table(title="V-MoE on Fashion-MNIST: 1,000 test images, CPU latency in ms with one thread")
+    table.add_column("model")
+    for name in ("experts", "accuracy", "parity", "flips", "ONNX", "engine", *(f"batch {size}" for size in BATCHES)):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.model,
+            str(row.experts),
+            f"{row.accuracy:.1%}",
+            row.parity,
+            "-" if row.flips is None else f"{row.flips}",
+            _megabytes(row.onnx_bytes),
+            _megabytes(max(row.engine_bytes.values(), default=None)),
+            *(f"{row.latency_ms[str(size)]:.2f}" for size in BATCHES),
+        )
+    return table
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,160 @@
+"""Say what is in a checkpoint, ONNX model, engine, plan, statistics or parity report.
+
+Example: moe-edge inspect exported/
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import console
+from cli.options import AsJson
+from moe_spec.errors import UserError
+from moe_spec.record import Json
+
+Description = tuple[str, Json]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, model or engine directory, .onnx, .json, .safetensors.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a checkpoint, ONNX model, engine, plan, statistics or parity report.
+
+    Example: moe-edge inspect exported/
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist", hint="check the path")
+    summary, payload = _describer(path)(path)
+    console.result(summary, payload, as_json)
+
+
+def _describer(path: Path) -> Callable[[Path], Description]:
+    if path.is_dir():
+        if (path / "model.onnx").is_file():
+            return _onnx
+        return _engine if (path / "manifest.json").is_file() else _checkpoint
+    by_suffix: Mapping[str, Callable[[Path], Description]] = {
+        ".onnx": _onnx,
+        ".json": _json,
+        ".safetensors": _statistics,
+    }
+    if path.suffix not in by_suffix:
+        raise UserError(
+            f"{path} is nothing that moe-edge makes or reads", hint=f"known: a directory, *{', *'.join(by_suffix)}"
+        )
+    return by_suffix[path.suffix]
+
+
+def _onnx(path: Path) -> Description:
+    from graph_passes.describe import inspect_model
+
+    model = inspect_model(path)
+    blocks: list[dict[str, Any]] = [
+        {
+            "name": block.name,
+            "form": block.form,
+            "experts": block.num_experts,
+            "top_k": block.router.top_k,
+            "router": block.router.kind,
+            "activation": dataclasses.asdict(block.experts.activation),
+            "bytes": block.nbytes,
+            "keep": list(block.keep),
+        }
+        for block in model.blocks
+    ]
+    written = [] if blocks or model.manifest is None else model.manifest.to_json()["blocks"]
+    refusals = [] if written else [dataclasses.asdict(refusal) for refusal in model.refusals]
+    lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks or written)} MoE layers"]
+    lines += [_row(block) for block in blocks or written]
+    lines += [
+        f"  not recognised: {refusal['form']}: {refusal['reason']} (at {refusal['node']})" for refusal in refusals
+    ]
+    payload = {"nodes": len(model.graph.nodes), "blocks": blocks or written, "refusals": refusals}
+    return "\n".join(lines), {**payload, "source_sha256": model.source_sha256}
+
+
+def _row(block: Mapping[str, Any]) -> str:
+    router = block["router"] or "no router"
+    return (
+        f"  {block['name']}: {block['experts']} experts, K={block['top_k']}, {router}; "
+        f"form {block['form']}, {block['bytes']:,} bytes"
+    )
+
+
+def _engine(path: Path) -> Description:
+    from moe_spec.manifest import Manifest
+
+    manifest = Manifest.load(path)
+    lines = [f"{path}: {manifest.kind}, {sum(entry.bytes for entry in manifest.files):,} bytes"]
+    lines += [f"  {key}: {value}" for key, value in manifest.details.items() if isinstance(value, str | int | float)]
+    lines += [_row(block) for block in manifest.to_json()["blocks"]]
+    return "\n".join(lines), manifest.to_json()
+
+
+def _checkpoint(path: Path) -> Description:
+    from models.checkpoints import load_skeleton
+    from models.moe_layers import find_moe_layers
+    from moe_spec.identity import checkpoint_sha256
+
+    layers = find_moe_layers(load_skeleton(path))
+    identity = checkpoint_sha256(path)
+    payload = [
+        {
+            "name": layer.name,
+            "experts": layer.num_experts,
+            "top_k": layer.top_k,
+            "router": type(layer.router).__name__,
+            "groups": None if layer.groups is None else dataclasses.asdict(layer.groups),
+        }
+        for layer in layers
+    ]
+    lines = [f"{path}: checkpoint {identity[:12]}, {len(layers)} MoE layers"]
+    lines += [f"  {row['name']}: {row['experts']} experts, K={row['top_k']}, {row['router']}" for row in payload]
+    return "\n".join(lines), {"sha256": identity, "layers": payload}
+
+
+def _json(path: Path) -> Description:
+    import json
+
+    from moe_spec.plan import PruningPlan
+
+    try:
+        artifact = json.loads(path.read_text(encoding="utf-8")).get("artifact")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no complete JSON object: {error}", hint="give an artifact of moe-edge") from error
+    if artifact == "parity":
+        from runtime.report import ParityReport
+
+        report = ParityReport.load(path)
+        return f"{path}: parity {report.verdict}", report.to_json()
+    plan = PruningPlan.load(path)
+    lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]
+    lines += [
+        f"  {layer.name}: keeps {len(layer.keep)} of {layer.experts}, K={layer.top_k}: {list(layer.keep)}"
+        for layer in plan.layers
+    ]
+    return "\n".join(lines), plan.to_json()
+
+
+def _statistics(path: Path) -> Description:
+    from moe_spec.statistics import SUMS, Statistics
+
+    statistics = Statistics.load(path)
+    lines = [f"{path}: statistics of model {statistics.model_sha256[:12]}"]
+    lines += [
+        f"  {layer.name}: {layer.token_count:,} tokens, {layer.experts} experts, share of each "
+        + " ".join(f"{share:.1%}" for share in layer["tokens"] / max(layer["tokens"].sum(), 1))
+        for layer in statistics.layers
+    ]
+    payload = {
+        "model_sha256": statistics.model_sha256,
+        "layers": [
+            {"name": layer.name, "token_count": layer.token_count} | {key: layer[key].tolist() for key in SUMS}
+            for layer in statistics.layers
+        ],
+    }
+    return "\n".join(lines), payload

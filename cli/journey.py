@@ -1,0 +1,167 @@
+"""What `moe-edge demo` does, step by step; each step is a call that a Python user would make."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.export import export
+from exporter.tasks import task_of
+from exporter.trace import run_torch
+from graph_passes.mask import mask_model
+from graph_passes.optimize import optimize
+from graph_passes.writers import WRITERS
+from models.checkpoints import load_model
+from models.vmoe.assets import fashion_mnist
+from moe_spec.dataset import load_dataset
+from moe_spec.errors import VerificationError
+from moe_spec.images import ImagePreprocessor
+from moe_spec.manifest import Manifest
+from moe_spec.plan import PruningPlan
+from moe_spec.runner import Feeds
+from pruning.calibrate import calibrate
+from pruning.plan import PlanOptions, plan
+from runtime.backend import BuildOptions
+from runtime.backends import open_session
+from runtime.bench import time_in_turns
+from runtime.build import build
+from runtime.model_dir import model_bytes
+from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.targets import find_target
+from runtime.verify import verify
+
+KEEPS = (8, 4, 2, 1)
+TARGETS = ("rtx-ampere", "rtx-ada", "rtx-blackwell")
+CPU = "onnxruntime-cpu"
+BATCHES = (1, 64)
+THREADS = 1
+REPEATS, WARMUP = 30, 3
+
+Step = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the demo's table.
+
+    Attributes:
+        model: what ran.
+        experts: a layer.
+        accuracy: on the test images, 0 to 1.
+        parity: ``PASS`` against the original with the dropped experts unselectable; ``reference`` for torch itself.
+        flips: tokens whose experts differ from the reference's, over all layers.
+        onnx_bytes: of the graph and its weights.
+        engine_bytes: by target.
+        latency_ms: median by batch size, one thread.
+    """
+
+    model: str
+    experts: int
+    accuracy: float
+    parity: str
+    flips: int | None
+    onnx_bytes: int | None
+    engine_bytes: Mapping[str, int]
+    latency_ms: Mapping[str, float]
+
+
+class Journey:
+    """Runs the demo in ``directory``; ``say`` hears of every step."""
+
+    def __init__(self, directory: Path, targets: tuple[str, ...], say: Step) -> None:
+        self._directory = directory
+        self._targets = targets
+        self._say = say
+        self._checkpoint = fashion_mnist()
+        self._model = load_model(self._checkpoint)
+        self._task = task_of(type(self._model).__name__)
+        self._runner = OnnxRuntimeRunner(threads=THREADS)
+        self._test = load_dataset(self._checkpoint / "test.npz", ImagePreprocessor.load(self._checkpoint))
+
+    def run(self) -> list[Row]:
+        """Every step; the rows of the table, torch first.
+
+        Raises:
+            VerificationError: a variant does not compute what it should.
+        """
+        self._say("calibrate on 1,000 training images")
+        statistics = self._directory / "statistics.safetensors"
+        calibrate(self._checkpoint, self._checkpoint / "calibration.npz", statistics)
+        self._say("export to ONNX and compare with torch")
+        exported = self._directory / "exported"
+        export(self._checkpoint, exported, self._runner)
+        rows = [self._variant(keep, statistics, exported) for keep in KEEPS]
+        self._say(f"bench, batch sizes {', '.join(map(str, BATCHES))}")
+        return self._with_latency([self._torch_row(), *rows])
+
+    def _torch_row(self) -> Row:
+        logits = np.concatenate([self._run_torch(batch) for batch in self._test.batches(BATCHES[-1])])
+        assert self._test.labels is not None
+        accuracy = float((logits.argmax(-1) == self._test.labels).mean())
+        return Row("torch", max(KEEPS), accuracy, "reference", None, None, {}, {})
+
+    def _run_torch(self, feeds: Feeds) -> npt.NDArray[Any]:
+        return run_torch(self._model, self._task, dict(feeds))[self._task.outputs[0]]
+
+    def _variant(self, keep: int, statistics: Path, exported: Path) -> Row:
+        """Plan, optimise, verify and build one number of experts."""
+        folder = self._directory / f"keep-{keep}"
+        folder.mkdir()
+        self._say(f"keep {keep} of {max(KEEPS)} experts: plan, optimise, verify")
+        options = PlanOptions(keep=keep, clamp_top_k=True)
+        made = plan(statistics, options, folder / "plan.json")
+        optimized = self._optimize(exported, folder / "optimized", made, CPU)
+        reference = folder / "reference"
+        mask_model(exported, made, reference)
+        report = verify(folder / "optimized", reference, self._test, threads=THREADS)
+        report.save(folder / "parity.json")
+        if not report.passed or report.accuracy is None:
+            raise VerificationError(f"keep {keep}: {'; '.join(report.reasons)}")
+        forms = "+".join(sorted({block.form for block in optimized.blocks}))
+        return Row(
+            model=f"ONNX, {forms}",
+            experts=keep,
+            accuracy=report.accuracy.candidate,
+            parity="PASS",
+            flips=report.flips,
+            onnx_bytes=model_bytes(folder / "optimized"),
+            engine_bytes=self._engines(exported, folder, made),
+            latency_ms={},
+        )
+
+    def _optimize(self, exported: Path, out: Path, made: PruningPlan, target: str) -> Manifest:
+        accepted = [form for form in WRITERS if form in find_target(target).forms]
+        return optimize(exported, out, self._runner, plan=made, accepted=accepted)
+
+    def _engines(self, exported: Path, folder: Path, made: PruningPlan) -> dict[str, int]:
+        """Engines of the form that TensorRT takes; built, not run: this needs no GPU."""
+        if not self._targets:
+            return {}
+        self._optimize(exported, folder / "optimized-rtx", made, self._targets[0])
+        sizes = {}
+        for target in self._targets:
+            self._say(f"{folder.name}: build the engine for {target}")
+            build(folder / "optimized-rtx", find_target(target), BuildOptions(), folder / f"engine-{target}")
+            sizes[target] = model_bytes(folder / f"engine-{target}")
+        return sizes
+
+    def _with_latency(self, rows: list[Row]) -> list[Row]:
+        """All variants take turns at every batch size, so that noise hits all alike."""
+        latency: list[dict[str, float]] = [{} for _ in rows]
+        with contextlib.ExitStack() as stack:
+            models = [self._directory / f"keep-{keep}" / "optimized" for keep in KEEPS]
+            sessions = [stack.enter_context(open_session(model, THREADS)) for model in models]
+            for size in BATCHES:
+                feeds = self._test.first(size).feeds
+                runs = [partial(self._run_torch, feeds), *(partial(session.run, feeds) for session in sessions)]
+                times = time_in_turns(
+                    {str(index): run for index, run in enumerate(runs)}, repeats=REPEATS, warmup=WARMUP
+                )
+                for index, found in enumerate(latency):
+                    found[str(size)] = float(np.median(times[str(index)]))
+        return [dataclasses.replace(row, latency_ms=found) for row, found in zip(rows, latency, strict=True)]

@@ -1,0 +1,53 @@
+"""Prune an ONNX model and write its MoE layers in the form that a target wants; the result is proven.
+
+Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import console
+from cli.options import AsJson, Output
+
+
+def optimize(
+    model: Annotated[Path, typer.Argument(help="ONNX file or model directory, whoever exported it.")],
+    output: Output,
+    plan: Annotated[Path | None, typer.Option(help="Keep the experts of this plan.json; all without it.")] = None,
+    target: Annotated[str, typer.Option(help="Device that the result is for.")] = "onnxruntime-cpu",
+    form: Annotated[str, typer.Option(help="auto, dense, sorted, gather or ffn.")] = "auto",
+    prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
+    allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune an ONNX model and write its MoE layers in the form that a target wants; the result is proven.
+
+    Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
+    """
+    from graph_passes.optimize import optimize as optimize_model
+    from graph_passes.writers import WRITERS
+    from moe_spec.plan import PruningPlan
+    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.targets import find_target
+
+    device = find_target(target)
+    with console.status(f"optimising {model}"):
+        manifest = optimize_model(
+            model,
+            output,
+            OnnxRuntimeRunner(),
+            plan=None if plan is None else PruningPlan.load(plan),
+            form=form,
+            accepted=[name for name in WRITERS if name in device.forms],
+            prove=prove,
+            allow_partial=allow_partial,
+        )
+    rows = [
+        f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
+        for block in manifest.blocks
+    ]
+    oracle = manifest.details["oracle"]
+    proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
+    console.result("\n".join([f"{output}: {proof}", *rows]), manifest.to_json(), as_json)

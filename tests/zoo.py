@@ -1,0 +1,70 @@
+"""Tiny models as checkpoints and as ONNX, each made once for the whole test run, whichever worker asks first."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from exporter.export import export
+from exporter.tasks import task_of
+from exporter.trace import _Call
+from models.checkpoints import load_model
+from moe_spec.plan import LayerPlan, PruningPlan
+from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from tests.models_table import TINY
+
+RUNNER = OnnxRuntimeRunner(threads=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoo:
+    """Makes models below ``root`` on demand."""
+
+    root: Path
+
+    def checkpoint(self, name: str) -> Path:
+        """Checkpoint directory of the tiny model ``name``."""
+        return self._once(f"{name}.checkpoint", lambda path: TINY[name]().save_pretrained(path))
+
+    def exported(self, name: str) -> Path:
+        """The same, exported by us: one experts node a layer."""
+        checkpoint = self.checkpoint(name)
+        return self._once(f"{name}.exported", lambda path: export(checkpoint, path, RUNNER))
+
+    def batched_mm(self, name: str) -> Path:
+        """The same as plain torch.onnx exports transformers' batched_mm experts: a foreign ONNX file."""
+        checkpoint = self.checkpoint(name)
+        return self._once(f"{name}.onnx", lambda path: _export_batched_mm(checkpoint, path))
+
+    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
+        path = self.root / name
+        with FileLock(self.root / f"{name}.lock"):
+            if not path.exists():
+                make(path)
+        return path
+
+
+def _export_batched_mm(checkpoint: Path, path: Path) -> None:
+    model = load_model(checkpoint)
+    model.set_experts_implementation("batched_mm")
+    task = task_of(type(model).__name__)
+    feeds = task.example(model.config, 2, 5, np.random.default_rng(0))
+    program = torch.onnx.export(
+        _Call(model, task),
+        tuple(torch.from_numpy(feeds[name]) for name in task.axes),
+        dynamo=True,
+        dynamic_shapes=(tuple(dict(axes) for axes in task.axes.values()),),
+        input_names=list(task.axes),
+        output_names=list(task.outputs),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+
+
+def plan_for(source_sha256: str, layers: "list[LayerPlan]") -> PruningPlan:
+    """A plan made by hand."""
+    return PruningPlan(source_sha256, "manual", tuple(layers))
