@@ -70,9 +70,7 @@ def _onnx(path: Path) -> Description:
     refusals = [] if written else [dataclasses.asdict(refusal) for refusal in model.refusals]
     lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks or written)} MoE layers"]
     lines += [_row(block) for block in blocks or written]
-    lines += [
-        f"  not recognised: {refusal['form']}: {refusal['reason']} (at {refusal['node']})" for refusal in refusals
-    ]
+    lines += [f"  not recognised: {refusal}" for refusal in model.refusals if not written]
     payload = {"nodes": len(model.graph.nodes), "blocks": blocks or written, "refusals": refusals}
     return "\n".join(lines), {**payload, "source_sha256": model.source_sha256}
 
@@ -130,7 +128,7 @@ def _json(path: Path) -> Description:
         from runtime.report import ParityReport
 
         report = ParityReport.load(path)
-        return f"{path}: parity {report.verdict}", report.to_json()
+        return f"{path}: parity {'PASS' if report.passed else 'FAIL'}", report.to_json()
     plan = PruningPlan.load(path)
     lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]
     lines += [

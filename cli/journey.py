@@ -158,10 +158,9 @@ class Journey:
             sessions = [stack.enter_context(open_session(model, THREADS)) for model in models]
             for size in BATCHES:
                 feeds = self._test.first(size).feeds
-                runs = [partial(self._run_torch, feeds), *(partial(session.run, feeds) for session in sessions)]
-                times = time_in_turns(
-                    {str(index): run for index, run in enumerate(runs)}, repeats=REPEATS, warmup=WARMUP
-                )
+                runs: dict[str, Callable[[], object]] = {"0": partial(self._run_torch, feeds)}
+                runs |= {str(index): partial(session.run, feeds) for index, session in enumerate(sessions, start=1)}
+                times = time_in_turns(runs, repeats=REPEATS, warmup=WARMUP)
                 for index, found in enumerate(latency):
                     found[str(size)] = float(np.median(times[str(index)]))
         return [dataclasses.replace(row, latency_ms=found) for row, found in zip(rows, latency, strict=True)]
