@@ -27,10 +27,11 @@ VERBS = (
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
 
 EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
+_INTERRUPTED = "interrupted; nothing half-written is left"
 
 
-def build_app() -> typer.Typer:
-    """The typer application over ``VERBS``."""
+def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """The typer application over ``verbs``; the docstring of a verb's file is its help."""
     app = typer.Typer(
         help="Prune Mixture-of-Experts models, export them to ONNX, build engines, and prove what was done.",
         no_args_is_help=True,
@@ -44,16 +45,21 @@ def build_app() -> typer.Typer:
     ) -> None:
         os.environ["MOE_EDGE_DEBUG"] = "1" if debug else ""
 
-    for verb in VERBS:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"cli.{verb}"), verb)
-        app.command(verb)(function)
+    for verb in verbs:
+        module = importlib.import_module(f"cli.{verb}")
+        function: Callable[..., Any] = getattr(module, verb)
+        app.command(verb, help=module.__doc__)(function)
     return app
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
     """Run one command; exit 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted."""
     try:
-        build_app()(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+        build_app(verbs)(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:  # typer turns ctrl-C into this
+            console.err.print(_INTERRUPTED)
+        raise
     except UserError as failure:
         console.error(failure)
         _leave(EXIT_USER)
@@ -61,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.err.print(f"[bold red]verification failed:[/] {failure}", soft_wrap=True)
         _leave(EXIT_VERIFICATION)
     except KeyboardInterrupt:
-        console.err.print("interrupted; nothing was written")
+        console.err.print(_INTERRUPTED)
         _leave(EXIT_INTERRUPTED)
 
 

@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from models.checkpoints import save_model
+from moe_spec import Statistics
+from moe_spec.identity import checkpoint_sha256
+from tests.cli.helpers import invoke, leftovers
+from tests.models_table import TINY
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "mixtral"
+    save_model(TINY["mixtral"](), directory)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, input_ids=np.random.default_rng(0).integers(0, 128, (6, 5)))
+    return path
+
+
+def test_calibrate_writes_statistics_and_one_line(checkpoint, data, tmp_path):
+    out = tmp_path / "statistics.safetensors"
+    code, stdout, stderr = invoke("calibrate", checkpoint, "--data", data, "-o", out, "--batch-size", 4, "--limit", 5)
+    assert (code, stdout, stderr) == (0, f"{out}: 2 MoE layers, 25 tokens each\n", "")
+    assert Statistics.load(out).layers[1].token_count == 25
+
+
+def test_json_goes_to_stdout(checkpoint, data, tmp_path):
+    out = tmp_path / "statistics.safetensors"
+    code, stdout, stderr = invoke("calibrate", checkpoint, "--data", data, "-o", out, "--json")
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout) == {
+        "output": str(out),
+        "model_sha256": checkpoint_sha256(checkpoint),
+        "data_sha256": list(Statistics.load(out).data_sha256),
+        "layers": [
+            {"name": f"model.layers.{index}.mlp", "experts": 8, "top_k": 2, "token_count": 30} for index in (0, 1)
+        ],
+    }
+
+
+def test_what_cannot_be_read_ends_in_an_error_and_a_hint(checkpoint, data, tmp_path):
+    out, nothing = tmp_path / "out.safetensors", tmp_path / "nothing"
+    assert invoke("calibrate", nothing, "--data", data, "-o", out) == (
+        1,
+        "",
+        f"error: {nothing} does not exist, expected a checkpoint directory\nhint: check the path\n",
+    )
+    assert invoke("calibrate", checkpoint, "--data", nothing, "-o", out) == (
+        1,
+        "",
+        f"error: {nothing} does not exist, expected task data (.npz)\nhint: check the path\n",
+    )
+    assert invoke("calibrate", checkpoint, "--data", data, "-o", data)[2].startswith(f"error: {data} already exists\n")
+    assert leftovers(tmp_path) == {"data.npz"}
+
+
+def test_pickled_objects_in_data_are_never_read(checkpoint, tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, input_ids=np.array([{"a": 1}], dtype=object))
+    code, _, stderr = invoke("calibrate", checkpoint, "--data", path, "-o", tmp_path / "out.safetensors")
+    assert code == 1
+    assert stderr == (
+        f"error: {path} is no readable .npz: Object arrays cannot be loaded when allow_pickle=False\n"
+        "hint: write it with numpy.savez_compressed; pickled objects are never read\n"
+    )
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--limit"])
+def test_a_count_of_zero_is_a_usage_error(option, checkpoint, data, tmp_path):
+    assert invoke("calibrate", checkpoint, "--data", data, "-o", tmp_path / "out", option, 0)[0] == 2
+
+
+def test_ctrl_c_while_writing_leaves_nothing(checkpoint, data, tmp_path, monkeypatch):
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", half)
+    arguments = ("calibrate", checkpoint, "--data", data, "-o", tmp_path / "out.safetensors")
+    assert invoke(*arguments) == (130, "", "interrupted; nothing half-written is left\n")
+    assert leftovers(tmp_path) == {"data.npz"}
+
+
+INTERRUPTED = """
+import os, signal, sys
+import pruning.calibrate
+from cli.main import main
+
+def tensor(array, dtype, original=pruning.calibrate._tensor):
+    os.kill(os.getpid(), signal.SIGINT)
+    return original(array, dtype)
+
+pruning.calibrate._tensor = tensor
+main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
+"""
+
+
+def test_a_real_interrupt_in_the_middle_of_a_pass_leaves_nothing(checkpoint, data, tmp_path):
+    arguments = [sys.executable, "-c", INTERRUPTED, checkpoint, "--data", data, "-o", tmp_path / "out.safetensors"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "interrupted; nothing half-written is left\n"
+    assert leftovers(tmp_path) == {"data.npz"}

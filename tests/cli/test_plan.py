@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import moe_spec.record
+from models.checkpoints import save_model
+from moe_spec import LayerStatistics, PruningPlan, Statistics
+from moe_spec.statistics import SUMS
+from tests.cli.helpers import invoke, leftovers
+from tests.models_table import TINY
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    layers = tuple(
+        LayerStatistics(f"layers.{index}.mlp", 8, 2, 40, {key: np.arange(8.0) for key in SUMS}) for index in (1, 3)
+    )
+    Statistics("model", ("data",), layers).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "vmoe"
+    save_model(TINY["vmoe"](), directory)
+    return directory
+
+
+def test_plan_writes_a_plan_and_one_line(source, tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ("plan", source, "--criterion", "frequency", "--keep", "50%", "-o", out)
+    assert invoke(*arguments) == (0, f"{out}: keeps 8 of 16 experts in 2 layers, by frequency\n", "")
+    made = PruningPlan.load(out)
+    assert [layer.keep for layer in made.layers] == [(4, 5, 6, 7)] * 2
+    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False}
+
+
+def test_json_holds_the_whole_plan(source, tmp_path):
+    out = tmp_path / "plan.json"
+    code, stdout, stderr = invoke(
+        "plan", source, "--keep", 1, "--clamp-top-k", "--scope", "global", "-o", out, "--json"
+    )
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout) == {"output": str(out), **json.loads(json.dumps(PruningPlan.load(out).to_json()))}
+
+
+def test_random_plans_for_a_bare_checkpoint(checkpoint, tmp_path):
+    out = tmp_path / "plan.json"
+    code, _, stderr = invoke("plan", checkpoint, "--criterion", "random", "--seed", 3, "--keep", 3, "-o", out)
+    assert (code, stderr) == (0, "")
+    assert [layer.name for layer in PruningPlan.load(out).layers] == ["layers.1.mlp", "layers.3.mlp"]
+
+
+BUDGET_HINT = "give a whole number from 1, like --keep 4, or a share above 0 and at most 1, like --keep 0.5 or 50%"
+
+
+@pytest.mark.parametrize(
+    ("keep", "what", "hint"),
+    [
+        ("0", "--keep 0 is neither a count of experts nor a share of them", BUDGET_HINT),
+        ("1.5", "--keep 1.5 is neither a count of experts nor a share of them", BUDGET_HINT),
+        ("few", "--keep few is neither a count of experts nor a share of them", BUDGET_HINT),
+        ("9", "--keep 9 asks for 9 experts, but layer layers.1.mlp has 8", "keep at most 8: --keep 8"),
+        (
+            "1",
+            "layer layers.1.mlp keeps 1 of 8 experts, but its router selects K=2 a token",
+            "keep at least 2: --keep 2; or let K shrink with the layer: --clamp-top-k",
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(keep, what, hint, source, tmp_path):
+    assert invoke("plan", source, "--keep", keep, "-o", tmp_path / "plan.json") == (
+        1,
+        "",
+        f"error: {what}\nhint: {hint}\n",
+    )
+    assert leftovers(tmp_path) == {"statistics.safetensors"}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def newer(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() | {"schema": "2"}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata)
+
+
+def foreign(path):
+    safetensors.numpy.save_file({"weight": np.zeros(3)}, path)
+
+
+REMAKE = "make it again with `moe-edge calibrate`"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "hint"),
+    [
+        (cut, "is no complete safetensors file: ", REMAKE),
+        (newer, "has statistics schema 2, this moe-edge reads 1", f"update moe-edge, or {REMAKE}"),
+        (foreign, "holds no statistics", REMAKE),
+    ],
+)
+def test_statistics_that_are_none_are_refused(spoil, what, hint, source, tmp_path):
+    spoil(source)
+    code, _, stderr = invoke("plan", source, "--keep", 4, "-o", tmp_path / "plan.json")
+    assert code == 1
+    assert stderr.startswith(f"error: {source} {what}")
+    assert stderr.endswith(f"\nhint: {hint}\n")
+
+
+def test_a_missing_source_is_refused(tmp_path):
+    nothing = tmp_path / "nothing"
+    for criterion, expected in (("reap", "statistics (safetensors)"), ("random", "a checkpoint directory")):
+        arguments = ("plan", nothing, "--criterion", criterion, "--keep", 4, "-o", tmp_path / "plan.json")
+        error = f"error: {nothing} does not exist, expected {expected}\nhint: check the path\n"
+        assert invoke(*arguments) == (1, "", error)
+
+
+def test_an_existing_output_is_refused(source):
+    error = f"error: {source} already exists\nhint: give another -o, or remove it first: rm -r {source}\n"
+    assert invoke("plan", source, "--keep", 4, "-o", source) == (1, "", error)
+
+
+def test_ctrl_c_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupted(payload):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moe_spec.record, "dump", interrupted)
+    arguments = ("plan", source, "--keep", 4, "-o", tmp_path / "plan.json")
+    assert invoke(*arguments) == (130, "", "interrupted; nothing half-written is left\n")
+    assert leftovers(tmp_path) == {"statistics.safetensors"}
