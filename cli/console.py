@@ -39,7 +39,7 @@ def _escape(text: str) -> str:
 def progress() -> Iterator[Progress]:
     """A bar on stderr that goes away when the work is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         yield bar
 
 
