@@ -32,7 +32,7 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
 
     image_size: int = 28
     num_channels: int = 1
-    stem_channels: list[int] | tuple[int, ...] = (16, 32)
+    stem_channels: list[int] | tuple[int, ...] = (32, 64)
     hidden_size: int = 64
     intermediate_size: int = 128
     num_hidden_layers: int = 4

@@ -23,11 +23,11 @@ class Recipe:
     seed: int = 0
     epochs: int = 36
     batch_size: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_epochs: int = 2
     label_smoothing: float = 0.1
-    max_shift: int = 2
+    max_shift: int = 1
 
 
 def fit(

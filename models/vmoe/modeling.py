@@ -204,7 +204,8 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
         aux_losses = []
         for layer in self.layers:
             hidden_BPH, aux_loss = layer(hidden_BPH)
-            aux_losses += [] if aux_loss is None else [aux_loss]
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
         logits = self.classifier(self.layernorm(hidden_BPH).mean(dim=1))
         total = torch.stack(aux_losses).sum() if aux_losses else None
         loss = None
@@ -215,7 +216,7 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier for what is multiplied, as in google-research/vmoe; small normal for routers and positions."""
+        """Xavier for dense layers and experts, Kaiming for the stem, small normal for routers and positions."""
         if isinstance(module, VMoeStem):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, VMoeRouter):
@@ -226,9 +227,16 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
             init.uniform_(module.down_proj, -bound, bound)
             init.zeros_(module.up_proj_bias)
             init.zeros_(module.down_proj_bias)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            _zero_bias(module)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            _zero_bias(module)
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:
+    if module.bias is not None:
+        init.zeros_(module.bias)

@@ -45,7 +45,7 @@ def test_every_second_block_has_experts(model):
 
 def test_the_shipped_architecture_has_the_announced_size():
     config = VMoeConfig(id2label=TEN_CLASSES)
-    assert VMoeForImageClassification(config).num_parameters() == 392_074
+    assert VMoeForImageClassification(config).num_parameters() == 424_522
     assert (config.num_patches, config.num_experts, config.num_experts_per_tok) == (16, 8, 2)
 
 
