@@ -50,6 +50,17 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         self.stem_channels = list(self.stem_channels)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
+    def validate_architecture(self) -> None:
+        """Called by transformers on reading and saving.
+
+        Raises:
+            ValueError: a router that selects more experts than there are, or heads that do not share H evenly.
+        """
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"the router selects {self.num_experts_per_tok} of {self.num_experts} experts")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads do not share {self.hidden_size} channels evenly")
+
     @property
     def num_patches(self) -> int:
         """Tokens of one image."""

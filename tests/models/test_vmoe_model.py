@@ -2,6 +2,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -47,6 +48,20 @@ def test_the_shipped_architecture_has_the_announced_size():
     config = VMoeConfig(id2label=TEN_CLASSES)
     assert VMoeForImageClassification(config).num_parameters() == 424_522
     assert (config.num_patches, config.num_experts, config.num_experts_per_tok) == (16, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "the router selects 3 of 2 experts"),
+        ({"num_experts_per_tok": 0}, "the router selects 0 of 8 experts"),
+        ({"num_attention_heads": 3}, "3 heads do not share 64 channels evenly"),
+    ],
+)
+def test_an_impossible_architecture_is_refused(sizes, what):
+    with pytest.raises(StrictDataclassClassValidationError) as refusal:
+        VMoeConfig(**sizes)
+    assert str(refusal.value.__cause__) == what
 
 
 def test_a_saved_model_loads_with_the_auto_classes(model, pixel_values, tmp_path):
