@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import rich.box
 import typer
 from rich.table import Table
 
@@ -45,7 +46,10 @@ def bench(
             length=length,
             data=task,
         )
-    table = Table("model", "batch", "median ms", "p90 ms", "examples/s", "memory MiB", "file bytes")
+    table = Table(box=rich.box.SIMPLE)
+    table.add_column("model", overflow="fold")
+    for name in ("batch", "median ms", "p90 ms", "examples/s", "MiB RAM", "file bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}"
         times = (f"{row.median_ms:.3f}", f"{row.p90_ms:.3f}", f"{row.examples_per_second:,.0f}")

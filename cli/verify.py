@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from cli import console
 from cli.options import AsJson
@@ -19,7 +18,7 @@ from moe_spec.errors import VerificationError
 
 if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
-    from runtime.report import ParityReport
+    from runtime.report import LayerParity, OutputParity, ParityReport
 
 
 def verify(
@@ -28,6 +27,7 @@ def verify(
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="parity.json; it must not exist yet.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Judge as float32, float16 or bfloat16.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,
     as_json: AsJson = False,
@@ -40,20 +40,20 @@ def verify(
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor
     from moe_spec.plan import PruningPlan
+    from runtime.tolerances import tolerance_of
     from runtime.verify import verify as compare
 
     if output is not None:
         refuse_existing(output)
+    tolerance = None if precision is None else tolerance_of(precision)
     given = None if plan is None else PruningPlan.load(plan)
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(candidate))
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as scratch, console.status(f"verifying {candidate}"):
         parent = _reference(reference, candidate, given, Path(scratch) / "reference")
-        report = compare(candidate, parent, task, batch_size=batch_size, threads=threads)
+        report = compare(candidate, parent, task, batch_size=batch_size, threads=threads, tolerance=tolerance)
     if output is not None:
         report.save(output)
     console.result(_summary(report), report.to_json(), as_json)
-    if not as_json:
-        _print_tables(report)
     if not report.passed:
         raise VerificationError("; ".join([*report.reasons, _place(report)]))
 
@@ -62,8 +62,10 @@ def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scr
     """``reference`` where its routers can be seen and no plan has to be applied to it; else a graph made from it."""
     from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
 
-    applied = Manifest.load(candidate).plan if plan is None else plan
-    own = Manifest.load(reference).plan if (reference / FILE_NAME).is_file() else None
+    def plan_of(directory: Path) -> "PruningPlan | None":
+        return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
+
+    applied, own = plan_of(candidate) if plan is None else plan, plan_of(reference)
     missing = None if own == applied else applied
     if missing is None and (reference / OBSERVED).is_file():
         return reference
@@ -79,30 +81,31 @@ def _summary(report: "ParityReport") -> str:
     summary = f"{verdict}: {report.examples} examples of {report.data}, {report.precision}, {flips}"
     if report.accuracy is not None:
         summary += f", accuracy {report.accuracy.candidate:.1%} (reference {report.accuracy.reference:.1%})"
-    return summary
+    layers = [_layer(layer) for layer in report.layers or ()]
+    outputs = [_output(output) for output in report.outputs]
+    return "\n".join([summary, *layers, *outputs, *(f"  note: {note}" for note in report.notes)])
+
+
+def _layer(layer: "LayerParity") -> str:
+    return (
+        f"  {layer.name}: {layer.flips} of {layer.tokens} tokens flip, {layer.faults} without excuse, "
+        f"agreement {layer.agreement:.4f}, gates differ by {_number(layer.gate_error)}"
+    )
+
+
+def _output(output: "OutputParity") -> str:
+    return (
+        f"  {output.name}: differs by {_number(output.max_rel)} on {output.examples} examples without flips, "
+        f"cosine {_number(output.cosine)}, KL {_number(output.kl)}, same top-1 {_number(output.top1_agreement)}, "
+        f"ESAP {_number(output.esap)}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _place(report: "ParityReport") -> str:
     if report.first_wrong_layer is None:
         return "the routers of all layers agree"
     return f"the first layer that went wrong is {report.first_wrong_layer}"
-
-
-def _print_tables(report: "ParityReport") -> None:
-    layers = Table("layer", "tokens", "flips", "faults", "agreement", "largest margin", "gate error")
-    for layer in report.layers or ():
-        counts = (str(layer.tokens), str(layer.flips), str(layer.faults), f"{layer.agreement:.4f}")
-        layers.add_row(layer.name, *counts, _number(layer.largest_margin), _number(layer.gate_error))
-    outputs = Table("output", "max rel", "cosine", "KL", "top-1", "ESAP")
-    for output in report.outputs:
-        measures = (output.max_rel, output.cosine, output.kl, output.top1_agreement, output.esap)
-        outputs.add_row(output.name, *map(_number, measures))
-    if report.layers:
-        console.out.print(layers)
-    console.out.print(outputs)
-    for note in report.notes:
-        console.out.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

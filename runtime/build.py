@@ -34,7 +34,7 @@ def build(model_dir: Path, target: Target, options: BuildOptions, out: Path) -> 
     reasons = backend.why_not(model_dir, target)
     if reasons:
         possible = [row.name for row in TARGETS if not BACKENDS[row.backend].why_not(model_dir, row)]
-        rewrite = f"; write a graph that {target.name} takes: moe-edge optimize {model_dir} --target {target.name}"
+        rewrite = f"; write a graph for it: moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}"
         raise UserError(
             f"{model_dir} cannot be built for {target.name}: {'; '.join(reasons)}",
             hint=f"as it is, it can be built here for {', '.join(possible) or 'no target'}"

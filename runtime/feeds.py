@@ -44,6 +44,22 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
                 )
 
 
+def select_outputs(outputs: Sequence[TensorSpec], wanted: Sequence[str] | None, where: str) -> list[str]:
+    """The outputs asked for; all of them for None.
+
+    Raises:
+        UserError: the model has no such output.
+    """
+    known = [spec.name for spec in outputs]
+    unknown = sorted(set(wanted or ()) - set(known))
+    if unknown:
+        raise UserError(
+            f"{where} has no output {', '.join(unknown)}, its outputs are {', '.join(known)}",
+            hint="ask for an output that the model has",
+        )
+    return known if wanted is None else list(wanted)
+
+
 def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
     return len(shape) == len(spec.shape) and all(
         isinstance(dim, str) or dim == length for dim, length in zip(spec.shape, shape, strict=True)

@@ -37,8 +37,9 @@ def peak_memory(model: Path, leading: int, other: int, threads: int) -> int | No
         process.kill()
         process.wait()
     if process.returncode:
-        last = errors.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise UserError(f"memory of {model} cannot be measured: {last[0]}", hint="free some memory and try again")
+        said = [line for line in errors.decode(errors="replace").splitlines() if not line.startswith("hint:")]
+        reason = said[-1] if said else f"it ended with {process.returncode}"
+        raise UserError(f"memory of {model} cannot be measured: {reason}", hint="free some memory and try again")
     measured: int | None = json.loads(output)
     return measured
 

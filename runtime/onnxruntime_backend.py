@@ -21,7 +21,7 @@ from moe_spec.manifest import FILE_NAME, MODEL, Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import ENGINE, BuildOptions
 from runtime.engine import check_engine, finish_engine
-from runtime.feeds import check_feeds
+from runtime.feeds import check_feeds, select_outputs
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.onnx_file import check_external_data
 from runtime.targets import ONNXRUNTIME, Target
@@ -50,14 +50,7 @@ class OnnxRuntimeSession:
             UserError: the feeds do not fit the inputs, an output is unknown, or ONNX Runtime fails.
         """
         check_feeds(self.inputs, feeds, self._where)
-        known = [spec.name for spec in self.outputs]
-        names = known if outputs is None else list(outputs)
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise UserError(
-                f"{self._where} has no output {', '.join(unknown)}, its outputs are {', '.join(known)}",
-                hint="ask for an output that the model has",
-            )
+        names = select_outputs(self.outputs, outputs, self._where)
         with _as_user_error(f"{self._where} cannot run on these inputs", "check the lengths of the inputs"):
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
 

@@ -91,7 +91,7 @@ class ParityReport:
         data: what was fed, in words.
         data_sha256: hash of the task data; None for random feeds.
         examples: fed.
-        precision: the number format that the tolerance belongs to.
+        precision: the number format that the tolerance belongs to, or ``as given``.
         tolerance: what was allowed.
         layers: in model order; None where the candidate is an engine, which shows no routers.
         outputs: in model order.

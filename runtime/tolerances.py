@@ -8,7 +8,7 @@ where the reference's margin is within ten times the element tolerance. Measured
 import dataclasses
 from collections.abc import Iterable
 
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,17 @@ def coarsest(float_types: Iterable[str]) -> str:
     if unknown:
         raise UserError(
             f"there is no element tolerance for {', '.join(unknown)}",
-            hint="give one: --tolerance, or verify by task accuracy with --data",
+            hint="choose the format to judge by: --precision float32, float16 or bfloat16",
         )
     return max(found or {"float32"}, key=list(TOLERANCES).index)
+
+
+def tolerance_of(precision: str) -> Tolerance:
+    """The row of ``TOLERANCES``.
+
+    Raises:
+        UserError: there is none for ``precision``.
+    """
+    if precision not in TOLERANCES:
+        raise UserError(f"unknown precision {precision!r}", hint=did_you_mean(precision, TOLERANCES))
+    return TOLERANCES[precision]

@@ -53,8 +53,11 @@ def verify(
         stack.enter_context(mine.session)
         stack.enter_context(theirs.session)
         check_comparable(mine, theirs)
-        precision = max(mine.precision(), theirs.precision(), key=list(TOLERANCES).index)
-        comparison = _Comparison(mine, theirs, tolerance or TOLERANCES[precision])
+        precision = "as given"
+        if tolerance is None:
+            precision = max(mine.precision(), theirs.precision(), key=list(TOLERANCES).index)
+            tolerance = TOLERANCES[precision]
+        comparison = _Comparison(mine, theirs, tolerance)
         for feeds, labels in _batches(mine, data, batch_size):
             comparison.add(feeds, labels)
         return comparison.report(data, precision)

@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from moe_spec.errors import UserError
-from moe_spec.manifest import Manifest
+from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from runtime.engine import rebuild
-from runtime.feeds import check_feeds
+from runtime.feeds import check_feeds, select_outputs
 from runtime.tensorrt.driver import Driver, compute_capability_here
 
 
@@ -68,25 +68,35 @@ class EngineSession:
             UserError: the feeds do not fit the inputs or the profile, or an output is unknown or data-dependent.
         """
         check_feeds(self.inputs, feeds, self._where)
+        names = select_outputs(self.outputs, outputs, self._where)
         self._check_profile(feeds)
         for name, array in feeds.items():
             self._context.set_input_shape(name, array.shape)
             address = self._driver.buffer(name, array.nbytes)
             self._driver.upload(address, np.ascontiguousarray(array))
             self._context.set_tensor_address(name, address)
-        shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
-        for spec in self.outputs:
-            size = int(np.prod(shapes[spec.name])) * np.dtype(spec.dtype).itemsize
-            self._context.set_tensor_address(spec.name, self._driver.buffer(spec.name, size))
+        shapes = {spec.name: self._allocate(spec) for spec in self.outputs}
         if not self._context.execute_async_v3(self._driver.stream.value):
             raise UserError(f"{self._where} failed on the GPU", hint="see TensorRT's messages above")
         results = {
             spec.name: self._driver.download(self._driver.buffer(spec.name, 0), shapes[spec.name], spec.dtype)
             for spec in self.outputs
-            if outputs is None or spec.name in outputs
+            if spec.name in names
         }
         self._driver.synchronize()
         return results
+
+    def _allocate(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Give an output a buffer; its shape, which follows from the inputs'."""
+        shape = tuple(self._context.get_tensor_shape(spec.name))
+        if any(dim < 0 for dim in shape):
+            raise UserError(
+                f"{self._where}: the shape of output {spec.name} depends on the data",
+                hint="write a form without data-dependent shapes: moe-edge optimize --form dense",
+            )
+        size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+        self._context.set_tensor_address(spec.name, self._driver.buffer(spec.name, size))
+        return shape
 
     def _check_profile(self, feeds: Feeds) -> None:
         for name, bounds in self._profile.items():

@@ -17,12 +17,14 @@ EXPERTS, TOP_K, HIDDEN, WIDTH, CLASSES = 4, 2, 8, 16, 3
 LAYERS = ("blocks.0.moe", "blocks.1.moe")
 SOURCE = sha256_text("tiny")
 
+_EXCLUDED = """
+   excluded = IsInf(mask)
+"""
 _LAYER = """
    logits_{i} = MatMul(h_{i}, router_{i})
    masked_{i} = Add(logits_{i}, mask)
    probabilities_{i} = Softmax<axis = 1>(masked_{i})
-   selectable = IsInf(mask)
-   scores_{i} = Where(selectable, mask, probabilities_{i})
+   scores_{i} = Where(excluded, mask, probabilities_{i})
    ranked_{i}, ids_{i} = TopK<axis = 1>(scores_{i}, top_k)
    top_{i} = GatherElements<axis = 1>(probabilities_{i}, ids_{i})
    total_{i} = ReduceSum<keepdims = 1>(top_{i}, axis_1)
@@ -64,14 +66,16 @@ class Tiny:
     """Which variant to write; the weights depend on ``seed`` alone.
 
     ``keep`` lists the experts in the graph, ``masked`` those of them that no token can select. With one expert kept no
-    router is left. ``rolled`` names a layer whose router has its columns in the wrong order: a real fault.
+    router is left. ``rolled`` names a layer whose router has its columns in the wrong order: a real fault. With
+    ``twins`` experts 0 and 1 score almost the same. ``head`` multiplies the weights behind the last layer.
     """
 
     keep: tuple[int, ...] = tuple(range(EXPERTS))
     masked: tuple[int, ...] = ()
     rolled: int | None = None
     dtype: str = "float"
-    scale: float = 1.0
+    twins: bool = False
+    head: float = 1.0
     seed: int = 0
 
     @property
@@ -134,7 +138,7 @@ def _numpy(tiny: Tiny) -> str:
 def _graph(tiny: Tiny, observed: bool) -> onnx.ModelProto:
     layer = _LAYER if tiny.routed else _DENSE_LAYER
     layers = "".join(layer.format(i=index, j=index + 1) for index in range(len(LAYERS)))
-    layers = layers.replace("   selectable = IsInf(mask)\n", "", len(LAYERS) - 1) if tiny.routed else layers
+    layers = _EXCLUDED + layers if tiny.routed else layers
     width = len(tiny.keep)
     extra = "".join(
         f", {tiny.dtype}[tokens, {width}] {kind}_{index}"
@@ -150,7 +154,6 @@ def _graph(tiny: Tiny, observed: bool) -> onnx.ModelProto:
     for name, array in _weights(tiny).items():
         model.graph.initializer.append(_external(name, array, offset))
         offset += array.nbytes
-    onnx.checker.check_model(model) if offset < 0 else None
     return model
 
 
@@ -165,14 +168,17 @@ def _weights(tiny: Tiny) -> dict[str, np.ndarray]:
     random = np.random.default_rng(tiny.seed)
     weights: dict[str, np.ndarray] = {}
     for index in range(len(LAYERS)):
-        router = random.standard_normal((HIDDEN, EXPERTS))[:, tiny.keep]
+        router = random.standard_normal((HIDDEN, EXPERTS))
+        if tiny.twins:
+            router[:, 1] = router[:, 0] + 1e-3 * router[:, 1]
+        router = router[:, tiny.keep]
         up = random.standard_normal((EXPERTS, HIDDEN, WIDTH))[list(tiny.keep)] / np.sqrt(HIDDEN)
-        down = random.standard_normal((EXPERTS, WIDTH, HIDDEN))[list(tiny.keep)] / np.sqrt(WIDTH) * tiny.scale
+        down = random.standard_normal((EXPERTS, WIDTH, HIDDEN))[list(tiny.keep)] / np.sqrt(WIDTH)
         if tiny.routed:
             weights[f"router_{index}"] = np.roll(router, 1, axis=1) if tiny.rolled == index else router
         weights[f"w_up_{index}"] = up if tiny.routed else up[0]
         weights[f"w_down_{index}"] = down if tiny.routed else down[0]
-    weights["head"] = random.standard_normal((HIDDEN, CLASSES))
+    weights["head"] = random.standard_normal((HIDDEN, CLASSES)) * tiny.head
     return {name: np.ascontiguousarray(array, _numpy(tiny)) for name, array in weights.items()}
 
 

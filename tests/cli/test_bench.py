@@ -1,0 +1,53 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.cli.helpers import invoke
+from tests.cli.interrupt import ctrl_c
+from tests.runtime import tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+def test_models_are_timed_side_by_side(model):
+    code, out, _ = invoke("bench", model, model / "model.onnx", "--batch-size", 1, "--repeats", 2, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert [(row["model"], row["batch_size"]) for row in rows] == [(str(model), 1), (f"{model}/model.onnx", 1)]
+
+
+def test_people_get_a_table(model):
+    code, out, _ = invoke("bench", model, "--batch-size", 2, "--repeats", 1)
+    assert code == 0
+    assert re.search(r"model +batch +median ms +p90 ms +examples/s +MiB RAM +file bytes", out)
+
+
+def test_task_data_may_be_fed(model, tmp_path):
+    np.savez(tmp_path / "data.npz", x=tiny.examples(3))
+    arguments = ("bench", model, "--repeats", 1, "--data", tmp_path / "data.npz", "--batch-size")
+    assert invoke(*arguments, 3)[0] == 0
+    code, _, err = invoke(*arguments, 4)
+    assert (code, err.splitlines()[-2:]) == (
+        1,
+        ["error: the data holds 3 examples, asked for 4 at once", "hint: give more data"],
+    )
+
+
+def test_a_missing_model_is_named(tmp_path):
+    code, _, err = invoke("bench", tmp_path / "no.onnx")
+    assert code == 1
+    assert err.endswith(
+        f"error: {tmp_path}/no.onnx does not exist, expected an .onnx file or a model directory\nhint: check the path\n"
+    )
+
+
+def test_ctrl_c_ends_it(model, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with ctrl_c():
+        code, out, _ = invoke("bench", model, "--repeats", 10_000_000)
+    assert (code, out, sorted(tmp_path.iterdir())) == (130, "", before)

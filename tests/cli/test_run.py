@@ -1,0 +1,59 @@
+import json
+
+import numpy as np
+import pytest
+
+from tests.cli.helpers import invoke
+from tests.cli.interrupt import ctrl_c
+from tests.runtime import tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+def save(path, count):
+    np.savez(path, x=tiny.examples(count))
+    return path
+
+
+def test_classes_are_printed_with_their_probabilities(model, tmp_path):
+    code, out, _ = invoke("run", model, "--input", save(tmp_path / "a.npz", 2))
+    assert code == 0
+    first, *rest = out.splitlines()
+    assert first == "2 examples: logits [2, 3]"
+    assert [line.split(":")[0] for line in rest] == [f"  {tmp_path}/a.npz[0]", f"  {tmp_path}/a.npz[1]"]
+
+
+def test_a_long_list_is_cut_for_people_only(model, tmp_path):
+    arguments = ("run", model, "--input", save(tmp_path / "a.npz", 25))
+    assert invoke(*arguments)[1].splitlines()[-1] == "  and 5 more (--json shows all)"
+    examples = json.loads(invoke(*arguments, "--json")[1])["examples"]
+    assert len(examples) == 25
+    assert {"name", "class", "probability"} == set(examples[0])
+
+
+def test_outputs_are_written(model, tmp_path):
+    out = tmp_path / "out.npz"
+    code, text, _ = invoke("run", model, "--input", save(tmp_path / "a.npz", 2), "-o", out)
+    assert (code, text.splitlines()[0]) == (0, f"2 examples: logits [2, 3], written to {out}")
+    assert np.load(out)["logits"].shape == (2, 3)
+
+
+def test_broken_input_is_named(model, tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"PK no zip")
+    code, _, err = invoke("run", model, "--input", tmp_path / "a.npz")
+    assert code == 1
+    assert err.endswith(
+        f"error: {tmp_path}/a.npz is no readable .npz: File is not a zip file\n"
+        "hint: write it with numpy.savez_compressed; pickled objects are never read\n"
+    )
+
+
+def test_ctrl_c_leaves_no_output(model, tmp_path):
+    source = save(tmp_path / "a.npz", 200_000)
+    before = sorted(tmp_path.iterdir())
+    with ctrl_c():
+        code, out, _ = invoke("run", model, "--input", source, "--batch-size", 1, "-o", tmp_path / "out.npz")
+    assert (code, out, sorted(tmp_path.iterdir())) == (130, "", before)

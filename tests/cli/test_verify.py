@@ -1,0 +1,139 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from graph_passes.optimize import optimize
+from moe_spec.manifest import Manifest
+from moe_spec.plan import LayerPlan, PruningPlan
+from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.report import ParityReport
+from tests.cli.helpers import invoke
+from tests.cli.interrupt import ctrl_c
+from tests.runtime import tiny
+from tests.runtime.tiny import Tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(tmp_path / "data.npz", x=tiny.examples(20), labels=np.arange(20) % 3)
+    return tmp_path / "data.npz"
+
+
+def test_a_copy_passes_and_its_report_is_written(model, tmp_path, data):
+    copy = tiny.write(tmp_path / "copy")
+    code, out, _ = invoke("verify", copy, "--reference", model, "--data", data, "-o", tmp_path / "parity.json")
+    report = ParityReport.load(tmp_path / "parity.json")
+    assert code == 0
+    assert report.accuracy is not None
+    accuracy = f"{report.accuracy.candidate:.1%}"
+    assert out.splitlines()[0] == (
+        f"PASS: 20 examples of task data, float32, 0 flips, accuracy {accuracy} (reference {accuracy})"
+    )
+    assert "  blocks.1.moe: 0 of 100 tokens flip, 0 without excuse, agreement 1.0000, gates differ by 0\n" in out
+
+
+def test_a_fault_ends_with_exit_code_3_after_the_report_is_written(model, tmp_path):
+    broken = tiny.write(tmp_path / "broken", Tiny(head=1.5))
+    code, out, err = invoke("verify", broken, "--reference", model, "-o", tmp_path / "parity.json", "--json")
+    assert code == 3
+    assert json.loads(out)["passed"] is False
+    (reason,) = ParityReport.load(tmp_path / "parity.json").reasons
+    assert err.endswith(f"verification failed: {reason}; the routers of all layers agree\n")
+
+
+def test_the_first_layer_that_went_wrong_is_named(model, tmp_path):
+    code, _, err = invoke("verify", tiny.write(tmp_path / "rolled", Tiny(rolled=1)), "--reference", model)
+    assert code == 3
+    assert err.endswith("; the first layer that went wrong is blocks.1.moe\n")
+
+
+def test_a_precision_may_be_chosen_to_judge_by(model, tmp_path):
+    half = tiny.write(tmp_path / "half", Tiny(dtype="float16"))
+    assert invoke("verify", half, "--reference", model)[0] == 0
+    assert invoke("verify", half, "--reference", model, "--precision", "float32")[0] == 3
+    code, _, err = invoke("verify", half, "--reference", model, "--precision", "fp16")
+    assert (code, err.splitlines()[-2:]) == (
+        1,
+        [
+            "error: unknown precision 'fp16'",
+            "hint: known: bfloat16, float16, float32",
+        ],
+    )
+
+
+def test_an_existing_report_is_not_overwritten(model, tmp_path):
+    (tmp_path / "parity.json").write_text("mine")
+    code, _, err = invoke("verify", model, "--reference", model, "-o", tmp_path / "parity.json")
+    path = tmp_path / "parity.json"
+    assert (code, err) == (
+        1,
+        f"error: {path} already exists\nhint: give another -o, or remove it first: rm -r {path}\n",
+    )
+    assert path.read_text() == "mine"
+
+
+def test_a_missing_candidate_is_named(model, tmp_path):
+    code, _, err = invoke("verify", tmp_path / "no", "--reference", model)
+    assert code == 1
+    assert err.endswith(
+        f"error: {tmp_path}/no is no model or engine directory\n"
+        "hint: give a directory that `moe-edge export`, `optimize` or `build` wrote\n"
+    )
+
+
+def test_weights_that_were_cut_are_named(model, tmp_path):
+    copy = tiny.write(tmp_path / "copy")
+    (copy / "model.onnx.data").write_bytes((copy / "model.onnx.data").read_bytes()[:-1])
+    code, _, err = invoke("verify", copy, "--reference", model)
+    assert code == 1
+    assert err.endswith(
+        f"error: {copy}/model.onnx.data has 8543 bytes, manifest.json says 8544\n"
+        "hint: make the directory again with the command that made it\n"
+    )
+
+
+def test_ctrl_c_leaves_no_report(model, tmp_path):
+    np.savez(tmp_path / "data.npz", x=tiny.examples(100_000))
+    before = sorted(tmp_path.iterdir())
+    with ctrl_c():
+        arguments = ("--reference", model, "--data", tmp_path / "data.npz", "--batch-size", 1)
+        code, out, _ = invoke("verify", model, *arguments, "-o", tmp_path / "parity.json")
+    assert (code, out) == (130, "")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def pruned(zoo, tmp_path):
+    """A real model without half of its experts, and the model that it was made from."""
+    exported = zoo.exported("mixtral")
+    manifest = Manifest.load(exported)
+    layers = tuple(LayerPlan(block.name, block.experts, block.top_k, (0, 2, 3, 5)) for block in manifest.blocks)
+    plan = PruningPlan(manifest.source_sha256, "manual", layers)
+    optimize(exported, tmp_path / "pruned", OnnxRuntimeRunner(threads=1), plan=plan, accepted=["dense"])
+    return tmp_path / "pruned", exported
+
+
+def test_a_pruned_model_is_compared_with_its_parent_masked_by_the_plan_in_its_manifest(pruned, tmp_path):
+    candidate, exported = pruned
+    code, out, _ = invoke("verify", candidate, "--reference", exported, "-o", tmp_path / "parity.json")
+    assert code == 0
+    assert out.startswith("PASS: 8 examples of random feeds at the shapes 1x1, 2x7, 5x4, float32, 0 flips\n")
+    assert ParityReport.load(tmp_path / "parity.json").flips == 0
+
+
+def test_a_pruned_model_fails_against_another_plan(pruned, tmp_path):
+    candidate, exported = pruned
+    applied = Manifest.load(candidate).plan
+    assert applied is not None
+    layers = tuple(dataclasses.replace(layer, keep=(0, 2, 3, 6)) for layer in applied.layers)
+    dataclasses.replace(applied, layers=layers).save(tmp_path / "plan.json")
+    code, _, err = invoke("verify", candidate, "--reference", exported, "--plan", tmp_path / "plan.json")
+    assert code == 3
+    assert err.endswith("; the first layer that went wrong is model.layers.0.mlp\n")

@@ -1,0 +1,102 @@
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
+from runtime.bench import bench, time_in_turns
+from runtime.memory import peak_memory
+from runtime.model_dir import model_bytes
+from tests.runtime import tiny
+from tests.runtime.tiny import Tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+def test_there_is_a_row_for_each_model_and_batch_size_in_order(model, tmp_path):
+    small = tiny.write(tmp_path / "small", Tiny(keep=(1,)))
+    rows = bench([model, small], (1, 4), repeats=5, warmup=1)
+    assert [(row.model, row.batch_size) for row in rows] == [
+        (str(model), 1),
+        (str(model), 4),
+        (str(small), 1),
+        (str(small), 4),
+    ]
+    for row in rows:
+        assert 0 < row.median_ms <= row.p90_ms
+        assert row.examples_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
+        assert row.file_bytes == model_bytes(Path(row.model))
+    assert rows[2].file_bytes < rows[0].file_bytes
+
+
+def test_runs_take_turns():
+    calls: list[str] = []
+    times = time_in_turns({name: partial(calls.append, name) for name in "ab"}, repeats=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts the peak")
+def test_a_larger_batch_takes_more_memory(model):
+    small, large = (peak_memory(model, leading=size, other=64, threads=1) for size in (1, 4000))
+    assert small is not None
+    assert large is not None
+    assert 0 < small < large
+
+
+def test_a_model_may_be_named_twice(model):
+    assert len(bench([model, model], (1,), repeats=1, warmup=0)) == 2
+
+
+def test_data_is_fed_where_it_is_given(model):
+    data = Dataset({"x": tiny.examples(4)}, None, "")
+    assert len(bench([model], (4,), repeats=1, warmup=0, data=data)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "data", "message"),
+    [
+        (
+            (8,),
+            Dataset({"x": tiny.examples(4)}, None, ""),
+            "the data holds 4 examples, asked for 8 at once\nhint: give more data",
+        ),
+        (
+            (1,),
+            Dataset({"y": tiny.examples(4)}, None, ""),
+            "{model} takes x, but was given y\nhint: name the arrays like the model's inputs",
+        ),
+        (
+            (0,),
+            None,
+            "nothing to measure: 1 models, batch sizes [0], 1 repeats\n"
+            "hint: give at least one model, one batch size of 1 or more, and one repeat",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model, sizes, data, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(model=model))}$"):
+        bench([model], sizes, repeats=1, warmup=0, data=data)
+
+
+def test_a_model_with_a_fixed_batch_is_not_asked_for_another(tmp_path):
+    import onnx
+
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[2, 3] x) => (float[2, 3] y) { y = Relu(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "fixed.onnx")
+    message = (
+        f"{tmp_path}/fixed.onnx: input x takes exactly 2 examples, asked for 1\n"
+        "hint: bench it at its own batch size: --batch-size 2"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        bench([tmp_path / "fixed.onnx"], (1,))
+
+
+def test_the_memory_of_a_model_that_cannot_run_is_an_error(model):
+    with pytest.raises(UserError, match=r"memory of .*/no cannot be measured: .*does not exist"):
+        peak_memory(model / "no", leading=1, other=1, threads=1)

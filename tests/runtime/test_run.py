@@ -1,0 +1,167 @@
+import json
+import re
+
+import numpy as np
+import onnx
+import onnx.parser
+import PIL.Image
+import pytest
+
+from moe_spec.errors import UserError
+from runtime.backend import BuildOptions
+from runtime.backends import open_session
+from runtime.build import build
+from runtime.run import run
+from runtime.targets import find_target
+from tests.runtime import tiny
+
+PIXELS = """
+<ir_version: 10, opset_import: ["" : 20]>
+brightness (float[batch, 1, 4, 6] pixel_values) => (float[batch, 2] logits)
+<int64[3] axes = {1, 2, 3}, float[1, 2] sign = {-1.0, 1.0}>
+{
+   mean = ReduceMean<keepdims = 0>(pixel_values, axes)
+   rows = int64[2] {-1, 1}
+   column = Reshape(mean, rows)
+   logits = MatMul(column, sign)
+}
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+@pytest.fixture
+def camera(tmp_path):
+    """Tells bright images from dark ones."""
+    directory = tmp_path / "camera"
+    directory.mkdir()
+    text = PIXELS.replace("   rows = int64[2] {-1, 1}\n", "").replace("sign = {", "sign = {", 1)
+    text = text.replace("<int64[3] axes", "<int64[2] rows = {-1, 1}, int64[3] axes")
+    onnx.save(onnx.parser.parse_model(text), directory / "model.onnx")
+    (directory / "config.json").write_text(json.dumps({"id2label": {"0": "dark", "1": "bright"}}))
+    (directory / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"size": {"height": 4, "width": 6}, "image_mean": [0.5], "image_std": [0.5], "rescale_factor": 1 / 255}
+        )
+    )
+    return directory
+
+
+def save_image(path, value):
+    PIL.Image.fromarray(np.full((8, 12), value, np.uint8)).save(path)
+    return path
+
+
+def test_classes_are_named_and_given_probabilities(model, tmp_path):
+    np.savez(tmp_path / "a.npz", x=tiny.examples(5))
+    found = run(model, [tmp_path / "a.npz"], batch_size=2)
+    with open_session(model) as session:
+        logits = session.run({"x": tiny.examples(5)})["logits"]
+    np.testing.assert_allclose(found.outputs["logits"], logits, rtol=1e-5)
+    assert found.names == tuple(f"{tmp_path}/a.npz[{index}]" for index in range(5))
+    assert found.classes == tuple(("boot", "coat", "shirt")[index] for index in logits.argmax(1))
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities.sum(1), 1)
+
+
+def test_what_is_written_can_be_read_without_pickles(model, tmp_path):
+    np.savez(tmp_path / "a.npz", x=tiny.examples(3))
+    found = run(model, [tmp_path / "a.npz"], tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as saved:
+        assert sorted(saved) == ["classes", "logits", "probabilities"]
+        np.testing.assert_array_equal(saved["logits"], found.outputs["logits"])
+        assert tuple(saved["classes"].tolist()) == found.classes
+
+
+def test_images_and_npz_go_together(camera, tmp_path):
+    images = [save_image(tmp_path / "bright.png", 250), save_image(tmp_path / "dark.jpg", 3)]
+    np.savez(tmp_path / "more.npz", images=np.full((2, 4, 6), 200, np.uint8))
+    found = run(camera, [*images, tmp_path / "more.npz"], batch_size=1)
+    assert dict(zip(found.names, found.classes or (), strict=True)) == {
+        f"{tmp_path}/more.npz[0]": "bright",
+        f"{tmp_path}/more.npz[1]": "bright",
+        f"{tmp_path}/bright.png": "bright",
+        f"{tmp_path}/dark.jpg": "dark",
+    }
+
+
+def test_an_engine_runs_like_its_model(model, tmp_path):
+    build(model, find_target("cpu"), BuildOptions(), tmp_path / "engine")
+    np.savez(tmp_path / "a.npz", x=tiny.examples(3))
+    mine, theirs = (run(path, [tmp_path / "a.npz"]) for path in (model, tmp_path / "engine"))
+    assert mine.classes == theirs.classes
+
+
+def test_a_bare_onnx_file_gives_raw_outputs(model, tmp_path):
+    np.savez(tmp_path / "a.npz", x=tiny.examples(3))
+    (model / "config.json").unlink()
+    found = run(model / "model.onnx", [tmp_path / "a.npz"])
+    assert (found.classes, found.probabilities) == (None, None)
+    assert found.outputs["logits"].shape == (3, 3)
+
+
+def test_labels_that_do_not_fit_the_outputs_name_nothing(model, tmp_path):
+    np.savez(tmp_path / "a.npz", x=tiny.examples(3))
+    (model / "config.json").write_text(json.dumps({"id2label": {"0": "one", "1": "two"}}))
+    assert run(model, [tmp_path / "a.npz"]).classes is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": tiny.examples(2)}, "{model} takes x, but was given y\nhint: name the arrays like the model's inputs"),
+        (
+            {"x": tiny.examples(2).astype(np.float64)},
+            "{model}: input x is float64[2, 5, 8], expected float32[batch, sequence, 8]\n"
+            "hint: store it as float32: array.astype('float32')",
+        ),
+        (
+            {"x": tiny.examples(2)[..., :3]},
+            "{model}: input x is float32[2, 5, 3], expected float32[batch, sequence, 8]\n"
+            "hint: check what the axes mean; examples are on axis 0",
+        ),
+    ],
+)
+def test_wrong_names_types_and_shapes_are_refused(model, tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(model=model))}$"):
+        run(model, [tmp_path / "a.npz"], tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_image_for_a_model_without_a_preprocessor_is_refused(model, tmp_path):
+    path = save_image(tmp_path / "a.png", 0)
+    message = (
+        f"{path} is an image, but {model} has no preprocessor_config.json\n"
+        "hint: give a model that takes images, or store model inputs in an .npz"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(model, [path])
+
+
+def test_outputs_of_different_lengths_are_not_mixed(tmp_path):
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n, m] x) => (float[n, m] y) { y = Relu(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    for length in (2, 3):
+        np.savez(tmp_path / f"{length}.npz", x=np.zeros((1, length), np.float32))
+    message = "the inputs give outputs of different shapes: y\nhint: run files of one length at a time"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(tmp_path / "g.onnx", [tmp_path / "2.npz", tmp_path / "3.npz"])
+
+
+def test_outputs_are_checked_before_any_work(model, tmp_path):
+    (tmp_path / "out.npz").touch()
+    message = f"{tmp_path}/out.npz already exists\nhint: give another -o, or remove it first: rm -r {tmp_path}/out.npz"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(model, [], tmp_path / "out.npz")
+    message = f"{tmp_path}/out.json is no .npz\nhint: write to {tmp_path}/out.npz"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(model, [], tmp_path / "out.json")
+
+
+def test_without_inputs_there_is_nothing_to_run(model):
+    with pytest.raises(UserError, match=r"^there is nothing to run\nhint: give \.npz or image files with --input$"):
+        run(model, [])

@@ -1,0 +1,236 @@
+"""Engines are really built, with TensorRT-RTX and without a GPU. None is run: that needs one."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+
+from moe_spec.errors import UserError
+from moe_spec.files import sha256_file
+from moe_spec.manifest import Manifest, list_files
+from runtime.backend import BuildOptions
+from runtime.backends import BACKENDS, open_session
+from runtime.build import build
+from runtime.profiles import ShapeRange
+from runtime.targets import find_target
+from runtime.tensorrt.driver import Driver, compute_capability_here
+from runtime.tensorrt.plan_header import plan_capabilities
+from tests.runtime import tiny
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+ADA = find_target("rtx-ada")
+without_gpu = pytest.mark.skipif(compute_capability_here() is not None, reason="there is a GPU here")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "model", tiny.Tiny(keep=(0, 2, 3)), tiny.plan((0, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def built(model, tmp_path_factory):
+    engine = tmp_path_factory.mktemp("tiny") / "engine"
+    build(model, ADA, BuildOptions(), engine)
+    return engine
+
+
+@pytest.fixture
+def engine(built, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "engine"))
+
+
+def rewrite(model, directory, edit):
+    """``model`` with another graph, as whoever made it would have left it."""
+    shutil.copytree(model, directory)
+    graph = onnx.load(directory / "model.onnx", load_external_data=False)
+    edit(graph.graph)
+    onnx.save(graph, directory / "model.onnx")
+    manifest = Manifest.load(directory)
+    (directory / "manifest.json").unlink()
+    dataclasses.replace(manifest, files=list_files(directory)).save(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("target", "capability"), [("rtx-ampere", "8.6"), ("sm89", "8.9"), ("rtx-blackwell", "12.0"), ("sm80", "8.0")]
+)
+@pytest.mark.parametrize(
+    "kind", [tiny.Tiny(), tiny.Tiny(keep=(2,)), tiny.Tiny(dtype="float16")], ids=["fp32", "one expert", "fp16"]
+)
+def test_an_engine_is_built_for_the_capability_asked_for_and_no_other(tmp_path, kind, target, capability):
+    model = tiny.write(tmp_path / "model", kind)
+    manifest = build(model, find_target(target), BuildOptions(), tmp_path / "engine")
+    assert plan_capabilities(tmp_path / "engine" / "model.engine") == [capability]
+    assert manifest.details["compute_capability"] == capability
+    manifest.check_files(tmp_path / "engine")
+
+
+def test_the_manifest_says_all_that_cannot_be_asked_without_a_gpu(model, built):
+    manifest, parent = Manifest.load(built), Manifest.load(model)
+    assert manifest.kind == "engine"
+    assert manifest.parent_sha256 == sha256_file(model / "manifest.json")
+    assert (manifest.source_sha256, manifest.plan) == (parent.source_sha256, tiny.plan((0, 2, 3)))
+    assert (manifest.inputs, manifest.outputs) == (parent.inputs, parent.outputs)
+    assert [(block.keep, block.gates) for block in manifest.blocks] == [((0, 2, 3), None)] * 2
+    assert [entry.name for entry in manifest.files] == ["build.log", "config.json", "model.engine"]
+    assert manifest.tools["tensorrt_rtx"] == trt.__version__
+    assert manifest.details["layers"]["TOPK float32"] == 2
+    assert manifest.details["float_types"] == ["float32"]
+    assert manifest.details["profile"] == {"x": {"min": [1, 1, 8], "opt": [8, 32, 8], "max": [64, 128, 8]}}
+    assert "[INFO]" in (built / "build.log").read_text()
+
+
+def test_the_same_model_gives_the_same_bytes(model, built, tmp_path):
+    build(model, ADA, BuildOptions(), tmp_path / "again")
+    assert sha256_file(tmp_path / "again" / "model.engine") == sha256_file(built / "model.engine")
+
+
+def test_options_reach_the_manifest(model, tmp_path):
+    profile = {"x": ShapeRange((1, 4, 8), (2, 4, 8), (3, 4, 8))}
+    options = BuildOptions(profile, workspace_bytes=1 << 30, optimization_level=0)
+    details = build(model, ADA, options, tmp_path / "engine").details
+    assert details["profile"] == {"x": {"min": [1, 4, 8], "opt": [2, 4, 8], "max": [3, 4, 8]}}
+    assert (details["workspace_bytes"], details["optimization_level"]) == (1 << 30, 0)
+
+
+def test_a_profile_that_does_not_fit_is_refused_before_any_work(model, tmp_path):
+    profile = {"y": ShapeRange((1,), (1,), (1,))}
+    with pytest.raises(UserError, match="the profile names y, but the model's inputs are x"):
+        build(model, ADA, BuildOptions(profile), tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_parser_names_the_node_that_it_cannot_take_and_the_log_is_kept(model, tmp_path):
+    def hide_a_custom_operator(graph):
+        (node,) = (node for node in graph.node if node.output[0] == "active_1")
+        node.op_type, node.domain, node.name = "Experts", "moe_edge", "/blocks.1/moe/Experts"
+
+    broken = rewrite(model, tmp_path / "model", hide_a_custom_operator)
+    log = tmp_path / "engine.build.log"
+    message = (
+        "tensorrt-rtx cannot take model.onnx: node '/blocks.1/moe/Experts' (Experts): it knows no such operator\n"
+        "hint: write a form that the target takes: moe-edge optimize MODEL -o OUT --target TARGET; "
+        f"TensorRT's log is {log}"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(broken, ADA, BuildOptions(), tmp_path / "engine")
+    assert "/blocks.1/moe/Experts" in log.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.build.log", "model"]
+
+
+def test_the_builder_says_why_it_cannot_compile(model, tmp_path):
+    turing = dataclasses.replace(ADA, compute_capability="7.5")
+    with pytest.raises(
+        UserError,
+        match=re.escape("cannot build model.onnx for compute capability 7.5: Myelin (")
+        + ".*"
+        + re.escape("for Turing (SM75): FP32 GEMM is not supported."),
+    ):
+        build(model, turing, BuildOptions(), tmp_path / "engine")
+
+
+def test_a_capability_that_the_library_lacks_is_refused(model, tmp_path):
+    hopper = dataclasses.replace(ADA, compute_capability="9.0")
+    message = (
+        "this tensorrt-rtx knows no compute capability 9.0\n"
+        f"hint: update tensorrt-rtx, or choose another target; TensorRT's log is {tmp_path}/engine.build.log"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(model, hopper, BuildOptions(), tmp_path / "engine")
+
+
+def workers() -> list[int]:
+    """Build processes that this process started."""
+    tasks = Path("/proc/self/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    return [
+        int(child) for child in children if b"runtime.tensorrt.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the build process in /proc")
+def test_a_crash_of_tensorrt_is_an_error_and_the_log_is_kept(model, tmp_path):
+    def crash() -> None:
+        while not (found := workers()):
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGSEGV)
+
+    crasher = threading.Thread(target=crash)
+    crasher.start()
+    with pytest.raises(
+        UserError,
+        match=r"^tensorrt-rtx ended with signal SIGSEGV while it built model.onnx; it last said: .*\n"
+        r"hint: free some memory and try again; if it crashes again, report it to NVIDIA with the log; "
+        rf"TensorRT's log is {tmp_path}/engine.build.log$",
+    ):
+        build(model, ADA, BuildOptions(), tmp_path / "engine")
+    crasher.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.build.log"]
+
+
+@without_gpu
+def test_an_engine_is_not_opened_without_its_gpu(engine):
+    message = (
+        f"{engine} is built, but running it needs a GPU of compute capability 8.9 with its NVIDIA driver, and there "
+        "is none here\nhint: copy the directory to such a device; here, run or verify the model directory that it was "
+        "built from"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        open_session(engine)
+
+
+REBUILD = (
+    "hint: build it again: moe-edge build MODEL_DIRECTORY -o ENGINE_DIRECTORY --target rtx-ada "
+    "--minShapes=x:1x1x8 --optShapes=x:8x32x8 --maxShapes=x:64x128x8"
+)
+
+
+def test_an_engine_of_another_version_is_refused_with_the_command_that_rebuilds_it(engine):
+    path = engine / "manifest.json"
+    path.write_text(path.read_text().replace(trt.__version__, "1.6.0"))
+    message = (
+        f"{engine} was built with tensorrt_rtx 1.6.0, but {trt.__version__} is installed; engines are not portable\n"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message + REBUILD)}$"):
+        open_session(engine)
+
+
+def test_an_engine_that_was_cut_is_refused(engine):
+    path = engine / "model.engine"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    message = f"{path} has {size - 1} bytes, manifest.json says {size}\n"
+    with pytest.raises(UserError, match=f"^{re.escape(message + REBUILD)}$"):
+        open_session(engine)
+
+
+def test_what_is_no_plan_has_no_capabilities(tmp_path):
+    (tmp_path / "model.engine").write_bytes(b"0" * 64)
+    message = f"{tmp_path}/model.engine is no TensorRT-RTX engine\nhint: build it again with `moe-edge build`"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        plan_capabilities(tmp_path / "model.engine")
+
+
+@without_gpu
+def test_without_a_driver_there_is_no_device():
+    with pytest.raises(UserError, match=r"^there is no NVIDIA driver here: .*\nhint: install the driver of the GPU$"):
+        Driver()
+
+
+@without_gpu
+def test_tensorrt_for_a_jetson_is_not_built_elsewhere(model):
+    (reason,) = BACKENDS["tensorrt"].why_not(model, find_target("jetson-orin"))
+    assert re.fullmatch(
+        r"tensorrt cannot be imported: .* \(pip install 'moe-edge\[tensorrt\]'\)"
+        r"|TensorRT builds jetson-orin on the device itself \(compute capability 8.7\), and there is no GPU here",
+        reason,
+    )
