@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 _MISSING = object()
 
-_LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.e+-]+(?:,\n\s*)?)+)\n\s*\]")
-"""Kept on one line; a JSON string holds no line break, so nothing else matches."""
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s*([\d.e+-]+(?:,\n\s*[\d.e+-]+)*)\n\s*\]")
+"""Kept on one line; a JSON string holds no line break, so nothing else matches. Two numbers are never adjacent without
+a comma: otherwise a list that is no list of numbers would be tried in exponentially many ways."""
 
 
 class Record:
@@ -78,9 +79,7 @@ def dump(payload: Mapping[str, Any]) -> str:
     }
     """
     text = json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
-    return _LIST_OF_NUMBERS.sub(
-        lambda match: "[" + ", ".join(match.group(1).replace("\n", " ").replace(" ", "").split(",")) + "]", text
-    )
+    return _LIST_OF_NUMBERS.sub(lambda match: "[" + ", ".join(re.split(r",\s*", match.group(1))) + "]", text)
 
 
 def save_record(path: Path, artifact: str, schema: int, payload: Mapping[str, Any]) -> None:
