@@ -18,6 +18,7 @@ def optimize(
     plan: Annotated[Path | None, typer.Option(help="Keep the experts of this plan.json; all without it.")] = None,
     target: Annotated[str, typer.Option(help="Device that the result is for.")] = "onnxruntime-cpu",
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather or ffn.")] = "auto",
+    any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
     allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
     as_json: AsJson = False,
@@ -41,6 +42,7 @@ def optimize(
             plan=None if plan is None else PruningPlan.load(plan),
             form=form,
             accepted=[name for name in WRITERS if name in device.forms],
+            any_model=any_model,
             prove=prove,
             allow_partial=allow_partial,
         )

@@ -1,8 +1,9 @@
 """torch to an ONNX graph in memory, traced once, with one experts node a layer and the names of the checkpoint."""
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -47,13 +48,19 @@ def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
 
 def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> onnx.ModelProto:
     """The model as ONNX, weights inside; functions define the experts nodes."""
+    with experts_implementation(model, IMPLEMENTATION):
+        proto = to_onnx(model, task, opset)
+    _define_experts(proto, layers, opset)
+    return proto
+
+
+def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
+    """The model as torch.onnx exports it with the experts implementation that it is set to."""
     feeds = task.example(model.config, *TRACED, np.random.default_rng(0))
     inputs = tuple(torch.from_numpy(feeds[name]) for name in task.axes)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports what torchvision is missing
-    with warnings.catch_warnings(), experts_implementation(model, IMPLEMENTATION):
-        warnings.simplefilter("ignore")  # the tracer warns about transformers' own code
+    with _quiet():
         program = torch.onnx.export(
-            _Call(model, task),
+            _Call(model, task).eval(),
             inputs,
             dynamo=True,
             dynamic_shapes=(tuple(dict(axes) for axes in task.axes.values()),),
@@ -65,8 +72,21 @@ def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset:
     assert program is not None
     proto = program.model_proto
     _restore_names(proto)
-    _define_experts(proto, layers, opset)
     return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings about transformers' own code, and its report that torchvision is missing."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _restore_names(proto: onnx.ModelProto) -> None:

@@ -49,6 +49,7 @@ def optimize(
     plan: PruningPlan | None = None,
     form: str = AUTO,
     accepted: Sequence[str] = tuple(WRITERS),
+    any_model: bool = False,
     prove: bool = True,
     allow_partial: bool = False,
     on_progress: Progress | None = None,
@@ -62,6 +63,7 @@ def optimize(
         plan: which experts stay; None keeps all.
         form: one of ``FORMS``; ``auto`` chooses for each layer among ``accepted``.
         accepted: the forms that the target takes, which also limit ``form``.
+        any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
         on_progress: called with a step, and how much of it is done.
@@ -73,7 +75,7 @@ def optimize(
     refuse_existing(out)
     _check_form(form, accepted)
     model = read_model(source, allow_partial=allow_partial)
-    if plan is not None:
+    if plan is not None and not any_model:
         plan.require_model(model.source_sha256, str(source))
     pruned = _prune(model, plan)
     before = (len(model.graph.nodes), weight_bytes(model.graph, model.path.parent))

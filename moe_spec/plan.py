@@ -90,7 +90,8 @@ class PruningPlan:
         if model_sha256 != self.model_sha256:
             raise UserError(
                 f"the plan was made for model {self.model_sha256[:12]}, but {where} is model {model_sha256[:12]}",
-                hint="make a plan for this model with `moe-edge plan`, or give the model that the plan was made for",
+                hint="make a plan for this model with `moe-edge plan`; if it is the same model exported by another tool: "
+                "optimize --any-model",
             )
 
     def to_json(self) -> Json:

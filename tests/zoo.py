@@ -4,15 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
+import onnx
 from filelock import FileLock
 
-from exporter.export import export
+from exporter.export import OPSET, export
 from exporter.tasks import task_of
-from exporter.trace import _Call
+from exporter.trace import to_onnx
 from models.checkpoints import load_model
-from moe_spec.plan import LayerPlan, PruningPlan
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.models_table import TINY
 
@@ -50,21 +48,4 @@ class Zoo:
 def _export_batched_mm(checkpoint: Path, path: Path) -> None:
     model = load_model(checkpoint)
     model.set_experts_implementation("batched_mm")
-    task = task_of(type(model).__name__)
-    feeds = task.example(model.config, 2, 5, np.random.default_rng(0))
-    program = torch.onnx.export(
-        _Call(model, task),
-        tuple(torch.from_numpy(feeds[name]) for name in task.axes),
-        dynamo=True,
-        dynamic_shapes=(tuple(dict(axes) for axes in task.axes.values()),),
-        input_names=list(task.axes),
-        output_names=list(task.outputs),
-        verbose=False,
-    )
-    assert program is not None
-    program.save(path)
-
-
-def plan_for(source_sha256: str, layers: "list[LayerPlan]") -> PruningPlan:
-    """A plan made by hand."""
-    return PruningPlan(source_sha256, "manual", tuple(layers))
+    onnx.save(to_onnx(model, task_of(type(model).__name__), OPSET), path)

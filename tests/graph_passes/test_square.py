@@ -1,0 +1,121 @@
+"""The square that must close: torch, export, and the optimised graph in every form agree, whatever is kept.
+
+The reference is the unpruned torch model with the dropped experts' logits at -inf.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.export import export
+from exporter.tasks import task_of
+from exporter.trace import run_torch
+from graph_passes.mask import mask_model
+from graph_passes.optimize import optimize
+from models.checkpoints import load_model
+from models.moe_layers import find_moe_layers
+from moe_spec.errors import UserError
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import MODEL
+from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.runner import error_between
+from pruning.apply import apply_plan
+from runtime.backend import BuildOptions
+from runtime.build import build
+from runtime.targets import find_target
+from tests.models_table import TINY
+from tests.oracle import masked
+from tests.zoo import RUNNER, Zoo
+
+ALL = tuple(range(8))
+KEEPS = {"3 of 8": (0, 1, 5), "1 of 8": (5,), "all": ALL}
+FORMS = ("dense", "sorted", "gather", "ffn")
+SHAPES = ((1, 1), (3, 7), (2, 12))
+TARGETS = ("sm86", "sm89", "sm120")
+TOLERANCE = 1e-5
+
+every_model = pytest.mark.parametrize("name", sorted(TINY))
+every_keep = pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS.keys())
+
+
+def plan_of(zoo: Zoo, name: str, keep: tuple[int, ...]) -> PruningPlan:
+    checkpoint = zoo.checkpoint(name)
+    layers = (
+        LayerPlan(layer.name, layer.num_experts, min(layer.top_k, len(keep)), keep, groups=layer.groups)
+        for layer in find_moe_layers(load_model(checkpoint))
+    )
+    return PruningPlan(checkpoint_sha256(checkpoint), "by hand", tuple(layers))
+
+
+@functools.cache
+def expected(zoo: Zoo, name: str, keep: tuple[int, ...]):
+    """Inputs at every shape, and what torch gives for them with the dropped experts masked."""
+    model = load_model(zoo.checkpoint(name))
+    task = task_of(type(model).__name__)
+    rng = np.random.default_rng(3)
+    batches = [task.example(model.config, batch, sequence, rng) for batch, sequence in SHAPES]
+    with torch.no_grad(), masked(model, plan_of(zoo, name, keep)):
+        return batches, [run_torch(model, task, feeds) for feeds in batches]
+
+
+def assert_same(zoo: Zoo, name: str, keep: tuple[int, ...], model) -> None:
+    batches, wanted = expected(zoo, name, keep)
+    for got, reference in zip(RUNNER.run(model, batches), wanted, strict=True):
+        for output, value in reference.items():
+            assert error_between(value, got[output])[1] <= TOLERANCE
+
+
+@every_model
+@every_keep
+def test_the_masked_export_equals_masked_torch(zoo, tmp_path, name, keep):
+    mask_model(zoo.exported(name), plan_of(zoo, name, keep), tmp_path / "masked")
+    assert_same(zoo, name, keep, tmp_path / "masked" / MODEL)
+
+
+@every_model
+@every_keep
+@pytest.mark.parametrize("form", FORMS)
+def test_the_optimised_graph_equals_masked_torch(zoo, tmp_path, name, keep, form):
+    out, plan = tmp_path / "optimized", plan_of(zoo, name, keep)
+    if form == "ffn" and len(keep) > 1:
+        with pytest.raises(UserError, match=f"it has {len(keep)} experts, a plain FFN is one"):
+            optimize(zoo.exported(name), out, RUNNER, plan=plan, form=form)
+        return
+    manifest = optimize(zoo.exported(name), out, RUNNER, plan=plan, form=form)
+    assert {(block.form, block.experts, block.keep) for block in manifest.blocks} == {(form, len(keep), keep)}
+    assert_same(zoo, name, keep, out / MODEL)
+
+
+@every_model
+@every_keep
+def test_a_foreign_export_is_pruned_to_the_same_numbers(zoo, tmp_path, name, keep):
+    source, plan = zoo.batched_mm(name), plan_of(zoo, name, keep)
+    with pytest.raises(UserError, match="the plan was made for model"):
+        optimize(source, tmp_path / "refused", RUNNER, plan=plan)
+    optimize(source, tmp_path / "optimized", RUNNER, plan=plan, any_model=True)
+    assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL)
+
+
+@every_model
+def test_pruning_before_the_export_equals_pruning_after(zoo, tmp_path, name):
+    keep = (0, 2, 5, 7) if name == "deepseek_v3" else KEEPS["3 of 8"]  # torch needs equal routing groups
+    plan = plan_of(zoo, name, keep)
+    prepare = functools.partial(apply_plan, plan=plan)
+    manifest = export(zoo.checkpoint(name), tmp_path / "pruned", RUNNER, plan=plan, prepare=prepare)
+    assert {(block.experts, block.keep) for block in manifest.blocks} == {(len(keep), keep)}
+    assert_same(zoo, name, keep, tmp_path / "pruned" / MODEL)
+    optimize(zoo.exported(name), tmp_path / "optimized", RUNNER, plan=plan)
+    assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL)
+
+
+@every_model
+@every_keep
+def test_tensorrt_rtx_builds_the_dense_form(zoo, tmp_path, name, keep):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
+    optimize(zoo.exported(name), tmp_path / "dense", RUNNER, plan=plan_of(zoo, name, keep), form="dense")
+    for target in TARGETS:
+        manifest = build(tmp_path / "dense", find_target(target), BuildOptions(), tmp_path / target)
+        assert (tmp_path / target / "model.engine").stat().st_size > 0
+        assert manifest.kind == "engine"
