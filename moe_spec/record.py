@@ -82,10 +82,15 @@ def dump(payload: Mapping[str, Any]) -> str:
     return _LIST_OF_NUMBERS.sub(lambda match: "[" + ", ".join(re.split(r",\s*", match.group(1))) + "]", text)
 
 
+def dump_record(artifact: str, schema: int, payload: Mapping[str, Any]) -> str:
+    """The text of artifact ``artifact`` in schema ``schema``."""
+    return dump({**payload, "artifact": artifact, "schema": schema})
+
+
 def save_record(path: Path, artifact: str, schema: int, payload: Mapping[str, Any]) -> None:
     """Write ``payload`` as artifact ``artifact``; a killed run leaves the old file."""
     with new_file(path) as staging:
-        staging.write_text(dump({**payload, "artifact": artifact, "schema": schema}) + "\n", encoding="utf-8")
+        staging.write_text(dump_record(artifact, schema, payload) + "\n", encoding="utf-8")
 
 
 def load_record(path: Path, artifact: str, schema: int, remake: str) -> Record:
@@ -95,25 +100,24 @@ def load_record(path: Path, artifact: str, schema: int, remake: str) -> Record:
         UserError: the file is missing, cut, no JSON, another artifact, or of another schema.
     """
     require_file(path, f"a {artifact} (JSON)")
+    return parse_record(path, path.read_bytes(), artifact, schema, remake)
+
+
+def parse_record(path: Path, text: str | bytes, artifact: str, schema: int, remake: str) -> Record:
+    """What ``dump_record`` wrote; ``path`` is where it was found.
+
+    Raises:
+        UserError: no JSON, another artifact, or another schema; a newer one asks for a newer moe-edge.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(text)
+    except ValueError as error:  # no JSON, or no text at all
         raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
     if not isinstance(values, dict) or values.get("artifact") != artifact:
         found = values.get("artifact") if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{path} holds {found!r}, expected a {artifact!r} artifact", hint=remake)
-    check_schema(path, artifact, values.get("schema"), schema, remake)
+    found = values.get("schema")
+    if found != schema:
+        mend = "update moe-edge, or " if isinstance(found, int) and found > schema else ""
+        raise UserError(f"{path} has {artifact} schema {found!r}, this moe-edge reads {schema}", hint=f"{mend}{remake}")
     return Record(values, str(path), remake)
-
-
-def check_schema(path: Path, artifact: str, found: object, expected: int, remake: str) -> None:
-    """Refuse an artifact of another schema.
-
-    Raises:
-        UserError: ``found`` is not ``expected``; a newer one asks for a newer moe-edge.
-    """
-    if found == expected:
-        return
-    newer = isinstance(found, int) and found > expected
-    mend = "update moe-edge, or " if newer else ""
-    raise UserError(f"{path} has {artifact} schema {found!r}, this moe-edge reads {expected}", hint=f"{mend}{remake}")

@@ -1,7 +1,6 @@
 """statistics.safetensors: what the router did on calibration data, as sums that add up across shards."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import safetensors.numpy
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 from moe_spec.files import new_file, require_file
-from moe_spec.record import Record, check_schema, dump
+from moe_spec.record import Record, dump_record, parse_record
 
 SCHEMA = 1
 _REMAKE = "make it again with `moe-edge calibrate`"
+_HEADER = "moe_edge"
+"""The only metadata key: safetensors writes several in random order, and equal statistics shall be equal bytes."""
 
 SUMS: Mapping[str, str] = {
     "tokens": "n_e, how many tokens selected the expert",
@@ -93,9 +94,8 @@ class Statistics:
         tensors = {
             f"{layer.name}/{key}": np.ascontiguousarray(layer.sums[key]) for layer in self.layers for key in SUMS
         }
-        metadata = {"artifact": "statistics", "schema": str(SCHEMA), "header": dump(header)}
         with new_file(path) as staging:
-            safetensors.numpy.save_file(tensors, staging, metadata)
+            safetensors.numpy.save_file(tensors, staging, {_HEADER: dump_record("statistics", SCHEMA, header)})
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -107,14 +107,13 @@ class Statistics:
         require_file(path, "statistics (safetensors)")
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                text = (file.metadata() or {}).get(_HEADER)
+                if text is None:  # any safetensors file; its tensors may be many gigabytes
+                    raise UserError(f"{path} holds no statistics", hint=_REMAKE)
+                header = parse_record(path, text, "statistics", SCHEMA, _REMAKE)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is no complete safetensors file: {error}", hint=_REMAKE) from error
-        if metadata.get("artifact") != "statistics":
-            raise UserError(f"{path} holds no statistics", hint=_REMAKE)
-        check_schema(path, "statistics", int(metadata["schema"]), SCHEMA, _REMAKE)
-        header = Record(json.loads(metadata["header"]), str(path), _REMAKE)
         return cls(
             model_sha256=header.take("model_sha256", str),
             data_sha256=header.items("data_sha256", str),
@@ -146,16 +145,20 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
     """The statistics of two shards of data together: what one pass over both would have given.
 
     Raises:
-        UserError: the shards were taken from different models.
+        UserError: the shards were taken from different models, or from different layers of one.
     """
     if left.model_sha256 != right.model_sha256:
         raise UserError(
             f"statistics of model {left.model_sha256[:12]} cannot be merged with those of {right.model_sha256[:12]}",
             hint="calibrate every shard with the same checkpoint",
         )
-    pairs = zip(left.layers, right.layers, strict=True)
+    mine, theirs = (
+        [(layer.name, layer.experts, layer.top_k, layer.groups) for layer in shard.layers] for shard in (left, right)
+    )
+    if mine != theirs:
+        raise UserError("the shards have different MoE layers", hint="calibrate every shard with the same checkpoint")
     return dataclasses.replace(
         left,
         data_sha256=left.data_sha256 + right.data_sha256,
-        layers=tuple(mine.add(theirs) for mine, theirs in pairs),
+        layers=tuple(one.add(other) for one, other in zip(left.layers, right.layers, strict=True)),
     )

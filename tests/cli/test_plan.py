@@ -86,8 +86,8 @@ def cut(path):
 
 def newer(path):
     with safetensors.safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() | {"schema": "2"}
-    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata)
+        header = json.loads(file.metadata()["moe_edge"]) | {"schema": 2}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, {"moe_edge": json.dumps(header)})
 
 
 def foreign(path):
