@@ -69,11 +69,7 @@ def bench(
     Raises:
         UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
     """
-    if not models or not batch_sizes or min(*batch_sizes, repeats) < 1 or warmup < 0:
-        raise UserError(
-            f"nothing to measure: {len(models)} models, batch sizes {list(batch_sizes)}, {repeats} repeats",
-            hint="give at least one model, one batch size of 1 or more, and one repeat",
-        )
+    _check_counts(models, batch_sizes, repeats)
     rows = []
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(open_session(model, threads)) for model in models]
@@ -90,6 +86,14 @@ def bench(
     )
     order = [str(model) for model in models]
     return sorted(measured, key=lambda row: order.index(row.model))
+
+
+def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: int) -> None:
+    if not models or not batch_sizes or min(*batch_sizes, repeats) < 1:
+        raise UserError(
+            f"nothing to measure: {len(models)} models, batch sizes {list(batch_sizes)}, {repeats} repeats",
+            hint="give at least one model, one batch size of 1 or more, and one repeat",
+        )
 
 
 def _feeds(model: Path, session: Session, size: int, length: int, data: Dataset | None) -> Feeds:

@@ -7,7 +7,6 @@ byte that the graph reads exist, and inside the model's directory; and which num
 
 import dataclasses
 import mmap
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,14 +56,12 @@ def read_tensors(path: Path) -> list[TensorRef]:
     broken = UserError(f"{path} is no complete ONNX file", hint="copy or export the model again")
     if path.stat().st_size == 0:
         raise broken
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        try:
-            return list(_tensors(view, "model"))
-        except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
-            raise broken from error
-        finally:
-            view.release()
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped once nothing refers to it
+    try:
+        return list(_tensors(memoryview(mapped), "model"))
+    except (ValueError, IndexError, RecursionError) as error:
+        raise broken from error
 
 
 def check_external_data(path: Path) -> list[TensorRef]:
@@ -111,8 +108,8 @@ def _tensor(message: memoryview) -> TensorRef:
         elif field == 8 and isinstance(value, memoryview):
             name = str(value, "utf-8")
         elif field == 13 and isinstance(value, memoryview):
-            key, text = (str(part, "utf-8") for _, part in sorted(_fields(value)) if isinstance(part, memoryview))
-            entries[key] = text
+            entry = {number: str(part, "utf-8") for number, part in _fields(value) if isinstance(part, memoryview)}
+            entries[entry.get(1, "")] = entry.get(2, "")
         elif field == 14:
             external = value == _EXTERNAL
     return TensorRef(

@@ -85,6 +85,14 @@ def empty_graph(directory):
     return "{dir}/model.onnx is no complete ONNX file\nhint: copy or export the model again"
 
 
+def break_inside(directory):
+    path = directory / "model.onnx"
+    graph = path.read_bytes()
+    at = graph.rindex(b"model.onnx.data") + 2  # in the name of a file, in an entry, in a tensor, in the graph
+    path.write_bytes(graph[:at] + b"\xff" + graph[at + 1 :])
+    return "{dir}/model.onnx is no complete ONNX file\nhint: copy or export the model again"
+
+
 def remove_graph(directory):
     (directory / "model.onnx").unlink()
     return "{dir}/model.onnx does not exist, expected an ONNX model\nhint: check the path"
@@ -103,7 +111,9 @@ def lead_outside(directory):
     )
 
 
-@pytest.mark.parametrize("damage", [cut_data, remove_data, cut_graph, empty_graph, remove_graph, lead_outside])
+@pytest.mark.parametrize(
+    "damage", [cut_data, remove_data, cut_graph, empty_graph, break_inside, remove_graph, lead_outside]
+)
 def test_a_damaged_or_hostile_file_is_named(tmp_path, damage):
     directory = tiny.write(tmp_path / "model")
     message = damage(directory).format(dir=directory)
@@ -117,3 +127,19 @@ def test_bytes_at_random_are_no_onnx_file(tmp_path):
         (tmp_path / "noise").write_bytes(random.bytes(size))
         with pytest.raises(UserError, match=re.escape(f"{tmp_path}/noise is no complete ONNX file")):
             read_tensors(tmp_path / "noise")
+
+
+def test_graphs_nested_beyond_reason_are_refused(tmp_path):
+    def field(number, payload):
+        head, size = bytes([number << 3 | 2]), len(payload)
+        length = b""
+        while size > 0x7F:
+            length, size = length + bytes([size & 0x7F | 0x80]), size >> 7
+        return head + length + bytes([size]) + payload
+
+    graph = b""
+    for _ in range(1000):
+        graph = field(1, field(5, field(6, graph)))  # a node's attribute is a graph
+    (tmp_path / "deep.onnx").write_bytes(field(7, graph))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/deep.onnx is no complete ONNX file")):
+        read_tensors(tmp_path / "deep.onnx")
