@@ -38,12 +38,17 @@ def check_keep(layer: str, experts: int, top_k: int, keep: Sequence[int], groups
     """Refuse a keep list that a router over ``experts`` experts cannot work with.
 
     Raises:
-        UserError: ids out of order, repeated or out of range; fewer than K survivors; or groups that break rule 1 or 2.
+        UserError: ids out of order, repeated or out of range; K below 1 or above the survivors; groups that cannot
+            be, or that break rule 1 or 2.
     """
     if list(keep) != sorted(set(keep)) or (keep and not 0 <= keep[0] <= keep[-1] < experts):
         raise UserError(
             f"layer {layer} keeps {list(keep)}, expected ascending, distinct ids from 0 to {experts - 1}",
             hint="make the plan anew with `moe-edge plan`",
+        )
+    if top_k < 1:
+        raise UserError(
+            f"layer {layer} selects K={top_k} experts, expected at least 1", hint="give it a K of 1 or more"
         )
     if not keep:
         raise UserError(f"layer {layer} keeps no expert", hint="keep at least 1 expert a layer: --keep 1")
@@ -57,6 +62,12 @@ def check_keep(layer: str, experts: int, top_k: int, keep: Sequence[int], groups
 
 
 def _check_groups(layer: str, experts: int, top_k: int, keep: Sequence[int], groups: Groups) -> None:
+    if groups.count < 1 or experts % groups.count or not 1 <= groups.selected <= groups.count:
+        raise UserError(
+            f"layer {layer} cannot route {experts} experts in {groups.count} groups of which {groups.selected} are "
+            "selected",
+            hint="make the plan anew with `moe-edge plan`",
+        )
     survivors = groups.survivors(keep, experts)
     scored = sum(count >= EXPERTS_THAT_SCORE_A_GROUP for count in survivors)
     single = sum(count == 1 for count in survivors)

@@ -35,6 +35,8 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         check_keep(self.name, self.experts, self.top_k, self.keep, self.groups)
+        if self.scores and len(self.scores) != self.experts:
+            raise UserError(f"layer {self.name} has {len(self.scores)} scores for {self.experts} experts", hint=_REMAKE)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -54,7 +56,7 @@ class LayerPlan:
             experts=record.take("experts", int),
             top_k=record.take("top_k", int),
             keep=record.items("keep", int),
-            scores=tuple(float(score) for score in record.take("scores", list)),
+            scores=record.items("scores", float),
             groups=None if groups is None else Groups(groups.take("count", int), groups.take("selected", int)),
         )
 
@@ -90,8 +92,8 @@ class PruningPlan:
         if model_sha256 != self.model_sha256:
             raise UserError(
                 f"the plan was made for model {self.model_sha256[:12]}, but {where} is model {model_sha256[:12]}",
-                hint="make a plan for this model with `moe-edge plan`; if it is the same model exported by another tool: "
-                "optimize --any-model",
+                hint="make a plan for this model with `moe-edge plan`; if it is the same model exported by another "
+                "tool: optimize --any-model",
             )
 
     def to_json(self) -> Json:
@@ -107,12 +109,17 @@ class PruningPlan:
     @classmethod
     def from_record(cls, record: Record) -> "PruningPlan":
         """Read a plan from plan.json or from a manifest that embeds one."""
+        layers = tuple(LayerPlan.from_record(layer) for layer in record.records("layers"))
+        names = [layer.name for layer in layers]
+        for name in names:
+            if names.count(name) > 1:
+                raise record.fail(f"layer {name!r} is planned twice")
         return cls(
             model_sha256=record.take("model_sha256", str),
             criterion=record.take("criterion", str),
             options=record.take("options", dict),
             statistics_sha256=record.take("statistics_sha256", str, default=None),
-            layers=tuple(LayerPlan.from_record(layer) for layer in record.records("layers")),
+            layers=layers,
         )
 
     def save(self, path: Path) -> None:

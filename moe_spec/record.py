@@ -40,9 +40,12 @@ class Record:
         value = self._values.get(key, default)
         if value is _MISSING:
             raise self.fail(f"key {key!r} is missing")
+        return value if value is default else self._typed(key, value, kind)
+
+    def _typed(self, key: str, value: Any, kind: type[T]) -> T:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if value is default or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
         raise self.fail(f"key {key!r} holds {value!r}, expected {kind.__name__}")
 
@@ -61,12 +64,8 @@ class Record:
         return Record(value, f"{self.where}: {key}", self._remake)
 
     def items(self, key: str, kind: type[T]) -> tuple[T, ...]:
-        """The list at ``key``, every item of type ``kind``."""
-        values = self.take(key, list)
-        for value in values:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise self.fail(f"key {key!r} holds {value!r}, expected {kind.__name__}")
-        return tuple(values)
+        """The list at ``key``, every item of type ``kind``; an int passes for a float."""
+        return tuple(self._typed(key, value, kind) for value in self.take(key, list))
 
 
 def dump(payload: Mapping[str, Any]) -> str:
