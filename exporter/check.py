@@ -28,9 +28,11 @@ def check_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer]) -> None:
     Raises:
         UserError: a layer is missing, or has another number of experts than the model.
     """
-    dims = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    experts = {tensor.name: tensor.dims[0] for tensor in proto.graph.initializer if tensor.dims}
     found = {
-        node.name.removesuffix(".experts"): dims[node.input[3]][0] for node in proto.graph.node if node.domain == DOMAIN
+        node.name.removesuffix(".experts"): experts[node.input[3]]
+        for node in proto.graph.node
+        if node.domain == DOMAIN and node.input[3] in experts
     }
     for layer in layers:
         if found.get(layer.name) != layer.num_experts:

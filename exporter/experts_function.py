@@ -90,7 +90,7 @@ def _clamp(op: ExpertsOp) -> list[str]:
         lines += ["gate_clipped = Clip(gate, , limit)"] if op.gated else []
         lines += ["value_clipped = Clip(value, limit_below, limit)"]
     value = "value" if activation.limit == NO_LIMIT else "value_clipped"
-    if activation.up_offset:
+    if op.gated and activation.up_offset:
         lines += [
             f"offset_float = Constant<value_float={activation.up_offset!r}>()",
             "offset = CastLike(offset_float, hidden)",

@@ -13,6 +13,7 @@ from exporter.tasks import task_of
 from exporter.trace import trace
 from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
@@ -22,7 +23,17 @@ from moe_spec.runner import Runner
 OPSET = 20
 """The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
 
-COMPANIONS = ("generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja")
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+)
 """Files that a runtime needs beside the graph."""
 
 INLINE_BYTES = 1024
@@ -45,7 +56,8 @@ def export(
     runs the result.
 
     Raises:
-        UserError: no checkpoint, an unknown family or task, or an output that exists.
+        UserError: no checkpoint, an unknown family or task, a plan for another model or one that was not applied, or
+            an output that exists.
         VerificationError: the exported graph does not compute what torch computes.
     """
     refuse_existing(out)
@@ -57,17 +69,11 @@ def export(
         prepare(model)
     task = task_of(type(model).__name__)
     layers = find_moe_layers(model)
+    blocks = tuple(_block(layer, plan) for layer in layers)
     proto = trace(model, task, layers, opset)
     check_experts(proto, layers)
     with new_directory(out) as staging:
-        onnx.save(
-            proto,
-            staging / MODEL,
-            save_as_external_data=True,
-            location=f"{MODEL}.data",
-            size_threshold=INLINE_BYTES,
-        )
-        onnx.checker.check_model(str(staging / MODEL))
+        _save(proto, staging / MODEL)
         parity = check_parity(model, task, staging / MODEL, runner)
         model.config.save_pretrained(staging)
         _copy_companions(checkpoint, staging)
@@ -78,13 +84,22 @@ def export(
             files=list_files(staging),
             inputs=tuple(_spec(value) for value in proto.graph.input),
             outputs=tuple(_spec(value) for value in proto.graph.output),
-            blocks=tuple(_block(layer, plan) for layer in layers),
+            blocks=blocks,
             plan=plan,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
             details={"opset": opset, "parity_with_torch": parity},
         )
         manifest.save(staging)
     return manifest
+
+
+def _save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write the graph, and its weights beside it."""
+    data = path.with_name(f"{path.name}.data")
+    onnx.save(proto, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES)
+    if data.is_file():
+        data.chmod(0o644)  # onnx keeps it to its owner
+    onnx.checker.check_model(str(path))
 
 
 def _copy_companions(checkpoint: Path, staging: Path) -> None:
@@ -102,12 +117,18 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def _block(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
     planned = None if plan is None else plan.layer(layer.name)
+    keep = tuple(range(layer.num_experts)) if planned is None else planned.keep
+    if len(keep) != layer.num_experts:
+        raise UserError(
+            f"the plan keeps {len(keep)} experts in layer {layer.name}, but {layer.num_experts} are to be exported",
+            hint="apply the plan too: export(..., plan=plan, prepare=partial(pruning.apply.apply_plan, plan=plan))",
+        )
     parameters = [*layer.router.parameters(), *layer.router.buffers(), *layer.experts.parameters()]
     return BlockEntry(
         name=layer.name,
         experts=layer.num_experts,
         top_k=layer.top_k,
-        keep=tuple(range(layer.num_experts)) if planned is None else planned.keep,
+        keep=keep,
         router=type(layer.router).__name__,
         form="experts",
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),

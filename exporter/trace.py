@@ -1,6 +1,7 @@
 """torch to an ONNX graph in memory, traced once, with one experts node a layer and the names of the checkpoint."""
 
 import contextlib
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -100,10 +101,10 @@ def _restore_names(proto: onnx.ModelProto) -> None:
         tensor.name = renamed.get(tensor.name, tensor.name)
     for node in proto.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        del node.metadata_props[:]
     del proto.graph.value_info[:]
-    del proto.metadata_props[:]
-    proto.producer_name = "moe-edge"
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
+    proto.producer_name, proto.producer_version = "moe-edge", importlib.metadata.version("moe-edge")
 
 
 def _define_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer], opset: int) -> None:

@@ -21,6 +21,9 @@ OP_PREFIX = "Experts"
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 NO_LIMIT = 0.0
 
+_IN_A_NAME = str.maketrans({".": "p", "-": "m", "+": None})
+"""Signs of a number that an op's name cannot hold."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -55,14 +58,17 @@ class ExpertsOp:
 
         >>> ExpertsOp(Activation("silu"), gated=True, interleaved=False, transposed=False, biased=False).op_type
         'Experts_silu_gated'
+        >>> ExpertsOp(Activation("silu", limit=7.0), True, False, False, True).op_type
+        'Experts_silu_limit7_gated_biased'
         """
-        flags = ("gated", "interleaved", "transposed", "biased")
-        numbers = [f"{value:g}".replace(".", "p") for value in self._settings() if value not in (1.0, 0.0)]
-        parts = [OP_PREFIX, self.activation.kind, *numbers, *(flag for flag in flags if getattr(self, flag))]
-        return "_".join(parts)
-
-    def _settings(self) -> tuple[float, float]:
-        return self.activation.alpha, self.activation.limit
+        plain = Activation(self.activation.kind)
+        numbers = [
+            f"{key.replace('_', '')}{value!r}".removesuffix(".0").translate(_IN_A_NAME)
+            for key, value in dataclasses.asdict(self.activation).items()
+            if value != getattr(plain, key)
+        ]
+        flags = [flag for flag in ("gated", "interleaved", "transposed", "biased") if getattr(self, flag)]
+        return "_".join([OP_PREFIX, self.activation.kind, *numbers, *flags])
 
     def to_attributes(self) -> dict[str, Any]:
         """ONNX attributes of the node."""

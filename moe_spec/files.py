@@ -97,8 +97,8 @@ def new_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     staging = Path(name)
     try:
-        staging.chmod(0o644)
         yield staging
+        staging.chmod(0o644)  # mkstemp and safetensors keep it to its owner
         staging.replace(path)
     except BaseException:
         staging.unlink(missing_ok=True)

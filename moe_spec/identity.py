@@ -25,7 +25,8 @@ def checkpoint_weights(directory: Path) -> list[Path]:
         UserError: the directory does not exist, has no config.json, no weights, or pickled ones.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory} does not exist, expected a checkpoint directory", hint="check the path")
+        found = "is a file" if directory.exists() else "does not exist"
+        raise UserError(f"{directory} {found}, expected a checkpoint directory", hint="check the path")
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} is no checkpoint: it has no config.json",
