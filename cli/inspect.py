@@ -34,9 +34,7 @@ def inspect(
 
 def _describer(path: Path) -> Callable[[Path], Description]:
     if path.is_dir():
-        if (path / "model.onnx").is_file():
-            return _onnx
-        return _engine if (path / "manifest.json").is_file() else _checkpoint
+        return _directory
     by_suffix: Mapping[str, Callable[[Path], Description]] = {
         ".onnx": _onnx,
         ".json": _json,
@@ -47,6 +45,15 @@ def _describer(path: Path) -> Callable[[Path], Description]:
             f"{path} is nothing that moe-edge makes or reads", hint=f"known: a directory, *{', *'.join(by_suffix)}"
         )
     return by_suffix[path.suffix]
+
+
+def _directory(path: Path) -> Description:
+    from moe_spec.manifest import FILE_NAME, MODEL, Manifest
+    from runtime.backend import ENGINE
+
+    if (path / FILE_NAME).is_file():
+        return _engine(path) if Manifest.load(path).kind == ENGINE else _onnx(path)
+    return _onnx(path) if (path / MODEL).is_file() else _checkpoint(path)
 
 
 def _onnx(path: Path) -> Description:
@@ -118,17 +125,34 @@ def _checkpoint(path: Path) -> Description:
 def _json(path: Path) -> Description:
     import json
 
+    by_artifact: Mapping[str, Callable[[Path], Description]] = {
+        "manifest": lambda manifest: _directory(manifest.parent),
+        "parity": _parity,
+        "plan": _plan,
+    }
+    known = f"known artifacts: {', '.join(by_artifact)}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no complete JSON: {error}", hint=known) from error
+    artifact = str(content.get("artifact")) if isinstance(content, dict) else ""
+    if artifact not in by_artifact:
+        raise UserError(f"{path} is no artifact of moe-edge", hint=known)
+    return by_artifact[artifact](path)
+
+
+def _parity(path: Path) -> Description:
+    from runtime.report import ParityReport
+
+    report = ParityReport.load(path)
+    lines = [f"{path}: {'PASS' if report.passed else 'FAIL'}, {report.examples} examples of {report.data}"]
+    lines += [f"  {reason}" for reason in report.reasons]
+    return "\n".join(lines), report.to_json()
+
+
+def _plan(path: Path) -> Description:
     from moe_spec.plan import PruningPlan
 
-    try:
-        artifact = json.loads(path.read_text(encoding="utf-8")).get("artifact")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no complete JSON object: {error}", hint="give an artifact of moe-edge") from error
-    if artifact == "parity":
-        from runtime.report import ParityReport
-
-        report = ParityReport.load(path)
-        return f"{path}: parity {'PASS' if report.passed else 'FAIL'}", report.to_json()
     plan = PruningPlan.load(path)
     lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]
     lines += [
