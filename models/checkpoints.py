@@ -1,7 +1,6 @@
 """Checkpoints in transformers' layout: local, safetensors only, and never a silent substitute for a lost weight."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from models.families import family
 from moe_spec.errors import UserError
 from moe_spec.files import inside
 from moe_spec.identity import checkpoint_weights
+from moe_spec.record import parse_object
 
 INDEX = "model.safetensors.index.json"
+_AGAIN = "get the checkpoint again, complete"
 
 AUTO_CLASSES: Mapping[str, type] = {
     "ForCausalLM": transformers.AutoModelForCausalLM,
@@ -59,7 +60,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Pr
     if lost:  # transformers fills them with random numbers
         raise UserError(
             f"{directory} lacks {len(lost)} weights that its config.json asks for, the first is {lost[0]!r}",
-            hint="get the checkpoint again, complete",
+            hint=_AGAIN,
         )
     return model
 
@@ -90,11 +91,8 @@ def load_config(directory: Path) -> Any:
     """
     checkpoint_weights(directory)
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no complete JSON: {error}", hint="get the checkpoint again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+    values = parse_object(path, path.read_bytes(), _AGAIN)
+    if not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} names no model_type", hint="give a directory in transformers' layout")
     family(values["model_type"])
     if values.get("quantization_config") is not None:
@@ -118,19 +116,18 @@ def _check_weights(directory: Path) -> None:
     """Every file that transformers will read is complete and lies in ``directory``."""
     index = directory / INDEX
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is no complete index of weights", hint="get the checkpoint again") from error
-        for name in sorted(names):
+        weight_map = parse_object(index, index.read_bytes(), _AGAIN).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} maps no weights to files", hint=_AGAIN)
+        for name in sorted(set(weight_map.values())):
             if not inside(directory, name, index).is_file():
-                raise UserError(f"{directory / name} is missing, {index.name} names it", hint="get it again, complete")
+                raise UserError(f"{directory / name} is missing, {index.name} names it", hint=_AGAIN)
     for path in checkpoint_weights(directory):
         try:
             with safetensors.safe_open(path, framework="pt"):
                 pass  # the header is checked against the file's length here
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no complete safetensors file: {error}", hint="get the file again") from error
+            raise UserError(f"{path} is no complete safetensors file: {error}", hint=_AGAIN) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ IMAGES = "images"
 LABELS = "labels"
 MAX_BYTES = 8 << 30
 """What an .npz may unpack to; checked before anything is allocated."""
+
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, MemoryError)
+"""What zipfile and numpy raise about cut, spoilt, encrypted or lying archives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +80,10 @@ def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None) -> D
             f"{path} holds examples {lengths}, expected arrays with the same number of examples, at least one",
             hint="store one array a model input, examples on axis 0",
         )
-    if labels is not None and labels.shape != (next(iter(lengths.values())),):
+    examples = next(iter(lengths.values()))
+    if labels is not None and (labels.shape != (examples,) or labels.dtype.kind not in "iu"):
         raise UserError(
-            f"{path} holds {labels.shape} labels for {next(iter(lengths.values()))} examples",
+            f"{path} holds {labels.dtype}{list(labels.shape)} labels for {examples} examples",
             hint="store one integer class an example in `labels`",
         )
     return Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path))
@@ -92,6 +97,10 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
         if unpacked > MAX_BYTES:
             raise UserError(f"{path} unpacks to {unpacked} bytes, more than {MAX_BYTES}", hint="split the data")
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+            arrays = {name: archive[name] for name in archive.files}
+    except _UNREADABLE as error:
         raise UserError(f"{path} is no readable .npz: {error}", hint=hint) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy hands out other members of the archive as bytes
+            raise UserError(f"{path} is no readable .npz: {name!r} is no array", hint=hint)
+    return arrays

@@ -1,7 +1,6 @@
 """Images to model input, as a transformers ``preprocessor_config.json`` says. numpy only: it runs on the device."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError
-from moe_spec.record import Record
+from moe_spec.record import Record, parse_object
 
 FILE_NAME = "preprocessor_config.json"
 
@@ -40,18 +39,18 @@ class ImagePreprocessor:
         if not path.is_file():
             return None
         remake = "export the model again with its preprocessor_config.json"
-        try:
-            record = Record(json.loads(path.read_text(encoding="utf-8")), str(path), remake)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
+        record = Record(parse_object(path, path.read_bytes(), remake), str(path), remake)
         size = record.record("size")
         if size is None:
             raise record.fail("key 'size' is missing")
+        mean, std = record.items("image_mean", float), record.items("image_std", float)
+        if len(mean) not in (1, 3) or len(std) != len(mean) or 0 in std:
+            raise record.fail(f"image_mean {list(mean)} and image_std {list(std)} are not those of 1 or 3 channels")
         return cls(
             height=size.take("height", int),
             width=size.take("width", int),
-            mean=record.items("image_mean", float),
-            std=record.items("image_std", float),
+            mean=mean,
+            std=std,
             rescale_factor=record.take("rescale_factor", float),
         )
 

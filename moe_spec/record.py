@@ -108,15 +108,26 @@ def parse_record(path: Path, text: str | bytes, artifact: str, schema: int, rema
     Raises:
         UserError: no JSON, another artifact, or another schema; a newer one asks for a newer moe-edge.
     """
-    try:
-        values = json.loads(text)
-    except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
-    if not isinstance(values, dict) or values.get("artifact") != artifact:
-        found = values.get("artifact") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path} holds {found!r}, expected a {artifact!r} artifact", hint=remake)
+    values = parse_object(path, text, remake)
+    if values.get("artifact") != artifact:
+        raise UserError(f"{path} holds {values.get('artifact')!r}, expected a {artifact!r} artifact", hint=remake)
     found = values.get("schema")
     if found != schema:
         mend = "update moe-edge, or " if isinstance(found, int) and found > schema else ""
         raise UserError(f"{path} has {artifact} schema {found!r}, this moe-edge reads {schema}", hint=f"{mend}{remake}")
     return Record(values, str(path), remake)
+
+
+def parse_object(path: Path, text: str | bytes, remake: str) -> Json:
+    """The JSON object in ``text``; ``path`` is where it was found.
+
+    Raises:
+        UserError: cut, no JSON, or no object.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object", hint=remake)
+    return values

@@ -92,7 +92,8 @@ def test_a_plan_for_another_model_is_refused(checkpoint, plan, tmp_path):
     assert refused(checkpoint, plan, tmp_path) == (
         f"error: the plan was made for model 000000000000, but {checkpoint} is model "
         f"{checkpoint_sha256(checkpoint)[:12]}\n"
-        "hint: make a plan for this model with `moe-edge plan`, or give the model that the plan was made for\n"
+        "hint: make a plan for this model with `moe-edge plan`; if it is the same model exported by another tool: "
+        "optimize --any-model\n"
     )
 
 

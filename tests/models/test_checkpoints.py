@@ -85,6 +85,8 @@ def test_a_cut_config_is_refused(checkpoint):
     path.write_text(path.read_text()[:40])
     assert refusal(load_model, checkpoint).startswith(f"{path} is no complete JSON: ")
     path.write_text("[]")
+    assert refusal(load_model, checkpoint) == f"{path} holds a list, expected a JSON object"
+    path.write_text("{}")
     assert refusal(load_model, checkpoint) == f"{path} names no model_type"
 
 
@@ -129,5 +131,7 @@ def test_an_index_stays_in_its_directory(checkpoint):
     assert refusal(load_model, checkpoint) == f"{index} names the file {name}, which lies outside {checkpoint}"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "lost.safetensors"}}))
     assert refusal(load_model, checkpoint) == f"{checkpoint / 'lost.safetensors'} is missing, {INDEX} names it"
+    index.write_text('{"weight_map": {"lm_head.weight": 3}}')
+    assert refusal(load_model, checkpoint) == f"{index} maps no weights to files"
     index.write_text("{")
-    assert refusal(load_model, checkpoint) == f"{index} is no complete index of weights"
+    assert refusal(load_model, checkpoint).startswith(f"{index} is no complete JSON: ")

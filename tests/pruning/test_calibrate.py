@@ -134,7 +134,7 @@ def ids(examples=5, sequence=4):
 
 
 def test_calibrate_writes_what_it_returns(checkpoint, tmp_path):
-    data, out, told = data_file(tmp_path, input_ids=ids(), labels=np.zeros(5)), tmp_path / "s.safetensors", []
+    data, out, told = data_file(tmp_path, input_ids=ids(), labels=np.arange(5)), tmp_path / "s.safetensors", []
     statistics = calibrate(checkpoint, data, out, batch_size=2, on_progress=lambda *done: told.append(done))
     assert told == [(2, 5), (4, 5), (5, 5)]
     loaded = Statistics.load(out)
