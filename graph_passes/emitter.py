@@ -21,9 +21,10 @@ class Emitter:
         self._graph = graph
         self._scope = scope
         self._taken = {tensor.name for node in graph.nodes for tensor in (*node.inputs, *node.outputs)}
+        self._taken |= {node.name for node in graph.nodes}
 
     def fresh(self, label: str) -> str:
-        """A name that no tensor has yet."""
+        """A name that no tensor and no node has yet."""
         name, number = f"{self._scope}/{label}", 1
         while name in self._taken:
             number += 1

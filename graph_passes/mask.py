@@ -31,12 +31,13 @@ from moe_spec.plan import LayerPlan, PruningPlan
 def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
     """Write the reference for ``plan`` (None: nothing is masked) to the new directory ``out``, weights shared by link.
 
-    The directory holds model.onnx, and observed.onnx with gates and scores of every layer as extra outputs.
+    The directory holds model.onnx, and observed.onnx with gates and scores of every layer as extra outputs. Layers that
+    no reader takes stay as they are.
 
     Raises:
-        UserError: no ONNX model, a layer that no reader takes, or a plan for other layers.
+        UserError: no ONNX model, no layer that a reader takes, or a plan for other layers.
     """
-    model = read_model(source)
+    model = read_model(source, allow_partial=True)
     layers = [None] * len(model.blocks) if plan is None else match_layers(plan, model.blocks)
     with new_directory(out) as staging:
         _link_weights(model.graph, model.path.parent, staging)

@@ -42,6 +42,7 @@ def load_graph(path: Path) -> gs.Graph:
         UserError: no ONNX file, or external data that is missing, cut or outside the directory.
     """
     model = _parse(path)
+    _lift_constants(model.graph)
     graph = gs.import_onnx(model)
     for tensor in constants(graph):
         of_constant(tensor, path.parent)
@@ -51,12 +52,39 @@ def load_graph(path: Path) -> gs.Graph:
 def _parse(path: Path) -> onnx.ModelProto:
     hint = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise UserError(f"{path} is no readable ONNX file: {error}", hint=hint) from error
     if not model.graph.node:
         raise UserError(f"{path} is no ONNX model: its graph has no node", hint=hint)
     return model
+
+
+def _lift_constants(graph: onnx.GraphProto) -> None:
+    """Constant nodes become initialisers, so that readers see one kind of constant."""
+    kept = []
+    for node in graph.node:
+        value = _constant_value(node) if node.op_type == "Constant" else None
+        if value is None:
+            kept.append(node)
+        else:
+            value.name = node.output[0]
+            graph.initializer.append(value)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor of a Constant node; None where it holds a string or a sparse tensor."""
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        tensor: onnx.TensorProto = attribute.t
+        return tensor
+    kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    if attribute.name not in kinds:
+        return None
+    value = onnx.helper.get_attribute_value(attribute)
+    return onnx.numpy_helper.from_array(np.asarray(value, kinds[attribute.name]))
 
 
 def constants(graph: gs.Graph) -> list[gs.Constant]:

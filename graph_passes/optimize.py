@@ -80,11 +80,7 @@ def optimize(
     pruned = _prune(model, plan)
     before = (len(model.graph.nodes), weight_bytes(model.graph, model.path.parent))
     with new_directory(out) as staging:
-        written = [
-            Written(block, chosen, write_block(model.graph, block, chosen))
-            for block in pruned
-            for chosen in [choose_form(block, accepted) if form == AUTO else form]
-        ]
+        written = _write(model.graph, pruned, form, accepted)
         model.graph.cleanup().toposort()
         inputs, outputs = io_of(model.graph)
         save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
@@ -125,6 +121,15 @@ def _prune(model: Model, plan: PruningPlan | None) -> list[MoEBlock]:
     return [
         block if layer is None else prune_block(block, layer) for block, layer in zip(model.blocks, layers, strict=True)
     ]
+
+
+def _write(graph: gs.Graph, blocks: Sequence[MoEBlock], form: str, accepted: Sequence[str]) -> list[Written]:
+    """Every block in its new form. The last goes first: a block may read what another one writes."""
+    written = []
+    for block in reversed(blocks):
+        chosen = choose_form(block, accepted) if form == AUTO else form
+        written.append(Written(block, chosen, write_block(graph, block, chosen)))
+    return written[::-1]
 
 
 def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:

@@ -39,7 +39,7 @@ def check(graph: gs.Graph, reference: Path, candidate: Path, runner: Runner) -> 
     for feeds, wanted, found in zip(batches, expected, got, strict=True):
         for name, value in wanted.items():
             largest, relative = error_between(value, found[name])
-            entries.append(OracleEntry({key: feed.shape for key, feed in feeds.items()}, name, largest, relative))
+            entries.append(OracleEntry({key: list(feed.shape) for key, feed in feeds.items()}, name, largest, relative))
             allowed = TOLERANCE.get(value.dtype.name, 0.0)
             if relative > allowed:
                 raise VerificationError(

@@ -1,0 +1,70 @@
+"""The reference: the original graph with experts made unselectable (methods.md's invariants)."""
+
+import numpy as np
+import pytest
+
+from graph_passes.mask import mask_model
+from moe_spec.feasibility import Groups
+from moe_spec.identity import onnx_sha256
+from moe_spec.manifest import OBSERVED
+from tests.graph_passes.block_models import Spec, compute, plan, save
+from tests.zoo import RUNNER
+
+SPECS = {
+    "softmax": Spec(),
+    "softmax, renormalised": Spec(renormalize=True),
+    "top-k, softmax": Spec(topk_first=True, router_bias=True),
+    "sigmoid with selection bias": Spec(score="sigmoid", selection_bias=True, renormalize=True, scale=2.5),
+    "groups": Spec(score="sigmoid", selection_bias=True, groups=Groups(2, 1), renormalize=True),
+    "groups without a bias": Spec(score="sigmoid", groups=Groups(4, 2)),
+}
+
+
+def observed(tmp_path, spec: Spec, keep: tuple[int, ...]):
+    tmp_path.mkdir(exist_ok=True)
+    source, out = tmp_path / "block.onnx", tmp_path / "masked"
+    save(spec, source)
+    manifest = mask_model(source, plan(spec, keep, onnx_sha256(source)), out)
+    x = np.random.default_rng(1).standard_normal((9, spec.hidden)).astype(np.float32)
+    block = manifest.blocks[0]
+    assert block.gates is not None
+    assert block.scores is not None
+    result = RUNNER.run(out / OBSERVED, [{"x": x}])[0]
+    return x, result["out"], result[block.gates], result[block.scores]
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("keep", [(0, 1, 5), (0, 1, 4, 5), tuple(range(8))])
+def test_dropped_experts_are_never_selected(tmp_path, spec, keep):
+    x, out, gates, scores = observed(tmp_path, spec, keep)
+    dropped = sorted(set(range(8)) - set(keep))
+    assert not gates[:, dropped].any()
+    assert np.isneginf(scores[:, dropped]).all()
+    assert ((gates != 0).sum(axis=1) == spec.top_k).all()
+    np.testing.assert_allclose(out, compute(spec, x, keep), rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_logit_of_a_dropped_expert_does_not_win(tmp_path):
+    """Masking by multiplication would turn it into the largest."""
+    _, _, gates, _ = observed(tmp_path, Spec(experts=2, top_k=1), (1,))
+    assert (gates[:, 1] == 1).all()
+
+
+def test_without_renormalisation_untouched_tokens_are_rescaled(tmp_path):
+    """Invariant I2: softmax over the survivors gives p / (1 - sum of dropped p)."""
+    everything = tuple(range(8))
+    _, _, before, _ = observed(tmp_path / "all", Spec(top_k=1), everything)
+    _, _, after, _ = observed(tmp_path / "some", Spec(top_k=1), (0, 1, 2, 3, 4, 5))
+    same = (before != 0).argmax(1) == (after != 0).argmax(1)
+    assert same.any()
+    assert (after.max(1)[same] > before.max(1)[same]).all()
+
+
+def test_nothing_is_masked_without_a_plan(tmp_path):
+    source = tmp_path / "block.onnx"
+    save(Spec(), source)
+    mask_model(source, None, tmp_path / "observed")
+    x = np.random.default_rng(1).standard_normal((9, 8)).astype(np.float32)
+    np.testing.assert_array_equal(
+        RUNNER.run(tmp_path / "observed" / "model.onnx", [{"x": x}])[0]["out"], RUNNER.run(source, [{"x": x}])[0]["out"]
+    )
