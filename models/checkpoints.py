@@ -69,6 +69,8 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write config.json and safetensors weights, in the layout that the family's checkpoints have."""
     with _quiet():
         model.save_pretrained(directory)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors keeps it to its owner
 
 
 def load_skeleton(directory: Path) -> PreTrainedModel:
