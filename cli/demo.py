@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from cli import console
@@ -42,11 +43,18 @@ def demo(
 
 
 def _table(rows: "list[Row]") -> Table:
+    """80 columns wide, so that it can be piped."""
     from cli.journey import BATCHES
 
-    table = Table(title="V-MoE on Fashion-MNIST: 1,000 test images, CPU latency in ms with one thread")
+    table = Table(
+        title="V-MoE on Fashion-MNIST: 1,000 test images, CPU latency in ms with one thread",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     table.add_column("model")
-    for name in ("experts", "accuracy", "parity", "flips", "ONNX", "engine", *(f"batch {size}" for size in BATCHES)):
+    latencies = (f"batch\n{size}" for size in BATCHES)
+    for name in ("experts", "accuracy", "parity", "flips", "ONNX\nMB", "engine\nMB", *latencies):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -63,4 +71,4 @@ def _table(rows: "list[Row]") -> Table:
 
 
 def _megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.2f} MB"
+    return "-" if size is None else f"{size / 1e6:.2f}"
