@@ -6,7 +6,7 @@ Example: moe-edge inspect exported/
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from cli import console
 from cli.options import AsJson
 from moe_spec.errors import UserError
 from moe_spec.record import Json
+
+if TYPE_CHECKING:
+    from graph_passes.block import MoEBlock
 
 Description = tuple[str, Json]
 
@@ -60,26 +63,27 @@ def _onnx(path: Path) -> Description:
     from graph_passes.describe import inspect_model
 
     model = inspect_model(path)
-    blocks: list[dict[str, Any]] = [
-        {
-            "name": block.name,
-            "form": block.form,
-            "experts": block.num_experts,
-            "top_k": block.router.top_k,
-            "router": block.router.kind,
-            "activation": dataclasses.asdict(block.experts.activation),
-            "bytes": block.nbytes,
-            "keep": list(block.keep),
-        }
-        for block in model.blocks
-    ]
-    written = [] if blocks or model.manifest is None else model.manifest.to_json()["blocks"]
-    refusals = [] if written else [dataclasses.asdict(refusal) for refusal in model.refusals]
-    lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks or written)} MoE layers"]
-    lines += [_row(block) for block in blocks or written]
-    lines += [f"  not recognised: {refusal}" for refusal in model.refusals if not written]
-    payload = {"nodes": len(model.graph.nodes), "blocks": blocks or written, "refusals": refusals}
+    blocks, refusals = [_found(block) for block in model.blocks], [str(refusal) for refusal in model.refusals]
+    if model.manifest is not None and model.manifest.kind == "optimized":  # no reader takes what a writer wrote
+        blocks = model.manifest.to_json()["blocks"]
+        refusals = model.manifest.details.get("left_alone", [])
+    lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks)} MoE layers"]
+    lines += [_row(block) for block in blocks] + [f"  not recognised: {refusal}" for refusal in refusals]
+    payload = {"nodes": len(model.graph.nodes), "blocks": blocks, "refusals": refusals}
     return "\n".join(lines), {**payload, "source_sha256": model.source_sha256}
+
+
+def _found(block: "MoEBlock") -> Json:
+    return {
+        "name": block.name,
+        "form": block.form,
+        "experts": block.num_experts,
+        "top_k": block.router.top_k,
+        "router": block.router.kind,
+        "activation": dataclasses.asdict(block.experts.activation),
+        "bytes": block.nbytes,
+        "keep": list(block.keep),
+    }
 
 
 def _row(block: Mapping[str, Any]) -> str:
