@@ -50,6 +50,7 @@ def optimize(
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
         for block in manifest.blocks
     ]
+    rows += [f"  left as it is: {refusal}" for refusal in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
     proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
     console.result("\n".join([f"{output}: {proof}", *rows]), manifest.to_json(), as_json)

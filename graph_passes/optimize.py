@@ -101,7 +101,10 @@ def optimize(
             plan=plan if plan is not None else (None if model.manifest is None else model.manifest.plan),
             passes=passes,
             tools=tool_versions(),
-            details={"oracle": [dataclasses.asdict(entry) for entry in proof]},
+            details={
+                "oracle": [dataclasses.asdict(entry) for entry in proof],
+                "left_alone": [str(refusal) for refusal in model.refusals],
+            },
         )
         manifest.save(staging)
     return manifest
