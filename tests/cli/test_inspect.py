@@ -1,0 +1,226 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from graph_passes.optimize import optimize
+from moe_spec.identity import checkpoint_sha256, onnx_sha256
+from moe_spec.manifest import Manifest
+from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.statistics import SUMS, LayerStatistics, Statistics
+from runtime.backend import BuildOptions
+from runtime.build import build
+from runtime.targets import find_target
+from runtime.verify import verify
+from tests.cli.helpers import invoke, leftovers
+from tests.graph_passes.block_models import NAME, Spec, plan, save
+from tests.zoo import RUNNER
+
+LAYERS = ("layers.1.mlp", "layers.3.mlp")
+KEEP = (0, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One MoE layer as a foreign file, and all that moe-edge makes of it."""
+    root = tmp_path_factory.mktemp("made")
+    save(Spec(), root / "block.onnx")
+    keep = plan(Spec(), KEEP, onnx_sha256(root / "block.onnx"))
+    keep.save(root / "plan.json")
+    optimize(root / "block.onnx", root / "optimized", RUNNER, plan=keep, form="dense")
+    build(root / "optimized", find_target("cpu"), BuildOptions(), root / "engine")
+    verify(root / "engine", root / "optimized").save(root / "parity.json")
+    return root
+
+
+def described(path):
+    """What inspect says of ``path``, and the same for machines."""
+    code, stdout, stderr = invoke("inspect", path)
+    assert (code, stderr) == (0, "")
+    return stdout, json.loads(invoke("inspect", path, "--json")[1])
+
+
+def test_a_checkpoint(zoo):
+    checkpoint = zoo.checkpoint("vmoe")
+    text, payload = described(checkpoint)
+    identity = checkpoint_sha256(checkpoint)
+    rows = "".join(f"  {name}: 8 experts, K=2, VMoeRouter\n" for name in LAYERS)
+    assert text == f"{checkpoint}: checkpoint {identity[:12]}, 2 MoE layers\n{rows}"
+    assert payload["sha256"] == identity
+    assert payload["layers"][1] == {
+        "name": "layers.3.mlp",
+        "experts": 8,
+        "top_k": 2,
+        "router": "VMoeRouter",
+        "groups": None,
+    }
+
+
+def test_an_exported_directory(zoo):
+    directory = zoo.exported("vmoe")
+    text, payload = described(directory)
+    size = f"{Manifest.load(directory).blocks[0].bytes:,}"
+    rows = [f"  {name}: 8 experts, K=2, softmax, top-k; form experts, {size} bytes\n" for name in LAYERS]
+    assert text == f"{directory / 'model.onnx'}: {payload['nodes']} nodes, 2 MoE layers\n{''.join(rows)}"
+    assert [block["name"] for block in payload["blocks"]] == list(LAYERS)
+    assert payload["source_sha256"] == checkpoint_sha256(zoo.checkpoint("vmoe"))
+    assert described(directory / "manifest.json") == (text, payload)
+
+
+def test_groups_and_biases_of_a_router(zoo):
+    text, _ = described(zoo.exported("deepseek_v3"))
+    assert "K=2, sigmoid, selection bias, 1 of 2 groups, top-k, renormalised; form experts" in text
+
+
+def test_a_foreign_file(made):
+    text, payload = described(made / "block.onnx")
+    size = 4 * (8 * 8 + 3 * 8 * 8 * 12)
+    assert text == (
+        f"{made / 'block.onnx'}: {payload['nodes']} nodes, 1 MoE layers\n"
+        f"  {NAME}: 8 experts, K=2, softmax, top-k; form experts, {size:,} bytes\n"
+    )
+    assert payload["blocks"][0]["activation"] == {"kind": "silu", "alpha": 1.0, "limit": 0.0, "up_offset": 0.0}
+    assert (payload["refusals"], payload["source_sha256"]) == ([], onnx_sha256(made / "block.onnx"))
+
+
+def test_an_optimised_directory(made):
+    text, payload = described(made / "optimized")
+    assert text.endswith(f"  {NAME}: 3 experts, K=2, softmax, top-k; form dense, {4 * 3 * (8 + 3 * 8 * 12):,} bytes\n")
+    assert (payload["blocks"][0]["keep"], payload["refusals"]) == (list(KEEP), [])
+
+
+def test_an_engine(made):
+    text, payload = described(made / "engine")
+    size = sum(entry.bytes for entry in Manifest.load(made / "engine").files)
+    assert text.splitlines()[:4] == [
+        f"{made / 'engine'}: engine, {size:,} bytes",
+        "  backend: onnxruntime",
+        "  provider: CPUExecutionProvider",
+        "  target: onnxruntime-cpu",
+    ]
+    assert payload == json.loads(json.dumps(Manifest.load(made / "engine").to_json()))
+
+
+def test_a_plan(made):
+    text, payload = described(made / "plan.json")
+    identity = onnx_sha256(made / "block.onnx")
+    assert text == (
+        f"{made / 'plan.json'}: plan by by hand for model {identity[:12]}\n  {NAME}: keeps 3 of 8, K=2: [0, 2, 5]\n"
+    )
+    assert payload["layers"][0]["keep"] == list(KEEP)
+
+
+def test_a_parity_report(made, tmp_path):
+    text, payload = described(made / "parity.json")
+    assert text.startswith(f"{made / 'parity.json'}: PASS, {payload['examples']} examples of random feeds")
+    assert text.count("\n") == 1
+    failed = payload | {"passed": False, "reasons": ["out differs"], "artifact": "parity", "schema": 1}
+    (tmp_path / "failed.json").write_text(json.dumps(failed))
+    assert described(tmp_path / "failed.json")[0].splitlines()[1:] == ["  out differs"]
+
+
+def test_statistics(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    sums = {key: np.array([3.0, 1.0, 0.0, 4.0]) for key in SUMS}
+    Statistics("m" * 64, ("data",), (LayerStatistics("layers.1.mlp", 4, 2, 4, sums),)).save(path)
+    text, payload = described(path)
+    assert text == (
+        f"{path}: statistics of model {'m' * 12}\n"
+        "  layers.1.mlp: 4 tokens, 4 experts, share of each 37.5% 12.5% 0.0% 50.0%\n"
+    )
+    assert payload["layers"][0]["tokens"] == [3.0, 1.0, 0.0, 4.0]
+
+
+def test_refusals_are_shown(tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+    fused (float[tokens, 2] x, float[tokens, 3] logits, float[3, 1, 2] up, float[3, 2, 1] down)
+      => (float[tokens, 2] y)
+    { [experts] y = com.microsoft.MoE<k = 1>(x, logits, up, , down) }
+    """
+    path = tmp_path / "fused.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    assert described(path)[0] == (
+        f"{path}: 1 nodes, 0 MoE layers\n  not recognised: any: no reader takes this fused op (at MoE 'experts')\n"
+    )
+
+
+KNOWN = "known artifacts: manifest, parity, plan"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "hint"),
+    [
+        ("nothing", None, "does not exist", "check the path"),
+        (
+            "notes.txt",
+            b"notes",
+            "is nothing that moe-edge makes or reads",
+            "known: a directory, *.onnx, *.json, *.safetensors",
+        ),
+        ("config.json", b'{"model_type": "mixtral"}', "is no artifact of moe-edge", KNOWN),
+        ("list.json", b"[1, 2]", "is no artifact of moe-edge", KNOWN),
+        ("odd.json", b'{"artifact": ["plan"]}', "is no artifact of moe-edge", KNOWN),
+        (
+            "cut.json",
+            b'{"artifact": "pl',
+            "is no complete JSON: Unterminated string starting at: line 1 column 14 (char 13)",
+            KNOWN,
+        ),
+        (
+            "empty.onnx",
+            b"",
+            "is no ONNX model: its graph has no node",
+            "give a file that torch.onnx, `moe-edge export` or another exporter wrote",
+        ),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused(name, content, what, hint, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert invoke("inspect", path) == (1, "", f"error: {path} {what}\nhint: {hint}\n")
+
+
+def test_an_empty_directory_is_refused(tmp_path):
+    assert invoke("inspect", tmp_path) == (
+        1,
+        "",
+        f"error: {tmp_path} is no checkpoint: it has no config.json\n"
+        "hint: give a directory in transformers' layout: config.json and *.safetensors\n",
+    )
+
+
+def test_a_directory_that_lost_its_graph_is_no_checkpoint(zoo, tmp_path):
+    directory = shutil.copytree(zoo.exported("vmoe"), tmp_path / "exported")
+    (directory / "model.onnx").unlink()
+    assert invoke("inspect", directory) == (
+        1,
+        "",
+        f"error: {directory / 'model.onnx'} does not exist, expected a model directory with model.onnx\n"
+        "hint: check the path\n",
+    )
+
+
+def test_looking_changes_nothing(made):
+    before = leftovers(made)
+    for name in before:
+        assert invoke("inspect", made / name)[0] == 0
+    assert leftovers(made) == before
+
+
+def test_a_plan_that_cannot_be_is_refused(made, tmp_path):
+    loaded = PruningPlan.load(made / "plan.json")
+    layer: LayerPlan = dataclasses.replace(loaded.layers[0], top_k=3)
+    dataclasses.replace(loaded, layers=(layer,)).save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text().replace('"keep": [0, 2, 5]', '"keep": [0, 5]')
+    (tmp_path / "plan.json").write_text(text)
+    assert invoke("inspect", tmp_path / "plan.json") == (
+        1,
+        "",
+        f"error: layer {NAME} keeps 2 of 8 experts, but its router selects K=3 a token\n"
+        "hint: keep at least 3: --keep 3; or let K shrink with the layer: --clamp-top-k\n",
+    )
