@@ -29,8 +29,10 @@ GATES = """
 OUT = """
     gates_ET = Transpose<perm=[1, 0]>(gates_TE)
     gates = Unsqueeze(gates_ET, axis2)
-    gated_ETH = Mul(outputs_ETH, gates)
-    out = ReduceSum<keepdims=0>(gated_ETH, axis0)
+    outputs_like_gates = CastLike(outputs_ETH, weights)
+    gated_ETH = Mul(outputs_like_gates, gates)
+    sum_TH = ReduceSum<keepdims=0>(gated_ETH, axis0)
+    out = CastLike(sum_TH, hidden)
 """
 
 

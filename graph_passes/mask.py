@@ -80,8 +80,9 @@ def _add(graph: gs.Graph, scope: str, tensor: gs.Tensor, mask: np.ndarray[tuple[
     """Let everything but the gather of weights read ``tensor + mask``."""
     untouched = [node for node in tensor.outputs if node.op == "GatherElements"]
     emitter = Emitter(graph, f"{scope}/masked")
-    masked = emitter.emit("Add", tensor, emitter.array("mask", mask), label="sum")
-    replace_uses(graph, tensor, masked, except_by=[masked.inputs[0], *untouched])
+    typed = emitter.emit("CastLike", emitter.array("mask", mask), tensor, label="typed_mask")
+    masked = emitter.emit("Add", tensor, typed, label="sum")
+    replace_uses(graph, tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *untouched])
 
 
 def _observe(graph: gs.Graph, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:
