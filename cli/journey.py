@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from exporter.export import export
-from exporter.tasks import task_of
-from exporter.trace import run_torch
 from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
 from graph_passes.writers import WRITERS
@@ -79,7 +78,6 @@ class Journey:
         self._say = say
         self._checkpoint = fashion_mnist()
         self._model = load_model(self._checkpoint)
-        self._task = task_of(type(self._model).__name__)
         self._runner = OnnxRuntimeRunner(threads=THREADS)
         self._test = load_dataset(self._checkpoint / "test.npz", ImagePreprocessor.load(self._checkpoint))
 
@@ -106,7 +104,11 @@ class Journey:
         return Row("torch", max(KEEPS), accuracy, "reference", None, None, {}, {})
 
     def _run_torch(self, feeds: Feeds) -> npt.NDArray[Any]:
-        return run_torch(self._model, self._task, dict(feeds))[self._task.outputs[0]]
+        """Logits as transformers computes them by default: with the experts implementation that it chose itself."""
+        with torch.inference_mode():
+            output = self._model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        logits: npt.NDArray[Any] = output.logits.numpy()
+        return logits
 
     def _variant(self, keep: int, statistics: Path, exported: Path) -> Row:
         """Plan, optimise, verify and build one number of experts."""
@@ -154,6 +156,7 @@ class Journey:
         """All variants take turns at every batch size, so that noise hits all alike."""
         latency: list[dict[str, float]] = [{} for _ in rows]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_torch_threads(THREADS))
             models = [self._directory / f"keep-{keep}" / "optimized" for keep in KEEPS]
             sessions = [stack.enter_context(open_session(model, THREADS)) for model in models]
             for size in BATCHES:
@@ -164,3 +167,14 @@ class Journey:
                 for index, found in enumerate(latency):
                     found[str(size)] = float(np.median(times[str(index)]))
         return [dataclasses.replace(row, latency_ms=found) for row, found in zip(rows, latency, strict=True)]
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Within the block torch uses ``count`` threads for one operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

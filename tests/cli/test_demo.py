@@ -1,0 +1,162 @@
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+
+from cli.demo import _table
+from cli.journey import BATCHES, KEEPS, TARGETS, Row
+from models.vmoe.assets import fashion_mnist
+from moe_spec.files import sha256_file
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import Manifest
+from moe_spec.plan import PruningPlan
+from runtime.report import ParityReport
+from runtime.run import run
+from tests.cli.helpers import invoke, leftovers
+
+TEST_IMAGES = fashion_mnist() / "test.npz"
+STEPS = [
+    "· calibrate on 1,000 training images",
+    "· export to ONNX and compare with torch",
+    *(f"· keep {keep} of 8 experts: plan, optimise, verify" for keep in KEEPS),
+    "· bench, batch sizes 1, 64",
+]
+
+every_keep = pytest.mark.parametrize("keep", KEEPS)
+
+
+@pytest.fixture(scope="module")
+def demo(zoo):
+    """The directory of a whole demo without engines, and its rows as printed for machines; one worker runs it, once."""
+    out, printed = zoo.root / "demo", zoo.root / "demo.printed.json"
+    with FileLock(zoo.root / "demo.lock"):
+        if not printed.exists():
+            printed.write_text(run_demo(out))
+    payload = json.loads(printed.read_text())
+    assert payload["output"] == str(out)
+    return out, [Row(**row) for row in payload["rows"]]
+
+
+def run_demo(out):
+    threads = torch.get_num_threads()
+    code, stdout, stderr = invoke("demo", "--no-engines", "--json", "-o", out)
+    assert (code, stderr.splitlines()) == (0, STEPS)
+    assert torch.get_num_threads() == threads
+    assert list(out.parent.glob(".demo.*")) == []
+    return stdout
+
+
+def test_each_row_says_what_ran(demo):
+    _, rows = demo
+    assert [row.experts for row in rows] == [8, *KEEPS]
+    assert [row.parity for row in rows] == ["reference", *["PASS"] * 4]
+    assert (rows[0].model, rows[-1].model) == ("torch", "ONNX, ffn")
+    assert [row.engine_bytes for row in rows] == [{}] * 5
+    assert {tuple(row.latency_ms) for row in rows} == {tuple(map(str, BATCHES))}
+    assert all(latency > 0 for row in rows for latency in row.latency_ms.values())
+
+
+def test_fewer_experts_are_fewer_bytes(demo):
+    root, (_, *rows) = demo
+    sizes = [row.onnx_bytes for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    files = [root / f"keep-{keep}" / "optimized" / "model.onnx" for keep in KEEPS]
+    assert sizes == [file.stat().st_size + file.with_name("model.onnx.data").stat().st_size for file in files]
+
+
+@every_keep
+def test_the_accuracy_is_what_the_graph_reaches_and_what_verify_measured(keep, demo):
+    root, rows = demo
+    row = rows[1 + KEEPS.index(keep)]
+    labels = np.load(TEST_IMAGES)["labels"]
+    logits = run(root / f"keep-{keep}" / "optimized", [TEST_IMAGES]).outputs["logits"]
+    assert row.accuracy == (logits.argmax(-1) == labels).mean()
+    report = ParityReport.load(root / f"keep-{keep}" / "parity.json")
+    assert report.passed
+    assert report.accuracy is not None
+    assert (report.accuracy.candidate, report.accuracy.examples) == (row.accuracy, len(labels))
+    assert report.flips == row.flips
+
+
+def test_all_experts_are_as_accurate_as_torch(demo):
+    _, (by_torch, everything, *_) = demo
+    assert by_torch.accuracy == everything.accuracy
+
+
+@every_keep
+def test_every_artifact_is_there_and_chained_to_its_parent(keep, demo):
+    root, _ = demo
+    folder = root / f"keep-{keep}"
+    assert leftovers(folder) == {"optimized", "parity.json", "plan.json", "reference"}
+    plan = PruningPlan.load(folder / "plan.json")
+    manifest = Manifest.load(folder / "optimized")
+    manifest.check_files(folder / "optimized")
+    assert plan.statistics_sha256 is not None
+    assert (manifest.plan, {len(layer.keep) for layer in plan.layers}) == (plan, {keep})
+    assert [block.keep for block in manifest.blocks] == [layer.keep for layer in plan.layers]
+    assert manifest.parent_sha256 == sha256_file(root / "exported" / "manifest.json")
+    assert manifest.source_sha256 == plan.model_sha256 == checkpoint_sha256(fashion_mnist())
+    assert {"config.json", "observed.onnx", "preprocessor_config.json"} <= leftovers(folder / "optimized")
+
+
+def test_the_directory_holds_the_rows_too(demo):
+    root, rows = demo
+    assert leftovers(root) == {"demo.json", "exported", "statistics.safetensors", *(f"keep-{keep}" for keep in KEEPS)}
+    assert [Row(**row) for row in json.loads((root / "demo.json").read_text())["rows"]] == rows
+
+
+def test_one_expert_is_a_dense_graph_without_a_router(demo):
+    root, _ = demo
+    graph = onnx.load(root / "keep-1" / "optimized" / "model.onnx", load_external_data=False).graph
+    ops = {node.op_type for node in graph.node}
+    assert not ops & {"TopK", "GatherElements", "ScatterElements", "Equal"}
+    assert {node.domain for node in graph.node} == {""}
+    assert [tensor.name for tensor in graph.initializer if "router" in tensor.name] == []
+    blocks = Manifest.load(root / "keep-1" / "optimized").blocks
+    assert [(block.form, block.router, block.gates) for block in blocks] == [("ffn", "", None)] * 2
+
+
+def test_the_table_fits_a_terminal_of_80_columns(demo):
+    _, rows = demo
+    out = io.StringIO()
+    Console(file=out, width=80).print(_table(rows))
+    lines = [line.split()[-8:] for line in out.getvalue().splitlines() if line.startswith(("torch", "ONNX,"))]
+    assert [line[:3] for line in lines] == [[str(row.experts), f"{row.accuracy:.1%}", row.parity] for row in rows]
+    assert "…" not in out.getvalue()
+
+
+def test_an_output_that_exists_is_left_as_it_is(tmp_path):
+    assert invoke("demo", "-o", tmp_path) == (
+        1,
+        "",
+        f"error: {tmp_path} already exists\nhint: give another -o, or remove it first: rm -r {tmp_path}\n",
+    )
+    assert leftovers(tmp_path) == set()
+
+
+def test_engines_are_built_for_three_generations():
+    assert TARGETS == ("rtx-ampere", "rtx-ada", "rtx-blackwell")
+
+
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.main import main; main()"
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
+    arguments = [sys.executable, "-c", COMMAND, "demo", "--no-engines", "-o", str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob(".out.*/statistics.safetensors")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[-1] == "interrupted; nothing half-written is left"
+    assert leftovers(tmp_path) == set()
