@@ -9,6 +9,7 @@ from moe_spec import Groups, UserError
 from moe_spec.feasibility import check_keep
 
 EXPERTS = 12
+NOBODY = -1
 
 
 @st.composite
@@ -28,13 +29,18 @@ def works(keep, top_k, groups):
 
 
 def select(scores_E, keep, top_k, groups, unselectable):
-    """DeepSeek-V3's choice, with the dropped experts' scores set to ``unselectable``."""
+    """DeepSeek-V3's choice, with the dropped experts' scores set to ``unselectable``.
+
+    Where fewer than K experts pass, what top-k takes is an accident of ties: NOBODY stands for it.
+    """
     masked_GE = np.where(np.isin(np.arange(EXPERTS), keep), scores_E, unselectable).reshape(groups.count, -1)
     group_scores_G = np.sort(masked_GE, axis=1)[:, -2:].sum(axis=1)
     chosen = np.argsort(-group_scores_G, kind="stable")[: groups.selected]
     passed_GE = np.full_like(masked_GE, -np.inf)
     passed_GE[chosen] = masked_GE[chosen]
-    return set(np.argsort(-passed_GE.flatten(), kind="stable")[:top_k].tolist())
+    passed_E = passed_GE.flatten()
+    best = np.argsort(-passed_E, kind="stable")[:top_k]
+    return {NOBODY if np.isneginf(passed_E[expert]) else int(expert) for expert in best}
 
 
 @given(grouped_plans(), st.integers(0, 2**32 - 1))
