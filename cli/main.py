@@ -1,6 +1,7 @@
 """The ``moe-edge`` command: one verb a file, and errors that end in an exit code."""
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
     @app.callback()
     def common(
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        _version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        ] = False,
     ) -> None:
         os.environ["MOE_EDGE_DEBUG"] = "1" if debug else ""
 
@@ -50,6 +54,12 @@ def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
         function: Callable[..., Any] = getattr(module, verb)
         app.command(verb, help=module.__doc__)(function)
     return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.out.print(importlib.metadata.version("moe-edge"))
+        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
