@@ -17,7 +17,7 @@ from models.families import family
 from models.moe_layers import find_moe_layers
 from models.vmoe.configuration import VMoeConfig
 from models.vmoe.modeling import VMoeForImageClassification
-from moe_spec.errors import UserError, VerificationError
+from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL, Manifest, TensorSpec
@@ -198,18 +198,3 @@ def test_a_model_without_a_task_is_refused(tmp_path):
         export(tmp_path / "checkpoint", tmp_path / "out", RUNNER)
     assert refusal.value.what == "MixtralModel is none of the model kinds that are exported"
     assert leftovers(tmp_path) == {"checkpoint"}
-
-
-class Refusing:
-    """A runner that fails when the graph is written and its proof is due."""
-
-    def run(self, model, *_):
-        assert model.parent.name.startswith(".out.")
-        assert model.is_file()
-        raise VerificationError("wrong")
-
-
-def test_an_export_that_is_not_proven_leaves_nothing(zoo, tmp_path):
-    with pytest.raises(VerificationError, match="wrong"):
-        export(zoo.checkpoint("vmoe"), tmp_path / "out", Refusing())
-    assert leftovers(tmp_path) == set()
