@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python 3.11 or newer: `make demo` and `make test`. Both install first.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -23,7 +24,7 @@ check: install  ## what a reviewer would ask for, in seconds
 	$(BIN)/lint-imports
 
 test: check  ## everything: checks, doctests, unit tests, end-to-end tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 format: install
 	$(BIN)/ruff check --fix .
