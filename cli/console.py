@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, VerificationError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -27,6 +27,11 @@ def error(failure: UserError) -> None:
     """``error:`` and ``hint:``, one line each."""
     err.print(f"[bold red]error:[/] {_escape(failure.what)}", soft_wrap=True)
     err.print(f"[bold cyan]hint:[/] {_escape(failure.hint)}", soft_wrap=True)
+
+
+def failure(what: VerificationError) -> None:
+    """What was not proven."""
+    err.print(f"[bold red]verification failed:[/] {_escape(str(what))}", soft_wrap=True)
 
 
 def _escape(text: str) -> str:

@@ -27,6 +27,16 @@ VERBS = (
 )
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
 
+EXTRAS = {
+    "ml_dtypes": "optimize",
+    "onnx": "optimize",
+    "onnx_graphsurgeon": "optimize",
+    "onnxscript": "export",
+    "torch": "export",
+    "transformers": "export",
+}
+"""What brings a package that the base install lacks."""
+
 EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
 _INTERRUPTED = "interrupted; nothing half-written is left"
 
@@ -73,12 +83,22 @@ def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -
     except UserError as failure:
         console.error(failure)
         _leave(EXIT_USER)
+    except ModuleNotFoundError as missing:
+        console.error(_not_installed(missing))
+        _leave(EXIT_USER)
     except VerificationError as failure:
-        console.err.print(f"[bold red]verification failed:[/] {failure}", soft_wrap=True)
+        console.failure(failure)
         _leave(EXIT_VERIFICATION)
     except KeyboardInterrupt:
         console.err.print(_INTERRUPTED)
         _leave(EXIT_INTERRUPTED)
+
+
+def _not_installed(missing: ModuleNotFoundError) -> UserError:
+    extra = EXTRAS.get((missing.name or "").partition(".")[0])
+    if extra is None:
+        raise missing
+    return UserError(f"this needs {missing.name}, which is not installed", hint=f"pip install 'moe-edge[{extra}]'")
 
 
 def _leave(code: int) -> None:

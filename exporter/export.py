@@ -1,7 +1,6 @@
 """A checkpoint to a model directory with one experts node a layer."""
 
 import importlib.metadata
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from exporter.tasks import task_of
 from exporter.trace import trace
 from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
@@ -22,19 +22,6 @@ from moe_spec.runner import Runner
 
 OPSET = 20
 """The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
-
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
-)
-"""Files that a runtime needs beside the graph."""
 
 INLINE_BYTES = 1024
 
@@ -76,7 +63,7 @@ def export(
         _save(proto, staging / MODEL)
         parity = check_parity(model, task, staging / MODEL, runner)
         model.config.save_pretrained(staging)
-        _copy_companions(checkpoint, staging)
+        copy_companions(checkpoint, staging)
         manifest = Manifest(
             kind="exported",
             source_sha256=identity,
@@ -100,12 +87,6 @@ def _save(proto: onnx.ModelProto, path: Path) -> None:
     if data.is_file():
         data.chmod(0o644)  # onnx keeps it to its owner
     onnx.checker.check_model(str(path))
-
-
-def _copy_companions(checkpoint: Path, staging: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in checkpoint.glob(pattern):
-            shutil.copyfile(path, staging / path.name)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -159,4 +159,14 @@ class FormError(Exception):
     def __init__(self, reason: str, node: gs.Node | gs.Tensor | None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.node = "a graph input" if node is None else f"{getattr(node, 'op', 'value')} {node.name!r}"
+        self.node = place_of(node)
+
+
+def place_of(node: gs.Node | gs.Tensor | None) -> str:
+    """A node by its op and its name, or by its first output where it has no name; or a value by its name."""
+    if node is None:
+        return "a graph input"
+    if isinstance(node, gs.Node):
+        name = node.name or (node.outputs[0].name if node.outputs else "")
+        return f"{node.op} {name!r}"
+    return f"value {node.name!r}"

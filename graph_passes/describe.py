@@ -16,6 +16,8 @@ from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
 
+EXPORTED = "exported"
+
 TOOLS = ("moe-edge", "onnx", "onnx-graphsurgeon")
 
 
@@ -66,6 +68,12 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
         UserError: a layer was refused (unless ``allow_partial``), or there is no MoE layer at all.
     """
     model = inspect_model(path)
+    if model.manifest is not None and model.manifest.kind != EXPORTED and not model.blocks:
+        raise UserError(
+            f"{path} is {model.manifest.kind} already: its MoE layers have the form "
+            f"{', '.join(sorted({block.form for block in model.manifest.blocks}))}",
+            hint="give the exported model that it was made from",
+        )
     if model.refusals and not allow_partial:
         lines = "; ".join(str(refusal) for refusal in model.refusals)
         raise UserError(

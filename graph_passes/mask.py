@@ -23,6 +23,7 @@ from graph_passes.observe import mask_E, observe_routing
 from graph_passes.prune import match_layers
 from graph_passes.walk import replace_uses
 from graph_passes.writers.routing import UNSELECTABLE, Routing
+from moe_spec.companions import copy_companions
 from moe_spec.files import inside, new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -50,7 +51,9 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
         entries = tuple(_observe(model.graph, *pair) for pair in zip(model.blocks, layers, strict=True))
         model.graph.toposort()
         save_variant(model.graph, staging / OBSERVED)
-        _copy_json(model.path.parent, staging)
+        copy_companions(model.path.parent, staging)
+        if (model.path.parent / "config.json").is_file():
+            shutil.copyfile(model.path.parent / "config.json", staging / "config.json")
         manifest = Manifest(
             kind="reference",
             source_sha256=model.source_sha256,
@@ -119,9 +122,3 @@ def _link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
             os.link(original.resolve(), link)
         except OSError:  # another file system
             shutil.copyfile(original, link)
-
-
-def _copy_json(source: Path, target: Path) -> None:
-    for name in ("config.json", "preprocessor_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

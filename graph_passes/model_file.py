@@ -9,8 +9,9 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
+from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
-from graph_passes.weights import Weight, of_constant
+from graph_passes.weights import Weight, dtype_of, of_constant
 from moe_spec.errors import UserError
 from moe_spec.files import require_file
 from moe_spec.manifest import MODEL
@@ -20,6 +21,8 @@ ALIGNMENT = 4096
 
 INLINE_BYTES = 1024
 """Smaller constants stay in the .onnx file: shapes, axes, scales."""
+
+_MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it prints to stdout, which belongs to results
 
@@ -44,20 +47,40 @@ def load_graph(path: Path) -> gs.Graph:
     model = _parse(path)
     _lift_constants(model.graph)
     graph = gs.import_onnx(model)
+    try:
+        graph.toposort()
+    except OnnxGraphSurgeonException as error:
+        raise UserError(f"{path}: the graph cannot be put in order: {error}", hint=_MEND) from error
     for tensor in constants(graph):
         of_constant(tensor, path.parent)
     return graph
 
 
 def _parse(path: Path) -> onnx.ModelProto:
-    hint = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise UserError(f"{path} is no readable ONNX file: {error}", hint=hint) from error
+        raise UserError(f"{path} is no readable ONNX file: {error}", hint=_MEND) from error
     if not model.graph.node:
-        raise UserError(f"{path} is no ONNX model: its graph has no node", hint=hint)
+        raise UserError(f"{path} is no ONNX model: its graph has no node", hint=_MEND)
+    _check_nodes(model, path)
+    for tensor in model.graph.initializer:
+        dtype_of(tensor)
     return model
+
+
+def _check_nodes(model: onnx.ModelProto, path: Path) -> None:
+    """Every node has the inputs and attributes that its operator wants; readers rely on it."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in model.opset_import}
+    for node in model.graph.node:
+        try:
+            onnx.checker.check_node(node, context)
+        except onnx.checker.ValidationError as error:
+            name = node.name or (node.output[0] if node.output else "")
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path}: node {node.op_type} {name!r} is malformed: {reason}", hint=_MEND) from error
 
 
 def _lift_constants(graph: onnx.GraphProto) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from graph_passes.oracle import OracleEntry, check
 from graph_passes.prune import match_layers, prune_block
 from graph_passes.writers import AUTO, WRITERS, choose_form, write_block
 from graph_passes.writers.routing import Routing
+from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import new_directory, refuse_existing
-from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, BlockEntry, Manifest, PassEntry, list_files
+from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, PassEntry, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
 
@@ -89,7 +89,8 @@ def optimize(
         model.graph.toposort()
         save_variant(model.graph, staging / OBSERVED)
         proof = _prove(model.path, plan, staging, runner, out.parent) if prove else []
-        _copy_companions(model.path.parent, staging, entries)
+        copy_companions(model.path.parent, staging)
+        _write_config(model.path.parent, staging, entries)
         manifest = Manifest(
             kind="optimized",
             source_sha256=model.source_sha256,
@@ -179,11 +180,8 @@ def _prove(
         return check(read_model(original, allow_partial=True).graph, reference, candidate, runner)
 
 
-def _copy_companions(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:
-    """Everything beside the model that is no graph, weight or manifest; config.json with the new counts."""
-    for path in sorted(source.glob("*.json")) + sorted(source.glob("*.jinja")):
-        if path.name not in (FILE_NAME, "config.json"):
-            shutil.copyfile(path, target / path.name)
+def _write_config(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:
+    """config.json with the new counts, where the source has one."""
     config = source / "config.json"
     if config.is_file():
         values = _with_counts(json.loads(config.read_text(encoding="utf-8")), blocks)

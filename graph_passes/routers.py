@@ -39,8 +39,14 @@ class Weights:
 
     directory: Path
 
-    def of(self, constant: gs.Constant) -> Weight:
-        """The weight behind ``constant``."""
+    def of(self, constant: gs.Tensor) -> Weight:
+        """The weight behind ``constant``.
+
+        Raises:
+            FormError: it is computed.
+        """
+        if not isinstance(constant, gs.Constant):
+            raise FormError("a weight is no constant", producer(constant) or constant)
         return of_constant(constant, self.directory)
 
     def flat(self, constant: gs.Constant, length: int) -> Weight:

@@ -87,15 +87,36 @@ def of_constant(constant: gs.Constant, directory: Path) -> Weight:
     if not isinstance(values, LazyValues):
         return from_array(np.asarray(values))
     proto: onnx.TensorProto = values.tensor
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
-    shape = tuple(proto.dims)
+    shape, dtype = tuple(proto.dims), dtype_of(proto)
     if not onnx.external_data_helper.uses_external_data(proto):
+        _check_inline(proto, shape, dtype)
         return Weight(shape, dtype, lambda: onnx.numpy_helper.to_array(proto))
     info = onnx.external_data_helper.ExternalDataInfo(proto)
     path = inside(directory, info.location, directory / "model.onnx")
     _check_extent(proto.name, path, info.offset or 0, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
     offset = info.offset or 0
     return Weight(shape, dtype, lambda: np.memmap(path, dtype, mode="r", offset=offset, shape=shape))
+
+
+def dtype_of(proto: onnx.TensorProto) -> np.dtype[Any]:
+    """Numpy's dtype of a stored tensor.
+
+    Raises:
+        UserError: ONNX knows no such type.
+    """
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
+    except KeyError as error:
+        raise UserError(f"weight {proto.name} has the unknown data type {proto.data_type}", hint=_MEND) from error
+
+
+def _check_inline(proto: onnx.TensorProto, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if proto.HasField("raw_data") and len(proto.raw_data) != wanted:
+        raise UserError(
+            f"weight {proto.name} holds {len(proto.raw_data)} bytes, {dtype.name}{list(shape)} needs {wanted}",
+            hint=_MEND,
+        )
 
 
 def _check_extent(name: str, path: Path, offset: int, length: int) -> None:

@@ -95,10 +95,9 @@ class ExpertsOp:
             settings = (float(attributes[key]) for key in ("alpha", "limit", "up_offset"))
             flags = {key: bool(attributes[key]) for key in ("gated", "interleaved", "transposed", "biased")}
             activation = Activation(kind, *settings)
-        except KeyError as missing:
-            raise UserError(
-                f"node {where} has no attribute {missing}", hint="export the model again with `moe-edge export`"
-            ) from missing
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"has no attribute {error}" if isinstance(error, KeyError) else f"has a wrong attribute: {error}"
+            raise UserError(f"node {where} {what}", hint="export the model again with `moe-edge export`") from error
         if kind not in ACTIVATIONS:
             raise UserError(
                 f"node {where} has the unknown activation {kind!r}", hint=f"known: {', '.join(ACTIVATIONS)}"

@@ -1,6 +1,5 @@
 """Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,25 +9,12 @@ from transformers import PreTrainedModel
 from models.checkpoints import load_model, load_skeleton, save_model
 from models.families import Family, family
 from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import EXPERTS_THAT_SCORE_A_GROUP, Groups, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import LayerPlan, PruningPlan
-
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "LICENSE*",
-)
-"""Files that a pruned checkpoint takes over from its parent as they are."""
 
 PLAN = "plan.json"
 """The plan that a pruned checkpoint was made by, kept in its directory."""
@@ -55,9 +41,7 @@ def prune(checkpoint: Path, plan_path: Path, out: Path) -> Path:
     apply_plan(model, plan)
     with new_directory(out) as staging:
         save_model(model, staging)
-        for pattern in COMPANIONS:
-            for path in checkpoint.glob(pattern):
-                shutil.copyfile(path, staging / path.name)
+        copy_companions(checkpoint, staging)
         plan.save(staging / PLAN)
     return out
 

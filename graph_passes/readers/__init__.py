@@ -10,7 +10,7 @@ from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Refusal
+from graph_passes.block import FormError, MoEBlock, Refusal, place_of
 from graph_passes.readers import batched_mm, experts_node
 from graph_passes.routers import SCORES, Weights
 from graph_passes.walk import SHAPE_ONLY, is_weight, produced_by, source
@@ -31,8 +31,7 @@ class Reading:
 
 
 def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
-    """Every MoE block of ``graph``, whose weights lie in ``directory``."""
-    graph.toposort()
+    """Every MoE block of ``graph`` (in topological order), whose weights lie in ``directory``."""
     weights = Weights(directory)
     found: list[tuple[int, MoEBlock | Refusal]] = []
     order = {id(node): index for index, node in enumerate(graph.nodes)}
@@ -47,9 +46,23 @@ def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
 def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEBlock | Refusal:
     try:
         block: MoEBlock = reader.read(node, name, weights)
+        _check_agreement(block, node)
     except FormError as reason:
         return Refusal(reader.FORM, reason.reason, reason.node)
     return block
+
+
+def _check_agreement(block: MoEBlock, node: gs.Node) -> None:
+    """Router and experts are of one size: an exporter that lost experts is found here."""
+    router, experts = block.router.weight_EH.shape, block.experts.up_EHF.shape
+    if router != experts[:2]:
+        raise FormError(
+            f"the router chooses among {router[0]} experts that read {router[1]} channels, "
+            f"there are {experts[0]} that read {experts[1]}",
+            node,
+        )
+    if not 1 <= block.router.top_k <= block.num_experts:
+        raise FormError(f"the router selects K={block.router.top_k} of {block.num_experts} experts", node)
 
 
 def _leftovers(graph: gs.Graph, blocks: tuple[MoEBlock, ...], refusals: list[Refusal]) -> list[Refusal]:
@@ -58,11 +71,9 @@ def _leftovers(graph: gs.Graph, blocks: tuple[MoEBlock, ...], refusals: list[Ref
     found = []
     for node in graph.nodes:
         if node.op in FOREIGN_MOE_OPS:
-            found.append(Refusal("any", "no reader takes this fused op", f"{node.op} {node.name!r}"))
+            found.append(Refusal("any", "no reader takes this fused op", place_of(node)))
         elif node.op == "TopK" and id(node.outputs[1]) not in known and not refusals and _looks_like_router(node):
-            found.append(
-                Refusal("any", "experts are routed here, in a form that no reader knows", f"TopK {node.name!r}")
-            )
+            found.append(Refusal("any", "experts are routed here, in a form that no reader knows", place_of(node)))
     return found
 
 

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, read_activation
-from graph_passes.readers.layout import EXPERTS_SCOPE, from_stacked
+from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
 from graph_passes.routers import Weights, read_router
 from graph_passes.walk import is_weight, produced_by, producer, sink, source
 from moe_spec.experts_op import ExpertsOp
@@ -63,6 +63,11 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
         transposed=up.transposed,
         biased=up.bias is not None,
     )
+    tensors = (up.gather.inputs[0], down.gather.inputs[0], up.bias, down.bias)
+    up_weight, down_weight, up_bias, down_bias = (None if part is None else weights.of(part) for part in tensors)
+    assert up_weight is not None
+    assert down_weight is not None
+    check_stacked(up.gather, up_weight, down_weight, up_bias, down_bias, op)
     router = read_router(ids, gate_tensor, weights)
     return MoEBlock(
         name=_scope(up.gather) or router.scope or name,
@@ -70,13 +75,7 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
         hidden=_read_hidden(up.x),
         out=_read_sum(mul),
         router=router,
-        experts=from_stacked(
-            up=weights.of(up.gather.inputs[0]),
-            down=weights.of(down.gather.inputs[0]),
-            up_bias=None if up.bias is None else weights.of(up.bias),
-            down_bias=None if down.bias is None else weights.of(down.bias),
-            op=op,
-        ),
+        experts=from_stacked(up_weight, down_weight, up_bias, down_bias, op),
         keep=tuple(range(router.weight_EH.shape[0])),
     )
 

@@ -2,10 +2,9 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, MoEBlock
-from graph_passes.readers.layout import EXPERTS_SCOPE, from_stacked
+from graph_passes.block import FormError, MoEBlock
+from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
 from graph_passes.routers import Weights, read_router
-from graph_passes.walk import operand
 from moe_spec.experts_op import DOMAIN, ExpertsOp
 
 FORM = "experts"
@@ -23,16 +22,15 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
         FormError: the router in front is not a known one.
     """
     op = ExpertsOp.from_attributes(node.attrs, node.name)
-    hidden, ids, gates, up, down = node.inputs[:5]
-    experts: Experts = from_stacked(
-        up=weights.of(up),
-        down=weights.of(down),
-        up_bias=None if (bias := operand(node, 5)) is None else weights.of(bias),
-        down_bias=None if (bias := operand(node, 6)) is None else weights.of(bias),
-        op=op,
-    )
+    if len(node.inputs) != (7 if op.biased else 5):
+        raise FormError(f"the node has {len(node.inputs)} inputs, expected {7 if op.biased else 5}", node)
+    hidden, ids, gates = node.inputs[:3]
+    up, down, *biases = (weights.of(tensor) for tensor in node.inputs[3:])
+    up_bias, down_bias = biases or (None, None)
+    check_stacked(node, up, down, up_bias, down_bias, op)
+    experts = from_stacked(up, down, up_bias, down_bias, op)
     router = read_router(ids, gates, weights)
-    scope, found, _ = up.name.rpartition(EXPERTS_SCOPE)
+    scope, found, _ = node.inputs[3].name.rpartition(EXPERTS_SCOPE)
     return MoEBlock(
         name=scope if found else name,
         form=FORM,

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts
+from graph_passes.block import Experts, FormError
 from graph_passes.weights import Weight
 from moe_spec.experts_op import ExpertsOp
 
@@ -17,7 +18,7 @@ EXPERTS_SCOPE = ".experts."
 
 
 def from_stacked(up: Weight, down: Weight, up_bias: Weight | None, down_bias: Weight | None, op: ExpertsOp) -> Experts:
-    """The record of experts stored as (E, out, in), or (E, in, out) where ``op.transposed``.
+    """The record of experts stored as (E, out, in), or (E, in, out) where ``op.transposed``; see ``check_stacked``.
 
     ``up`` holds gate and up where ``op.gated``: halves of the output axis, or alternating where ``op.interleaved``.
     """
@@ -35,6 +36,30 @@ def from_stacked(up: Weight, down: Weight, up_bias: Weight | None, down_bias: We
         down_bias_EH=down_bias,
         activation=op.activation,
     )
+
+
+def check_stacked(
+    node: gs.Node, up: Weight, down: Weight, up_bias: Weight | None, down_bias: Weight | None, op: ExpertsOp
+) -> None:
+    """Refuse weights whose shapes do not fit together.
+
+    Raises:
+        FormError: with the shapes.
+    """
+    stored = [list(weight.shape) for weight in (up, down, up_bias, down_bias) if weight is not None]
+    problem = FormError(f"the experts' weights have shapes {stored}, which do not fit together", node)
+    if len(up.shape) != 3 or len(down.shape) != 3 or (up_bias is None) != (down_bias is None):
+        raise problem
+    experts, width, hidden = (up.shape[index] for index in ((0, 2, 1) if op.transposed else (0, 1, 2)))
+    half = width // 2 if op.gated else width
+    wanted = [
+        (experts, half, hidden) if op.transposed else (experts, hidden, half),
+        (experts, width),
+        (experts, hidden),
+    ]
+    found = [down.shape, *(weight.shape for weight in (up_bias, down_bias) if weight is not None)]
+    if found != wanted[: len(found)] or (op.gated and width % 2):
+        raise problem
 
 
 def _swap(weight: Weight) -> Weight:

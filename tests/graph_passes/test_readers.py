@@ -70,22 +70,26 @@ def edited(spec: Spec, path, **replacements: str):
 @pytest.mark.parametrize(
     ("spec", "replacements", "reason"),
     [
-        (Spec(), {"Softmax": "Tanh"}, "experts: the scores are neither a softmax nor a sigmoid of logits (at Tanh '')"),
-        (Spec(), {"Gemm": "Max"}, "experts: the logits are no Gemm or MatMul (at Max '')"),
+        (
+            Spec(),
+            {"Softmax": "Tanh"},
+            "experts: the scores are neither a softmax nor a sigmoid of logits (at Tanh 'scores')",
+        ),
+        (Spec(), {"Gemm": "Max"}, "experts: the logits are no Gemm or MatMul (at Max 'logits')"),
         (
             Spec(renormalize=True),
             {"ReduceSum": "ReduceMax"},
-            "experts: the weights are divided by something else than their sum (at Div '')",
+            "experts: the weights are divided by something else than their sum (at Div 'normalized')",
         ),
         (
             Spec(score="sigmoid", selection_bias=True),
             {"Add": "Sub"},
-            "experts: what is ranked is not the scores plus a constant bias (at Sub '')",
+            "experts: what is ranked is not the scores plus a constant bias (at Sub 'choice')",
         ),
         (
             Spec(score="sigmoid", groups=Groups(2, 1)),
             {"ReduceSum": "ReduceMax"},
-            "experts: groups are not scored by the sum of their two best experts (at ReduceMax '')",
+            "experts: groups are not scored by the sum of their two best experts (at ReduceMax 'group_scores')",
         ),
     ],
 )
@@ -133,7 +137,7 @@ def test_a_fused_op_of_another_tool_is_refused_by_name(tmp_path):
         "y = com.microsoft.MoE(x, x, x, x)",
         '["" : 20, "com.microsoft" : 1]',
     )
-    with pytest.raises(UserError, match=r"any: no reader takes this fused op \(at MoE ''\)"):
+    with pytest.raises(UserError, match=r"any: no reader takes this fused op \(at MoE 'y'\)"):
         read_model(tmp_path / "fused.onnx")
 
 

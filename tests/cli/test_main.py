@@ -1,0 +1,53 @@
+"""What every verb shares: exit codes, errors on stderr, missing packages."""
+
+import importlib
+import importlib.metadata
+
+import pytest
+
+from cli import main
+from moe_spec.errors import UserError, VerificationError
+from tests.cli.helpers import invoke
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A verb that raises what it is told to."""
+
+    def fail_with(error: BaseException) -> tuple[int, str, str]:
+        def inspect() -> None:
+            raise error
+
+        monkeypatch.setattr(importlib.import_module("cli.inspect"), "inspect", inspect)
+        return invoke("inspect")
+
+    return fail_with
+
+
+def test_a_users_mistake_is_one_error_and_one_hint(failing):
+    code, out, err = failing(UserError("plan.json is [empty]", hint="make it again"))
+    assert (code, out) == (1, "")
+    assert err == "error: plan.json is [empty]\nhint: make it again\n"
+
+
+def test_a_failed_proof_exits_with_3_and_prints_names_as_they_are(failing):
+    code, out, err = failing(VerificationError("output '[/x]' differs"))
+    assert (code, out) == (3, "")
+    assert err == "verification failed: output '[/x]' differs\n"
+
+
+def test_a_missing_package_names_the_extra_that_brings_it(failing):
+    code, _, err = failing(ModuleNotFoundError("No module named 'torch'", name="torch"))
+    assert code == 1
+    assert err == "error: this needs torch, which is not installed\nhint: pip install 'moe-edge[export]'\n"
+
+
+def test_every_missing_package_has_an_extra():
+    extras = set(importlib.metadata.metadata("moe-edge").get_all("Provides-Extra") or ())
+    assert set(main.EXTRAS.values()) <= extras
+
+
+def test_an_unknown_verb_is_a_usage_error():
+    code, _, err = invoke("inspect", "--no-such-option")
+    assert code == 2
+    assert "--no-such-option" in err
