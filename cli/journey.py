@@ -87,15 +87,16 @@ class Journey:
         Raises:
             VerificationError: a variant does not compute what it should.
         """
-        self._say("calibrate on 1,000 training images")
-        statistics = self._directory / "statistics.safetensors"
-        calibrate(self._checkpoint, self._checkpoint / "calibration.npz", statistics)
-        self._say("export to ONNX and compare with torch")
-        exported = self._directory / "exported"
-        export(self._checkpoint, exported, self._runner)
-        rows = [self._variant(keep, statistics, exported) for keep in KEEPS]
-        self._say(f"bench, batch sizes {', '.join(map(str, BATCHES))}")
-        return self._with_latency([self._torch_row(), *rows])
+        with _torch_threads(THREADS):
+            self._say("calibrate on 1,000 training images")
+            statistics = self._directory / "statistics.safetensors"
+            calibrate(self._checkpoint, self._checkpoint / "calibration.npz", statistics)
+            self._say("export to ONNX and compare with torch")
+            exported = self._directory / "exported"
+            export(self._checkpoint, exported, self._runner)
+            rows = [self._variant(keep, statistics, exported) for keep in KEEPS]
+            self._say(f"bench, batch sizes {', '.join(map(str, BATCHES))}")
+            return self._with_latency([self._torch_row(), *rows])
 
     def _torch_row(self) -> Row:
         logits = np.concatenate([self._run_torch(batch) for batch in self._test.batches(BATCHES[-1])])
@@ -156,7 +157,6 @@ class Journey:
         """All variants take turns at every batch size, so that noise hits all alike."""
         latency: list[dict[str, float]] = [{} for _ in rows]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_torch_threads(THREADS))
             models = [self._directory / f"keep-{keep}" / "optimized" for keep in KEEPS]
             sessions = [stack.enter_context(open_session(model, THREADS)) for model in models]
             for size in BATCHES:
@@ -171,7 +171,7 @@ class Journey:
 
 @contextlib.contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """Within the block torch uses ``count`` threads for one operator."""
+    """Within the block torch uses ``count`` threads for one operator; a tiny model gains nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
