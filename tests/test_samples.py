@@ -1,0 +1,54 @@
+"""Every sample runs and prints and leaves what it says."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.markdown import UntrueError, read_blocks, run_markdown
+
+FOLDER = Path(__file__).parents[1] / "samples"
+SAMPLES = sorted(FOLDER.glob("*/README.md"))
+SECTIONS = ["Introduction", "Run it", "What you got"]
+
+each_sample = pytest.mark.parametrize("readme", SAMPLES, ids=[path.parent.name for path in SAMPLES])
+
+
+def test_there_are_samples_and_nothing_else_among_them():
+    assert SAMPLES
+    assert {path.parent for path in SAMPLES} == {path for path in FOLDER.iterdir() if path.is_dir()}
+
+
+@each_sample
+def test_a_sample_has_the_sections_of_a_sample_and_says_what_it_leaves(readme):
+    assert re.findall(r"^## (.*)$", readme.read_text(encoding="utf-8"), re.MULTILINE) == SECTIONS
+    assert [block.language for block in read_blocks(readme)].count("files") == 1
+
+
+@each_sample
+def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path):
+    shutil.copytree(readme.parent, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    run_markdown(readme, tmp_path)
+
+
+# --- the runner itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("markdown", "reason"),
+    [
+        ("```bash norun\nfalse\n```\n", "{path} has no bash block that is to be run"),
+        ("```bash\nfalse\ntrue\n```\n", "{path}:1 ended with 1:\n"),
+        ("```bash exit=1\ntrue\n```\n", "{path}:1 ended with 0:\n"),
+        ("```bash\necho a 1\n```\n\n```text\na b\n```\n", "{path}:5 is not what was printed:\na 1\n"),
+        ("```bash\ntouch a b\n```\n```files\nb\n```\n", "{path}:4 leaves out ['a']"),
+        ("```bash\ntouch a\n```\n```files\n*\nb/*\n```\n", "{path}:4 declares what is not there: ['b/*']"),
+    ],
+)
+def test_what_a_file_says_wrongly_is_named(markdown, reason, tmp_path):
+    path, directory = tmp_path / "README.md", tmp_path / "empty"
+    path.write_text(markdown)
+    directory.mkdir()
+    with pytest.raises(UntrueError, match=f"^{re.escape(reason.format(path=path))}$"):
+        run_markdown(path, directory)
