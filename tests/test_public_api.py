@@ -1,0 +1,106 @@
+"""What Python users build on: one plain function a verb, modules that say what they are, imports that stay light."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli.main import VERBS
+from graph_passes.optimize import optimize
+from tests.zoo import RUNNER
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "models", "moe_spec", "benchmarks")
+
+FUNCTIONS = {
+    "inspect": "cli.inspect",
+    "calibrate": "pruning.calibrate",
+    "plan": "pruning.plan",
+    "prune": "pruning.apply",
+    "export": "exporter.export",
+    "optimize": "graph_passes.optimize",
+    "build": "runtime.build",
+    "verify": "runtime.verify",
+    "bench": "runtime.bench",
+    "run": "runtime.run",
+    "demo": "cli.demo",
+}
+"""The module in which each verb is a plain function of the same name."""
+
+COMMAND_LINE_ONLY = ("inspect", "demo")
+"""They put together what several packages offer."""
+
+HEAVY = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx")
+NOT_ON_A_DEVICE = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxscript")
+
+
+def python(code: str, *arguments: object) -> str:
+    """What ``code`` prints in a fresh interpreter."""
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_verb_has_its_row():
+    assert tuple(FUNCTIONS) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_a_plain_documented_function(verb):
+    function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
+    assert inspect.isfunction(function)
+    assert inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in COMMAND_LINE_ONLY])
+def test_the_function_of_a_verb_says_what_it_raises_and_knows_no_command_line(verb):
+    function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
+    assert "Raises:" in (inspect.getdoc(function) or "")
+    assert not [name for name, kind in inspect.get_annotations(function).items() if "typer" in repr(kind)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_says_what_it_is(package):
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    assert [path for path in modules if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    code = "import sys; import cli.main; cli.main.build_app(); print(sorted(set(sys.argv[1:]) & set(sys.modules)))"
+    assert python(code, *HEAVY) == "[]\n"
+
+
+ON_A_DEVICE = """
+import sys
+
+for name in sys.argv[4:]:
+    sys.modules[name] = None  # importing it now fails
+
+from pathlib import Path
+
+from moe_spec.dataset import load_dataset
+from runtime.bench import bench
+from runtime.run import run
+from runtime.verify import verify
+
+model, reference, data = map(Path, sys.argv[1:4])
+print(len(run(model, [data]).outputs["logits"]))
+print([row.batch_size for row in bench([model, reference], [1, 2], repeats=2, warmup=1)])
+print(verify(model, reference, load_dataset(data)).passed)
+"""
+
+
+def test_the_runtime_runs_where_there_is_neither_torch_nor_onnx(zoo, tmp_path):
+    for form in ("dense", "sorted"):
+        optimize(zoo.exported("vmoe"), tmp_path / form, RUNNER, form=form, prove=False)
+    pixels = np.random.default_rng(0).standard_normal((3, 1, 12, 12), dtype=np.float32)
+    np.savez(tmp_path / "data.npz", pixel_values=pixels)
+    printed = python(ON_A_DEVICE, tmp_path / "dense", tmp_path / "sorted", tmp_path / "data.npz", *NOT_ON_A_DEVICE)
+    assert printed.splitlines() == ["3", "[1, 2, 1, 2]", "True"]
