@@ -35,6 +35,8 @@ from runtime.targets import find_target
 from runtime.verify import verify
 
 KEEPS = (8, 4, 2, 1)
+CRITERION = "gate-mass"
+"""It keeps most of this model's accuracy on the calibration images; benchmarks/criteria.md compares all of them."""
 TARGETS = ("rtx-ampere", "rtx-ada", "rtx-blackwell")
 CPU = "onnxruntime-cpu"
 BATCHES = (1, 64)
@@ -116,7 +118,7 @@ class Journey:
         folder = self._directory / f"keep-{keep}"
         folder.mkdir()
         self._say(f"keep {keep} of {max(KEEPS)} experts: plan, optimise, verify")
-        options = PlanOptions(keep=keep, clamp_top_k=True)
+        options = PlanOptions(keep=keep, criterion=CRITERION, clamp_top_k=True)
         made = plan(statistics, options, folder / "plan.json")
         optimized = self._optimize(exported, folder / "optimized", made, CPU)
         reference = folder / "reference"

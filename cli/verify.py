@@ -50,12 +50,28 @@ def verify(
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(candidate))
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as scratch, console.status(f"verifying {candidate}"):
         parent = _reference(reference, candidate, given, Path(scratch) / "reference")
-        report = compare(candidate, parent, task, batch_size=batch_size, threads=threads, tolerance=tolerance)
+        child = _observable(candidate, Path(scratch) / "candidate")
+        report = compare(child, parent, task, batch_size=batch_size, threads=threads, tolerance=tolerance)
     if output is not None:
         report.save(output)
     console.result(_summary(report), report.to_json(), as_json)
     if not report.passed:
         raise VerificationError("; ".join([*report.reasons, _place(report)]))
+
+
+def _observable(candidate: Path, scratch: Path) -> Path:
+    """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
+    from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
+    from runtime.backend import ENGINE
+
+    if (candidate / OBSERVED).is_file() or not (candidate / FILE_NAME).is_file():
+        return candidate
+    if Manifest.load(candidate).kind == ENGINE:
+        return candidate
+    from graph_passes.mask import mask_model
+
+    mask_model(candidate, None, scratch)
+    return scratch
 
 
 def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scratch: Path) -> Path:

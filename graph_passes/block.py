@@ -35,8 +35,8 @@ class Router:
         logits: (T, E) value in the graph.
         choice: (T, E) value in the graph: what is ranked, before groups exclude anything.
         ranked: (T, E) value in the graph: what the last top-k ranks.
-        ids: (T, K) value in the graph.
-        weights: (T, K) value in the graph.
+        ids: (T, K) value in the graph, in any shape that holds these T K entries in order.
+        weights: likewise.
         scope: path of the MoE block, where the name of the router's weight tells it.
     """
 

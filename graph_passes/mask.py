@@ -92,7 +92,9 @@ def _observe(graph: gs.Graph, block: MoEBlock, layer: LayerPlan | None) -> Block
     router = block.router
     producer = router.ids.inputs[0]
     ranked = producer.inputs[0] if producer.op == "TopK" else router.ranked
-    routing = Routing(ranked, ids_TK=router.ids, weights_TK=router.weights)
+    emitter = Emitter(graph, f"{block.name}/slots")  # batched_mm hands its weights over as (T K, 1)
+    ids, weights = (emitter.reshape(slots, (-1, router.top_k), "rows") for slots in (router.ids, router.weights))
+    routing = Routing(ranked, ids_TK=ids, weights_TK=weights)
     dropped = () if layer is None else layer.dropped
     gates, scores = observe_routing(graph, block.name, routing, block.num_experts, dropped)
     return BlockEntry(

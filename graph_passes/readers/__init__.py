@@ -12,11 +12,20 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Refusal, place_of
 from graph_passes.readers import batched_mm, experts_node
-from graph_passes.routers import SCORES, Weights
-from graph_passes.walk import SHAPE_ONLY, is_weight, produced_by, source
+from graph_passes.routers import Weights
+from graph_passes.walk import SHAPE_ONLY, is_weight, producer, source
 
 READERS: tuple[ModuleType, ...] = (experts_node, batched_mm)
 """Most specific first."""
+
+ELEMENTWISE = frozenset(
+    {"Abs", "Add", "Clip", "Div", "Exp", "Log", "Max", "Min", "Mul", "Neg", "Pow", "Relu", "Sigmoid"}
+    | {"Softmax", "Softplus", "Sqrt", "Sub", "Tanh", "Where"}
+)
+"""What a router may do to its logits before it ranks them."""
+
+FURTHEST_ROUTER = 40
+"""Values that are looked at between a TopK and its projection."""
 
 FOREIGN_MOE_OPS = ("MoE", "QMoE", "TRT_MoE")
 """Fused MoE ops of other tools, which no reader takes yet."""
@@ -78,9 +87,14 @@ def _leftovers(graph: gs.Graph, blocks: tuple[MoEBlock, ...], refusals: list[Ref
 
 
 def _looks_like_router(topk: gs.Node) -> bool:
-    """Whether a TopK whose ids are used ranks a projection by a constant matrix: ``TopK([score](hidden @ weight))``."""
+    """Whether a TopK whose ids are used ranks some function of a projection by a constant matrix."""
     if not topk.outputs[1].outputs:
         return False
-    value = source(topk.inputs[0], SHAPE_ONLY | frozenset(SCORES) | {"Where"})
-    linear = produced_by(value, "Gemm", "MatMul", "Add")
-    return linear is not None and any(is_weight(tensor, rank) for tensor in linear.inputs for rank in (1, 2))
+    front, seen = [topk.inputs[0]], 0
+    while front and seen < FURTHEST_ROUTER:
+        node, seen = producer(front.pop()), seen + 1
+        if node is not None and node.op in ("Gemm", "MatMul") and is_weight(node.inputs[1], 2):
+            return True
+        if node is not None and node.op in SHAPE_ONLY | ELEMENTWISE:
+            front.extend(node.inputs)
+    return False

@@ -23,21 +23,18 @@ WRITERS: Mapping[str, Writer] = {
 AUTO = "auto"
 FORMS = (AUTO, *WRITERS)
 
-DENSE_UP_TO = 2
-"""`dense` does E/K times the selected work; up to this ratio its plain GEMMs still win on a CPU."""
-
 
 def choose_form(block: MoEBlock, accepted: Sequence[str]) -> str:
     """The form for ``block`` among those that a target accepts.
 
     1. One expert with a gate of 1: ``ffn``.
-    2. At most ``DENSE_UP_TO`` times as many experts as are selected: ``dense``.
-    3. More: ``sorted`` where the target takes data-dependent shapes, else ``dense``.
+    2. As many experts as are selected, so that nothing is ranked: ``dense``.
+    3. More: ``sorted`` where the target takes data-dependent shapes (measured in benchmarks/forms.md), else ``dense``.
     """
     if "ffn" in accepted and ffn.why_not(block) is None:
         return "ffn"
-    many = block.num_experts > DENSE_UP_TO * block.router.top_k
-    return next(form for form in (("sorted", "dense", "gather") if many else ("dense", "gather")) if form in accepted)
+    ranked = block.num_experts > block.router.top_k
+    return next(form for form in (("sorted", "dense", "gather") if ranked else ("dense", "gather")) if form in accepted)
 
 
 def write_block(graph: gs.Graph, block: MoEBlock, form: str) -> Routing | None:

@@ -137,3 +137,9 @@ def test_a_pruned_model_fails_against_another_plan(pruned, tmp_path):
     code, _, err = invoke("verify", candidate, "--reference", exported, "--plan", tmp_path / "plan.json")
     assert code == 3
     assert err.endswith("; the first layer that went wrong is model.layers.0.mlp\n")
+
+
+def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):
+    """Neither has an observed.onnx; batched_mm keeps its weights in a column."""
+    code, _, err = invoke("verify", zoo.exported("mixtral"), "--reference", zoo.batched_mm("mixtral"), "--json")
+    assert (code, err) == (0, "")
