@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install  ## calibrate, plan, export, optimise, build, verify and bench the embedded model
+	rm -rf demo-output
 	$(BIN)/moe-edge demo -o demo-output
 
 check: install  ## what a reviewer would ask for, in seconds

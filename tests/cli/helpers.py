@@ -8,6 +8,10 @@ import pytest
 
 from cli.main import main
 
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a process that a test interrupts: what a shell runs in the background ignores SIGINT, and so would its
+children."""
+
 
 def invoke(verb: str, *arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``moe-edge VERB ARGUMENTS``."""

@@ -11,7 +11,7 @@ import pytest
 
 from moe_spec.manifest import Manifest
 from runtime.model_dir import model_bytes
-from tests.cli.helpers import invoke
+from tests.cli.helpers import INTERRUPTIBLE, invoke
 from tests.runtime import tiny
 
 
@@ -91,7 +91,7 @@ def test_a_missing_model_and_an_existing_output_are_errors(model, tmp_path):
 def test_ctrl_c_ends_the_build_process_too_and_leaves_nothing(model, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     arguments = ["build", str(model), "-o", str(tmp_path / "engine"), "--target", "sm89"]
-    code = f"from cli.main import main; main({arguments!r}, verbs=['build'])"
+    code = INTERRUPTIBLE + f"from cli.main import main; main({arguments!r}, verbs=['build'])"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     worker = wait_for_worker(process.pid)
     os.kill(process.pid, signal.SIGINT)

@@ -9,7 +9,7 @@ import safetensors.numpy
 from models.checkpoints import save_model
 from moe_spec import Statistics
 from moe_spec.identity import checkpoint_sha256
-from tests.cli.helpers import invoke, leftovers
+from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 from tests.models_table import TINY
 
 
@@ -106,7 +106,16 @@ main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
 
 
 def test_a_real_interrupt_in_the_middle_of_a_pass_leaves_nothing(checkpoint, data, tmp_path):
-    arguments = [sys.executable, "-c", INTERRUPTED, checkpoint, "--data", data, "-o", tmp_path / "out.safetensors"]
+    arguments = [
+        sys.executable,
+        "-c",
+        INTERRUPTIBLE + INTERRUPTED,
+        checkpoint,
+        "--data",
+        data,
+        "-o",
+        tmp_path / "out.safetensors",
+    ]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr == "interrupted; nothing half-written is left\n"

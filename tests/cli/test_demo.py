@@ -21,7 +21,7 @@ from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
 from runtime.report import ParityReport
 from runtime.run import run
-from tests.cli.helpers import invoke, leftovers
+from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 
 TEST_IMAGES = fashion_mnist() / "test.npz"
 STEPS = [
@@ -147,7 +147,7 @@ def test_engines_are_built_for_three_generations():
     assert TARGETS == ("rtx-ampere", "rtx-ada", "rtx-blackwell")
 
 
-COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.main import main; main()"
+COMMAND = INTERRUPTIBLE + "from cli.main import main; main()"
 
 
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
