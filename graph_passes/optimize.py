@@ -16,7 +16,7 @@ from graph_passes.model_file import save_graph, save_variant, weight_bytes
 from graph_passes.observe import observe_routing
 from graph_passes.oracle import OracleEntry, check
 from graph_passes.prune import match_layers, prune_block
-from graph_passes.writers import AUTO, WRITERS, choose_form, write_block
+from graph_passes.writers import AUTO, FORMS, WRITERS, choose_form, write_block
 from graph_passes.writers.routing import Routing
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
@@ -113,7 +113,7 @@ def optimize(
 
 def _check_form(form: str, accepted: Sequence[str]) -> None:
     if form != AUTO and form not in WRITERS:
-        raise UserError(f"unknown form {form!r}", hint=did_you_mean(form, (AUTO, *WRITERS)))
+        raise UserError(f"unknown form {form!r}", hint=did_you_mean(form, FORMS))
     if form != AUTO and form not in accepted:
         raise UserError(f"the target does not take form {form!r}", hint=f"it takes: {', '.join(accepted)}")
 

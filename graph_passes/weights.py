@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -147,6 +146,3 @@ class LazyWeight(LazyValues):  # type: ignore[misc]
 def constant(name: str, weight: Weight) -> gs.Constant:
     """A graph constant over ``weight``."""
     return gs.Constant(name, LazyWeight(weight))
-
-
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))

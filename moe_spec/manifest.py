@@ -1,7 +1,7 @@
 """manifest.json: what a model directory holds, what was done to it, and the hash of what it was made from."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +158,6 @@ def list_files(directory: Path) -> tuple[FileEntry, ...]:
     return tuple(
         FileEntry(path.relative_to(directory).as_posix(), sha256_file(path), path.stat().st_size) for path in paths
     )
-
-
-def total_bytes(files: Iterable[FileEntry], names: Sequence[str]) -> int:
-    """Bytes of the files named.
-
-    >>> total_bytes([FileEntry("model.onnx", "", 3), FileEntry("config.json", "", 2)], ["model.onnx"])
-    3
-    """
-    return sum(entry.bytes for entry in files if entry.name in names)
 
 
 def _flat(kind: type[Any], record: Record) -> Any:
