@@ -39,15 +39,10 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
         UserError: no ONNX model, no layer that a reader takes, or a plan for other layers.
     """
     model = read_model(source, allow_partial=True)
-    layers = [None] * len(model.blocks) if plan is None else match_layers(plan, model.blocks)
+    layers = match_layers(plan, model.blocks)
     with new_directory(out) as staging:
-        _link_weights(model.graph, model.path.parent, staging)
-        for block, layer in zip(model.blocks, layers, strict=True):
-            if layer is not None:
-                mask_block(model.graph, block, layer.dropped)
-        model.graph.toposort()
+        save_masked(model.graph, model.blocks, layers, model.path.parent, staging)
         inputs, outputs = io_of(model.graph)
-        save_variant(model.graph, staging / MODEL)
         entries = tuple(_observe(model.graph, *pair) for pair in zip(model.blocks, layers, strict=True))
         model.graph.toposort()
         save_variant(model.graph, staging / OBSERVED)
@@ -67,6 +62,18 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
         )
         manifest.save(staging)
     return manifest
+
+
+def save_masked(
+    graph: gs.Graph, blocks: Sequence[MoEBlock], layers: Sequence[LayerPlan | None], source: Path, target: Path
+) -> None:
+    """Mask ``graph`` in place and write it as ``target/model.onnx``, its weights linked from directory ``source``."""
+    _link_weights(graph, source, target)
+    for block, layer in zip(blocks, layers, strict=True):
+        if layer is not None:
+            mask_block(graph, block, layer.dropped)
+    graph.toposort()
+    save_variant(graph, target / MODEL)
 
 
 def mask_block(graph: gs.Graph, block: MoEBlock, dropped: Sequence[int]) -> None:

@@ -11,11 +11,12 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
 from graph_passes.describe import Model, io_of, read_model, tool_versions
-from graph_passes.mask import mask_model
-from graph_passes.model_file import save_graph, save_variant, weight_bytes
+from graph_passes.mask import save_masked
+from graph_passes.model_file import load_graph, save_graph, save_variant, weight_bytes
 from graph_passes.observe import observe_routing
 from graph_passes.oracle import OracleEntry, check
 from graph_passes.prune import match_layers, prune_block
+from graph_passes.readers import read_blocks
 from graph_passes.writers import AUTO, FORMS, WRITERS, choose_form, write_block
 from graph_passes.writers.routing import Routing
 from moe_spec.companions import copy_companions
@@ -119,8 +120,6 @@ def _check_form(form: str, accepted: Sequence[str]) -> None:
 
 
 def _prune(model: Model, plan: PruningPlan | None) -> list[MoEBlock]:
-    if plan is None:
-        return list(model.blocks)
     layers = match_layers(plan, model.blocks)
     return [
         block if layer is None else prune_block(block, layer) for block, layer in zip(model.blocks, layers, strict=True)
@@ -174,10 +173,11 @@ def _entry(graph: gs.Graph, item: Written) -> BlockEntry:
 def _prove(
     original: Path, plan: PruningPlan | None, candidate: Path, runner: Runner, scratch: Path
 ) -> list[OracleEntry]:
-    with tempfile.TemporaryDirectory(prefix=".oracle.", dir=scratch) as temporary:
-        reference = Path(temporary) / "reference"
-        mask_model(original, plan, reference)
-        return check(read_model(original, allow_partial=True).graph, reference, candidate, runner)
+    graph = load_graph(original)  # anew: the one that was read before has become the candidate
+    blocks = read_blocks(graph, original.parent).blocks
+    with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as reference:
+        save_masked(graph, blocks, match_layers(plan, blocks), original.parent, Path(reference))
+        return check(graph, Path(reference), candidate, runner)
 
 
 def _write_config(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:

@@ -69,8 +69,8 @@ def _groups(groups: object) -> str:
     return "no routing groups" if groups is None else f"{groups}"
 
 
-def match_layers(plan: PruningPlan, blocks: Sequence[MoEBlock]) -> list[LayerPlan | None]:
-    """For each block what the plan says of it.
+def match_layers(plan: PruningPlan | None, blocks: Sequence[MoEBlock]) -> list[LayerPlan | None]:
+    """For each block what the plan says of it; nothing of any without a plan.
 
     Blocks are found by name; by the end of the name where an exporter put something in front; and in order where the
     graph has lost all names and the counts agree.
@@ -78,6 +78,8 @@ def match_layers(plan: PruningPlan, blocks: Sequence[MoEBlock]) -> list[LayerPla
     Raises:
         UserError: the plan names a layer that the graph lacks.
     """
+    if plan is None:
+        return [None] * len(blocks)
     if len(plan.layers) == len(blocks) and all(block.name == f"moe.{index}" for index, block in enumerate(blocks)):
         return list(plan.layers)
     matched = [next((layer for layer in plan.layers if _same(layer.name, block.name)), None) for block in blocks]
