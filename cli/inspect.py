@@ -4,6 +4,7 @@ Example: moe-edge inspect exported/
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,13 +64,14 @@ def _onnx(path: Path) -> Description:
     from graph_passes.describe import inspect_model
 
     model = inspect_model(path)
-    blocks, refusals = [_found(block) for block in model.blocks], [str(refusal) for refusal in model.refusals]
-    if model.manifest is not None and model.manifest.kind == "optimized":  # no reader takes what a writer wrote
-        blocks = model.manifest.to_json()["blocks"]
-        refusals = model.manifest.details.get("left_alone", [])
+    blocks = [_found(block) for block in model.blocks]
+    if model.manifest is not None:  # layers that are plain FFNs by now
+        blocks += [entry for entry in model.manifest.to_json()["blocks"] if not entry["router"]]
     lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks)} MoE layers"]
-    lines += [_row(block) for block in blocks] + [f"  not recognised: {refusal}" for refusal in refusals]
-    payload = {"nodes": len(model.graph.nodes), "blocks": blocks, "refusals": refusals}
+    lines += [_row(block) for block in blocks]
+    lines += [textwrap.indent(f"not recognised: {layer}", "  ") for layer in model.unrecognised]
+    unrecognised = [dataclasses.asdict(layer) for layer in model.unrecognised]
+    payload = {"nodes": len(model.graph.nodes), "blocks": blocks, "unrecognised": unrecognised}
     return "\n".join(lines), {**payload, "source_sha256": model.source_sha256}
 
 

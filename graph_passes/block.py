@@ -11,6 +11,35 @@ from moe_spec.feasibility import Groups
 SCORE_FIRST = "score_first"
 TOPK_FIRST = "topk_first"
 
+ON_OUTPUT = "output"
+ON_INPUT = "input"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """A router's choice as K slots a token.
+
+    Attributes:
+        ids: (T, K) value in the graph, in any shape that holds these T K entries in order.
+        weights: likewise.
+    """
+
+    ids: gs.Tensor
+    weights: gs.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """How many tokens of a sequence an expert takes; later ones are dropped (their gate is 0).
+
+    Attributes:
+        tokens: the limit.
+        sequence: value (B, S, ...) whose first two axes say which tokens form a sequence; None where all do.
+    """
+
+    tokens: int
+    sequence: gs.Tensor | None = None
+
 
 @dataclasses.dataclass(frozen=True)
 class Router:
@@ -22,22 +51,25 @@ class Router:
 
     Attributes:
         weight_EH: (E, H).
-        bias_E: (E,) added to the logits.
+        bias_E: (E,) added to the logits; -inf makes an expert unreachable.
         selection_bias_E: (E,) added to the scores for the choice only.
-        score: ``softmax`` or ``sigmoid``.
+        score: ``softmax``, ``sigmoid`` or ``sparsemixer`` (https://arxiv.org/abs/2409.12136).
         order: ``SCORE_FIRST`` or ``TOPK_FIRST``.
         top_k: K.
         renormalize: whether the K weights are divided by their sum plus ``eps``.
         scale: what the weights are multiplied with at the end.
-        groups: group-limited routing, each group scored by the sum of its two best experts.
+        groups: group-limited routing, each group scored by the sum of its best experts.
         group_of: for each expert its group, where there are groups.
         hidden: (T, H) what the router reads.
         logits: (T, E) value in the graph.
         choice: (T, E) value in the graph: what is ranked, before groups exclude anything.
         ranked: (T, E) value in the graph: what the last top-k ranks.
-        ids: (T, K) value in the graph, in any shape that holds these T K entries in order.
-        weights: likewise.
+        slots: the choice as ids and weights, where the graph has it so.
+        gates: the choice as gates (T, E), 0 where not selected, where the graph has it so. Neither: the experts' op
+            reads the logits and routes by itself.
         scope: path of the MoE block, where the name of the router's weight tells it.
+        jitter_eps: of ``sparsemixer``: logits this far (relatively) below the best, twice, are no rivals.
+        capacity: how many tokens an expert takes, where that is limited.
     """
 
     weight_EH: Weight
@@ -55,9 +87,11 @@ class Router:
     logits: gs.Tensor
     choice: gs.Tensor
     ranked: gs.Tensor
-    ids: gs.Tensor
-    weights: gs.Tensor
+    slots: Slots | None = None
+    gates: gs.Tensor | None = None
     scope: str = ""
+    jitter_eps: float = 0.0
+    capacity: Capacity | None = None
 
     @property
     def kind(self) -> str:
@@ -111,6 +145,7 @@ class MoEBlock:
         router: see ``Router``.
         experts: see ``Experts``.
         keep: for each expert its id in the source model.
+        weights_on: ``ON_OUTPUT`` of the experts, or ``ON_INPUT`` (llama4).
     """
 
     name: str
@@ -120,6 +155,7 @@ class MoEBlock:
     router: Router
     experts: Experts
     keep: tuple[int, ...]
+    weights_on: str = ON_OUTPUT
 
     @property
     def num_experts(self) -> int:
@@ -137,7 +173,7 @@ class MoEBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a form was not recognised.
+    """Why one reader did not take a layer.
 
     Attributes:
         form: the form that was tried.
@@ -151,6 +187,24 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.form}: {self.reason} (at {self.node})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrecognised:
+    """An MoE layer that no reader takes.
+
+    Attributes:
+        layer: its path, or ``moe at <node>`` where the graph has lost it.
+        node: the node that gives it away: a router's top-k, or a fused op.
+        refusals: what every reader said, the one that came furthest first.
+    """
+
+    layer: str
+    node: str
+    refusals: tuple[Refusal, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"layer {self.layer} ({self.node}):", *(f"  {refusal}" for refusal in self.refusals)])
 
 
 class FormError(Exception):

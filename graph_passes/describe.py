@@ -8,15 +8,16 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock, Refusal
+from graph_passes.block import MoEBlock, Unrecognised
 from graph_passes.model_file import load_graph, model_path
 from graph_passes.readers import read_blocks
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
-from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
+from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, TensorSpec
 
-EXPORTED = "exported"
+NO_ROUTER = "ffn"
+"""The form that leaves no MoE layer to be read."""
 
 TOOLS = ("moe-edge", "onnx", "onnx-graphsurgeon")
 
@@ -29,7 +30,7 @@ class Model:
         path: the .onnx file.
         graph: its graph; weights stay on disk.
         blocks: the MoE layers that were recognised, in graph order.
-        refusals: why others were not.
+        unrecognised: those that no reader takes, and why.
         manifest: of the directory, if it has one.
         source_sha256: identity of the model at the start of the chain.
         parent_sha256: hash of the manifest, or of the ONNX file where there is none.
@@ -38,7 +39,7 @@ class Model:
     path: Path
     graph: gs.Graph
     blocks: tuple[MoEBlock, ...]
-    refusals: tuple[Refusal, ...]
+    unrecognised: tuple[Unrecognised, ...]
     manifest: Manifest | None
     source_sha256: str
     parent_sha256: str
@@ -58,7 +59,7 @@ def inspect_model(path: Path) -> Model:
     identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
     parent = identity if manifest is None else sha256_file(manifest_path)
     blocks = tuple(_with_ids(block, manifest) for block in reading.blocks)
-    return Model(file, graph, blocks, reading.refusals, manifest, identity, parent)
+    return Model(file, graph, blocks, reading.unrecognised, manifest, identity, parent)
 
 
 def read_model(path: Path, *, allow_partial: bool = False) -> Model:
@@ -68,19 +69,13 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
         UserError: a layer was refused (unless ``allow_partial``), or there is no MoE layer at all.
     """
     model = inspect_model(path)
-    if model.manifest is not None and model.manifest.kind != EXPORTED and not model.blocks:
+    if model.unrecognised and not allow_partial:
+        found = "\n".join(str(layer) for layer in model.unrecognised)
         raise UserError(
-            f"{path} is {model.manifest.kind} already: its MoE layers have the form "
-            f"{', '.join(sorted({block.form for block in model.manifest.blocks}))}",
-            hint="give the exported model that it was made from",
+            f"{model.path}: {len(model.unrecognised)} MoE layer(s) not recognised\n{found}",
+            hint="--allow-partial leaves these layers as they are",
         )
-    if model.refusals and not allow_partial:
-        lines = "; ".join(str(refusal) for refusal in model.refusals)
-        raise UserError(
-            f"{model.path}: {len(model.refusals)} MoE layer(s) not recognised: {lines}",
-            hint="`moe-edge inspect` shows what every reader found; --allow-partial leaves these layers as they are",
-        )
-    if not model.blocks:
+    if not model.blocks and not _is_reduced(model):
         raise UserError(
             f"{model.path} has no MoE layer",
             hint="give a model with routed experts; `moe-edge inspect` shows what it has",
@@ -88,11 +83,31 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
     return model
 
 
+def _is_reduced(model: Model) -> bool:
+    """Whether the model has been optimised until no layer had a router."""
+    return model.manifest is not None and any(block.form == NO_ROUTER for block in model.manifest.blocks)
+
+
 def _with_ids(block: MoEBlock, manifest: Manifest | None) -> MoEBlock:
     """The block with the ids that its experts have in the source model, as the manifest says."""
     entries = () if manifest is None else manifest.blocks
     entry = next((entry for entry in entries if entry.name == block.name), None)
     return block if entry is None else dataclasses.replace(block, keep=entry.keep)
+
+
+def entry_of(block: MoEBlock, gates: str | None = None, scores: str | None = None) -> BlockEntry:
+    """The block as it stands in a manifest; ``gates`` and ``scores`` are the outputs that observe its router."""
+    return BlockEntry(
+        name=block.name,
+        experts=block.num_experts,
+        top_k=block.router.top_k,
+        keep=block.keep,
+        router=block.router.kind,
+        form=block.form,
+        bytes=block.nbytes,
+        gates=gates,
+        scores=scores,
+    )
 
 
 def io_of(graph: gs.Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

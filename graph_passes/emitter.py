@@ -7,30 +7,52 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.weights import Weight, constant, from_array
+from graph_passes.stored import constant
+from graph_passes.weights import Weight, from_array
 
 BOOL = onnx.TensorProto.BOOL
 FLOAT = onnx.TensorProto.FLOAT
 INT64 = onnx.TensorProto.INT64
 
 
-class Emitter:
-    """Emits nodes into ``graph``, every name starting with ``scope``."""
+class Names:
+    """The names that tensors and nodes of a graph have; collected once, because graphs are large."""
 
-    def __init__(self, graph: gs.Graph, scope: str) -> None:
-        self._graph = graph
-        self._scope = scope
+    def __init__(self, graph: gs.Graph) -> None:
         self._taken = {tensor.name for node in graph.nodes for tensor in (*node.inputs, *node.outputs)}
         self._taken |= {node.name for node in graph.nodes}
+        self._numbers: dict[str, int] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """``wanted``, numbered where another has it already."""
+        name = wanted
+        while name in self._taken:
+            self._numbers[wanted] = self._numbers.get(wanted, 1) + 1
+            name = f"{wanted}_{self._numbers[wanted]}"
+        self._taken.add(name)
+        return name
+
+
+class Emitter:
+    """Emits nodes into ``graph``, every name starting with ``scope``; ``names`` are those that the graph has."""
+
+    def __init__(self, graph: gs.Graph, scope: str, names: Names) -> None:
+        self._graph = graph
+        self._scope = scope
+        self._names = names
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators in this graph."""
+        return int(self._graph.opset)
+
+    def within(self, part: str) -> "Emitter":
+        """An emitter into the same graph, one scope further in."""
+        return Emitter(self._graph, f"{self._scope}/{part}", self._names)
 
     def fresh(self, label: str) -> str:
         """A name that no tensor and no node has yet."""
-        name, number = f"{self._scope}/{label}", 1
-        while name in self._taken:
-            number += 1
-            name = f"{self._scope}/{label}_{number}"
-        self._taken.add(name)
-        return name
+        return self._names.fresh(f"{self._scope}/{label}")
 
     def emit(self, op: str, *inputs: gs.Tensor, label: str, outputs: int = 1, **attributes: Any) -> Any:
         """One node; its output, or the list of its outputs where ``outputs`` is not 1."""

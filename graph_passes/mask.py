@@ -5,26 +5,23 @@ of which the dropped ones are now 0, and 0 plus a bias can still win), `UNSELECT
 Nothing else changes, so what this graph computes is the definition of "these experts are gone".
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx.external_data_helper
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.block import MoEBlock
-from graph_passes.describe import io_of, read_model, tool_versions
-from graph_passes.emitter import Emitter
-from graph_passes.model_file import constants, save_variant
-from graph_passes.observe import mask_E, observe_routing
+from graph_passes.describe import entry_of, io_of, read_model, tool_versions
+from graph_passes.emitter import Emitter, Names
+from graph_passes.model_file import link_weights, save_variant
+from graph_passes.observe import mask_E, observe_routing, routing_of
 from graph_passes.prune import match_layers
 from graph_passes.walk import replace_uses
-from graph_passes.writers.routing import UNSELECTABLE, Routing
+from graph_passes.writers.routing import UNSELECTABLE
 from moe_spec.companions import copy_companions
-from moe_spec.files import inside, new_directory
+from moe_spec.files import new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
 from moe_spec.plan import LayerPlan, PruningPlan
 
@@ -41,9 +38,13 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
     model = read_model(source, allow_partial=True)
     layers = match_layers(plan, model.blocks)
     with new_directory(out) as staging:
-        save_masked(model.graph, model.blocks, layers, model.path.parent, staging)
+        names = Names(model.graph)
+        save_masked(model.graph, names, model.blocks, layers, model.path.parent, staging)
         inputs, outputs = io_of(model.graph)
-        entries = tuple(_observe(model.graph, *pair) for pair in zip(model.blocks, layers, strict=True))
+        entries = tuple(
+            _observe(model.graph, Emitter(model.graph, block.name, names), block, layer)
+            for block, layer in zip(model.blocks, layers, strict=True)
+        )
         model.graph.toposort()
         save_variant(model.graph, staging / OBSERVED)
         copy_companions(model.path.parent, staging)
@@ -65,69 +66,47 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
 
 
 def save_masked(
-    graph: gs.Graph, blocks: Sequence[MoEBlock], layers: Sequence[LayerPlan | None], source: Path, target: Path
+    graph: gs.Graph,
+    names: Names,
+    blocks: Sequence[MoEBlock],
+    layers: Sequence[LayerPlan | None],
+    source: Path,
+    target: Path,
 ) -> None:
     """Mask ``graph`` in place and write it as ``target/model.onnx``, its weights linked from directory ``source``."""
-    _link_weights(graph, source, target)
+    link_weights(graph, source, target)
     for block, layer in zip(blocks, layers, strict=True):
         if layer is not None:
-            mask_block(graph, block, layer.dropped)
+            mask_block(graph, Emitter(graph, block.name, names), block, layer.dropped)
     graph.toposort()
     save_variant(graph, target / MODEL)
 
 
-def mask_block(graph: gs.Graph, block: MoEBlock, dropped: Sequence[int]) -> None:
+def mask_block(graph: gs.Graph, emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> None:
     """Make the experts ``dropped`` of ``block`` unselectable, in place."""
     if not dropped:
         return
     router = block.router
     if router.selection_bias_E is not None or router.groups is not None:
-        _add(graph, block.name, router.choice, mask_E(block.num_experts, dropped, UNSELECTABLE))
-    _add(graph, block.name, router.logits, mask_E(block.num_experts, dropped, -np.inf))
+        _add(graph, emitter, router.choice, mask_E(block.num_experts, dropped, UNSELECTABLE))
+    _add(graph, emitter, router.logits, mask_E(block.num_experts, dropped, -np.inf))
 
 
-def _add(graph: gs.Graph, scope: str, tensor: gs.Tensor, mask: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
+def _add(
+    graph: gs.Graph, emitter: Emitter, tensor: gs.Tensor, mask: np.ndarray[tuple[int], np.dtype[np.float32]]
+) -> None:
     """Let everything but the gather of weights read ``tensor + mask``."""
     untouched = [node for node in tensor.outputs if node.op == "GatherElements"]
-    emitter = Emitter(graph, f"{scope}/masked")
-    typed = emitter.emit("CastLike", emitter.array("mask", mask), tensor, label="typed_mask")
-    masked = emitter.emit("Add", tensor, typed, label="sum")
+    inner = emitter.within("masked")
+    typed = inner.emit("CastLike", inner.array("mask", mask), tensor, label="typed_mask")
+    masked = inner.emit("Add", tensor, typed, label="sum")
     replace_uses(graph, tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *untouched])
 
 
-def _observe(graph: gs.Graph, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:
-    router = block.router
-    producer = router.ids.inputs[0]
-    ranked = producer.inputs[0] if producer.op == "TopK" else router.ranked
-    emitter = Emitter(graph, f"{block.name}/slots")  # batched_mm hands its weights over as (T K, 1)
-    ids, weights = (emitter.reshape(slots, (-1, router.top_k), "rows") for slots in (router.ids, router.weights))
-    routing = Routing(ranked, ids_TK=ids, weights_TK=weights)
+def _observe(graph: gs.Graph, emitter: Emitter, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:
+    routing = routing_of(emitter, block)
     dropped = () if layer is None else layer.dropped
-    gates, scores = observe_routing(graph, block.name, routing, block.num_experts, dropped)
-    return BlockEntry(
-        name=block.name,
-        experts=block.num_experts,
-        top_k=router.top_k,
-        keep=block.keep,
-        router=router.kind,
-        form=block.form,
-        bytes=block.nbytes,
-        gates=gates,
-        scores=scores,
-    )
-
-
-def _link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
-    """Put the graph's external data files into ``target``, without a copy where the file system allows."""
-    locations = set()
-    for tensor in constants(graph):
-        values = tensor._values
-        if isinstance(values, LazyValues) and onnx.external_data_helper.uses_external_data(values.tensor):
-            locations.add(onnx.external_data_helper.ExternalDataInfo(values.tensor).location)
-    for location in locations:
-        original, link = inside(source, location, source / MODEL), inside(target, location, target / MODEL)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(original.resolve(), link)
-        except OSError:  # another file system
-            shutil.copyfile(original, link)
+    gates, scores = None, None
+    if routing is not None:
+        gates, scores = observe_routing(graph, emitter, routing, block.num_experts, dropped)
+    return entry_of(block, gates, scores)

@@ -1,19 +1,23 @@
 """ONNX files in and out, weights streamed: peak memory is the largest single tensor, not the model."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
-from graph_passes.weights import Weight, dtype_of, of_constant
+from graph_passes.stored import LazyWeight, dtype_of, of_constant, packed_bytes
+from graph_passes.weights import Weight
 from moe_spec.errors import UserError
-from moe_spec.files import require_file
+from moe_spec.files import inside, require_file
 from moe_spec.manifest import MODEL
 
 ALIGNMENT = 4096
@@ -143,7 +147,8 @@ def save_graph(
             else:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 tensor._values = LazyValues(_external(tensor.name, weight, data.name, file.tell()))
-                np.ascontiguousarray(weight.load()).tofile(file)
+                for piece in weight.pieces():
+                    packed_bytes(piece).tofile(file)
             tensor.data_location = None
             done += weight.nbytes
             if on_progress is not None:
@@ -161,6 +166,36 @@ def save_variant(graph: gs.Graph, target: Path) -> None:
     model = gs.export_onnx(graph, do_type_check=False)
     model.producer_name = "moe-edge"
     onnx.save(onnx.shape_inference.infer_shapes(model), target)
+
+
+def data_files(graph: gs.Graph) -> tuple[str, ...]:
+    """The external data files that hold the graph's weights, as the file names them."""
+    locations = set()
+    for tensor in constants(graph):
+        values = tensor._values
+        stored = isinstance(values, LazyValues) and not isinstance(values, LazyWeight)
+        if stored and onnx.external_data_helper.uses_external_data(values.tensor):
+            locations.add(onnx.external_data_helper.ExternalDataInfo(values.tensor).location)
+    return tuple(sorted(locations))
+
+
+def copy_weights(graph: gs.Graph, source: Path, target: Path) -> None:
+    """Copy the graph's external data files into ``target``, under the names that the graph has for them."""
+    for location in data_files(graph):
+        path = inside(target, location, target / MODEL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(source, location, source / MODEL), path)
+
+
+def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
+    """Put the graph's external data files into ``target``, without a copy where the file system allows."""
+    for location in data_files(graph):
+        original, link = inside(source, location, source / MODEL), inside(target, location, target / MODEL)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(original.resolve(), link)
+        except OSError:  # another file system
+            shutil.copyfile(original, link)
 
 
 def _external(name: str, weight: Weight, location: str, offset: int) -> onnx.TensorProto:

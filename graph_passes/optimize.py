@@ -2,23 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_graphsurgeon as gs
-
-from graph_passes.block import MoEBlock
-from graph_passes.describe import Model, io_of, read_model, tool_versions
+from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
+from graph_passes.emitter import Emitter, Names
 from graph_passes.mask import save_masked
-from graph_passes.model_file import load_graph, save_graph, save_variant, weight_bytes
-from graph_passes.observe import observe_routing
+from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant, weight_bytes
+from graph_passes.observe import observe_routing, routing_of
 from graph_passes.oracle import OracleEntry, check
-from graph_passes.prune import match_layers, prune_block
+from graph_passes.prune import match_layers
 from graph_passes.readers import read_blocks
-from graph_passes.writers import AUTO, FORMS, WRITERS, choose_form, write_block
-from graph_passes.writers.routing import Routing
+from graph_passes.rewrite import Decision, Written, carry_out, decide
+from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import new_directory, refuse_existing
@@ -33,15 +32,6 @@ TOP_K_KEYS = ("num_experts_per_tok",)
 Progress = Callable[[str, int, int], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """One block as it went into the new graph."""
-
-    block: MoEBlock
-    form: str
-    routing: Routing | None
-
-
 def optimize(
     source: Path,
     out: Path,
@@ -49,7 +39,7 @@ def optimize(
     *,
     plan: PruningPlan | None = None,
     form: str = AUTO,
-    accepted: Sequence[str] = tuple(WRITERS),
+    accepted: Sequence[str] | None = None,
     any_model: bool = False,
     prove: bool = True,
     allow_partial: bool = False,
@@ -57,13 +47,16 @@ def optimize(
 ) -> Manifest:
     """Write the optimised form of ``source`` (an ONNX file or model directory) to the new directory ``out``.
 
+    A model in which nothing goes and nothing changes its form is copied byte for byte.
+
     Args:
         source: whoever exported it.
         out: gets model.onnx, its weights, observed.onnx (router tensors as outputs), config.json, manifest.json.
         runner: runs original and result for the proof.
         plan: which experts stay; None keeps all.
         form: one of ``FORMS``; ``auto`` chooses for each layer among ``accepted``.
-        accepted: the forms that the target takes, which also limit ``form``.
+        accepted: the forms that the target takes, which also limit ``form``; None: no target in view, so that only
+            what loses experts is written anew.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
@@ -78,17 +71,15 @@ def optimize(
     model = read_model(source, allow_partial=allow_partial)
     if plan is not None and not any_model:
         plan.require_model(model.source_sha256, str(source))
-    pruned = _prune(model, plan)
+    layers = match_layers(plan, model.blocks)
+    decisions = [decide(block, layer, form, accepted) for block, layer in zip(model.blocks, layers, strict=True)]
     before = (len(model.graph.nodes), weight_bytes(model.graph, model.path.parent))
     with new_directory(out) as staging:
-        written = _write(model.graph, pruned, form, accepted)
-        model.graph.cleanup().toposort()
+        written = carry_out(model.graph, decisions)
+        _save(model, staging, written, on_progress)
         inputs, outputs = io_of(model.graph)
-        save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
-        passes = _passes(model, plan, written, before, staging)
-        entries = tuple(_entry(model.graph, item) for item in written)
-        model.graph.toposort()
-        save_variant(model.graph, staging / OBSERVED)
+        passes = _passes(model, decisions, before, staging)
+        entries = _observe(model, written, staging)
         proof = _prove(model.path, plan, staging, runner, out.parent) if prove else []
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
@@ -105,34 +96,27 @@ def optimize(
             tools=tool_versions(),
             details={
                 "oracle": [dataclasses.asdict(entry) for entry in proof],
-                "left_alone": [str(refusal) for refusal in model.refusals],
+                "left_alone": [str(layer) for layer in model.unrecognised],
             },
         )
         manifest.save(staging)
     return manifest
 
 
-def _check_form(form: str, accepted: Sequence[str]) -> None:
+def _check_form(form: str, accepted: Sequence[str] | None) -> None:
     if form != AUTO and form not in WRITERS:
         raise UserError(f"unknown form {form!r}", hint=did_you_mean(form, FORMS))
-    if form != AUTO and form not in accepted:
+    if form != AUTO and accepted is not None and form not in accepted:
         raise UserError(f"the target does not take form {form!r}", hint=f"it takes: {', '.join(accepted)}")
 
 
-def _prune(model: Model, plan: PruningPlan | None) -> list[MoEBlock]:
-    layers = match_layers(plan, model.blocks)
-    return [
-        block if layer is None else prune_block(block, layer) for block, layer in zip(model.blocks, layers, strict=True)
-    ]
-
-
-def _write(graph: gs.Graph, blocks: Sequence[MoEBlock], form: str, accepted: Sequence[str]) -> list[Written]:
-    """Every block in its new form. The last goes first: a block may read what another one writes."""
-    written = []
-    for block in reversed(blocks):
-        chosen = choose_form(block, accepted) if form == AUTO else form
-        written.append(Written(block, chosen, write_block(graph, block, chosen)))
-    return written[::-1]
+def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: Progress | None) -> None:
+    if not any(item.rewritten for item in written):
+        copy_weights(model.graph, model.path.parent, staging)
+        shutil.copyfile(model.path, staging / MODEL)
+        return
+    model.graph.cleanup().toposort()
+    save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
 
 
 def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:
@@ -140,34 +124,35 @@ def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None
 
 
 def _passes(
-    model: Model, plan: PruningPlan | None, written: Sequence[Written], before: tuple[int, int], staging: Path
+    model: Model, decisions: Sequence[Decision], before: tuple[int, int], staging: Path
 ) -> tuple[PassEntry, ...]:
     """What happened, in order: bytes go when experts are pruned, nodes when the form is written."""
     nodes, size = before
     after_nodes, after_size = len(model.graph.nodes), weight_bytes(model.graph, staging)
-    dropped = sum(old.nbytes - item.block.nbytes for old, item in zip(model.blocks, written, strict=True))
-    forms = "+".join(sorted({item.form for item in written}))
+    dropped = sum(decision.read.nbytes - decision.pruned.nbytes for decision in decisions)
+    forms = sorted({decision.form for decision in decisions if decision.form is not None})
     return (
-        PassEntry("prune-experts", plan is not None and dropped > 0, nodes, nodes, size, size - dropped),
-        PassEntry(f"write-{forms}", True, nodes, after_nodes, size - dropped, after_size),
+        PassEntry("prune-experts", dropped > 0, nodes, nodes, size, size - dropped),
+        PassEntry("write-blocks", bool(forms), nodes, after_nodes, size - dropped, after_size),
     )
 
 
-def _entry(graph: gs.Graph, item: Written) -> BlockEntry:
-    block, gates, scores = item.block, None, None
-    if item.routing is not None:
-        gates, scores = observe_routing(graph, block.name, item.routing, block.num_experts)
-    return BlockEntry(
-        name=block.name,
-        experts=block.num_experts,
-        top_k=block.router.top_k,
-        keep=block.keep,
-        router="" if item.routing is None else block.router.kind,
-        form=item.form,
-        bytes=block.nbytes,
-        gates=gates,
-        scores=scores,
-    )
+def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[BlockEntry, ...]:
+    """Save the variant that has the routers' tensors as outputs; the blocks, and the names of these outputs."""
+    names, entries = Names(model.graph), []
+    for item in written:
+        emitter = Emitter(model.graph, item.block.name, names)
+        routing = item.routing if item.rewritten else routing_of(emitter, item.block)
+        if routing is not None:
+            observed = observe_routing(model.graph, emitter, routing, item.block.num_experts)
+            entries.append(entry_of(item.block, *observed))
+        elif item.rewritten:  # no router is left
+            entries.append(dataclasses.replace(entry_of(item.block), router=""))
+        else:
+            entries.append(entry_of(item.block))
+    model.graph.toposort()
+    save_variant(model.graph, staging / OBSERVED)
+    return tuple(entries)
 
 
 def _prove(
@@ -176,7 +161,7 @@ def _prove(
     graph = load_graph(original)  # anew: the one that was read before has become the candidate
     blocks = read_blocks(graph, original.parent).blocks
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as reference:
-        save_masked(graph, blocks, match_layers(plan, blocks), original.parent, Path(reference))
+        save_masked(graph, Names(graph), blocks, match_layers(plan, blocks), original.parent, Path(reference))
         return check(graph, Path(reference), candidate, runner)
 
 

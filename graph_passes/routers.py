@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError, Router
+from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError, Router, Slots
+from graph_passes.stored import of_constant
 from graph_passes.walk import (
     SHAPE_ONLY,
     is_weight,
@@ -27,8 +28,8 @@ from graph_passes.walk import (
     source,
     split_constant,
 )
-from graph_passes.weights import Weight, of_constant
-from moe_spec.feasibility import EXPERTS_THAT_SCORE_A_GROUP, Groups
+from graph_passes.weights import Weight
+from moe_spec.feasibility import Groups
 
 SCORES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 
@@ -54,8 +55,7 @@ class Weights:
         weight = self.of(constant)
         if int(np.prod(weight.shape)) != length:
             raise FormError(f"a router vector has shape {list(weight.shape)}, expected [{length}]", constant)
-        stored = weight.source
-        return Weight((length,), weight.dtype, lambda: stored().reshape(length))
+        return weight if weight.shape == (length,) else weight.map((length,), np.ravel).cached()
 
 
 def read_router(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:
@@ -90,8 +90,7 @@ def read_router(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Rout
         logits=logits,
         choice=choice,
         ranked=topk.inputs[0],
-        ids=ids,
-        weights=weights,
+        slots=Slots(ids, weights),
     )
 
 
@@ -177,7 +176,7 @@ def _count_groups(groups_topk: gs.Node, choice: gs.Tensor) -> int:
     """The number of groups, where a group is scored by the sum of its two best experts."""
     total = produced_by(groups_topk.inputs[0], "ReduceSum")
     best = None if total is None else produced_by(total.inputs[0], "TopK")
-    if best is None or _top_k(best) != EXPERTS_THAT_SCORE_A_GROUP:
+    if best is None or _top_k(best) != 2:
         raise FormError("groups are not scored by the sum of their two best experts", producer(groups_topk.inputs[0]))
     reshape = produced_by(best.inputs[0], "Reshape")
     if reshape is None or source(reshape.inputs[0]) is not source(choice):
@@ -203,19 +202,21 @@ def _read_linear(logits: gs.Tensor, weights: Weights) -> tuple[gs.Tensor, Weight
         raise FormError("the router's weight is no constant matrix", node)
     weight = weights.of(kernel)
     if bool(node.attrs.get("transB", 0)) == flipped:  # stored (H, E)
-        stored = weight.source
-        weight = Weight(weight.shape[::-1], weight.dtype, lambda: np.ascontiguousarray(stored().T))
+        weight = weight.map(weight.shape[::-1], np.transpose).cached()
     bias = operand(node, 2) if node.op == "Gemm" and bias is None else bias
     flat = None if bias is None else weights.flat(bias, weight.shape[0])
-    return source(node.inputs[0], {"Identity"}), weight, flat, _scope(kernel.name)
+    return source(node.inputs[0], {"Identity"}), weight, flat, block_scope(kernel.name)
 
 
-def _scope(weight_name: str) -> str:
-    """The path of the MoE block, where the exporter kept the name of the router's weight.
+def block_scope(weight_name: str) -> str:
+    """The path of the MoE block, where the exporter kept the name of the router's weight, or a writer gave it one.
 
-    >>> _scope("model.layers.0.mlp.gate.weight"), _scope("val_12")
-    ('model.layers.0.mlp', '')
+    >>> block_scope("model.layers.0.mlp.gate.weight"), block_scope("layers.0.mlp/router.weight"), block_scope("val_12")
+    ('model.layers.0.mlp', 'layers.0.mlp', '')
     """
+    scope, found, _ = weight_name.rpartition("/router.weight")
+    if found:
+        return scope
     parts = weight_name.split(".")
     return ".".join(parts[:-2]) if parts[-1] == "weight" else ""
 

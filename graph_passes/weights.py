@@ -1,148 +1,229 @@
 """Weights that stay on disk until they are written: what graphsurgeon cannot hold is dealt with here.
 
 graphsurgeon casts bf16, int4 and fp8 when it looks at values, and an initialiser may be larger than memory. A
-``Weight`` knows where its bytes are and what is to be done with them; only ``load`` reads, one tensor at a time.
+``Weight`` knows where its bytes are and what is to be done with them; only ``load`` and ``pieces`` read.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.external_data_helper
-import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
-
-from moe_spec.errors import UserError
-from moe_spec.files import inside
 
 Array = npt.NDArray[Any]
+Rows = tuple[int, ...]
+Source = Callable[[Rows | None], Array]
+"""Reads the given rows of axis 0 of a stored tensor, or all of it."""
 
-_MEND = "copy or export the model again; its weights lie beside the .onnx file"
+SMALL = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
+"""Bits of the dtypes of which several share a byte."""
+
+PIECE_BYTES = 1 << 24
+"""How much of a weight is in memory while it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A tensor that is read on demand.
 
+    A quantised one stands for ``(values - zero_points) * scales``. Both have the rank of the values; each of their axes
+    has the values' length, or 1, or a divisor of it where runs of values (blocks) share a scale.
+
     Attributes:
         shape: of what ``load`` gives.
-        dtype: numpy dtype of what ``load`` gives (``ml_dtypes.bfloat16`` for bf16).
+        dtype: numpy dtype of what ``load`` gives (``ml_dtypes`` for bf16, fp8, int4).
         source: reads the stored tensor, memory-mapped where it lies in a file of its own.
+        stored_rows: length of axis 0 of what ``source`` reads.
         rows: which rows of axis 0 are taken, None for all.
-        transform: what is done with the rows taken; keeps axis 0 where ``take`` is to follow.
+        transform: what is done with the rows taken.
+        row_wise: whether ``transform`` treats rows one by one, so that a part of the rows gives a part of the result.
+        swapped: whether the last two axes are swapped at the end.
+        scales: of a quantised weight.
+        zero_points: of a quantised weight, where they are not 0.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    source: Callable[[], Array]
-    rows: tuple[int, ...] | None = None
+    source: Source
+    stored_rows: int
+    rows: Rows | None = None
     transform: Callable[[Array], Array] | None = None
+    row_wise: bool = True
+    swapped: bool = False
+    scales: "Weight | None" = None
+    zero_points: "Weight | None" = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what ``load`` gives."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        """Bytes of the values, and of scales and zero points, as they are stored."""
+        extra = sum(part.nbytes for part in (self.scales, self.zero_points) if part is not None)
+        return byte_count(self.shape, self.dtype) + extra
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """What the weight is computed with: the scales' dtype where it is quantised."""
+        return self.dtype if self.scales is None else self.scales.dtype
 
     def take(self, rows: Sequence[int]) -> "Weight":
-        """The rows ``rows`` of axis 0; only they are read."""
+        """The rows ``rows`` of axis 0, with their scales; only they are read."""
+        assert self.row_wise
         chosen = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
-        return dataclasses.replace(self, shape=(len(chosen), *self.shape[1:]), rows=chosen)
+        taken = dataclasses.replace(self, shape=(len(chosen), *self.shape[1:]), rows=chosen)
+        return taken._with_parts(lambda part: part.take(rows) if part.shape[0] == self.shape[0] else part)
 
-    def map(self, shape: tuple[int, ...], transform: Callable[[Array], Array]) -> "Weight":
-        """``transform`` of this weight, of shape ``shape``, once it is read."""
-        before = self.transform
-        after = transform if before is None else lambda array: transform(before(array))
-        return dataclasses.replace(self, shape=shape, transform=after)
+    def one(self, row: int) -> "Weight":
+        """Row ``row`` without axis 0."""
+        taken = self.take([row])
+        squeezed = dataclasses.replace(taken, scales=None, zero_points=None).map(self.shape[1:], lambda rows: rows[0])
+        parts = (None if part is None else part.one(row if part.shape[0] > 1 else 0) for part in self._parts())
+        scales, zero_points = parts
+        return dataclasses.replace(squeezed, scales=scales, zero_points=zero_points)
+
+    def swap(self) -> "Weight":
+        """The last two axes swapped."""
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return dataclasses.replace(self, shape=shape, swapped=not self.swapped)._with_parts(Weight.swap)
+
+    def half(self, axis: int, index: int, *, interleaved: bool = False) -> "Weight":
+        """Half ``index`` of ``axis`` (not 0): the first or the second run, or every other entry.
+
+        Raises:
+            ValueError: a block of shared scales would be cut.
+        """
+        assert 0 < axis < len(self.shape)
+        return self._half(axis, index, self.shape[axis], interleaved)
+
+    def _half(self, axis: int, index: int, length: int, interleaved: bool) -> "Weight":
+        if self.shape[axis] == 1 and length > 1:
+            return self
+        if self.shape[axis] % 2 or (interleaved and self.shape[axis] != length):
+            raise ValueError("gate and up share a block of quantised values")
+        size, stored = self.shape[axis] // 2, self._stored_axis(axis)
+        chosen = slice(index, None, 2) if interleaved else slice(index * size, (index + 1) * size)
+        part = self._then(lambda array: array[(slice(None),) * stored + (chosen,)])
+        part = dataclasses.replace(part, shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]))
+        return part._with_parts(lambda inner: inner._half(axis, index, length, interleaved))
+
+    def map(self, shape: tuple[int, ...], transform: Callable[[Array], Array], *, row_wise: bool = False) -> "Weight":
+        """``transform`` of this weight, of shape ``shape``, once it is read; no quantised weight.
+
+        With ``row_wise``, the transform of some rows is that part of the transform of all.
+        """
+        assert self.scales is None
+        plain = self._then(_swap) if self.swapped else self
+        mapped = dataclasses.replace(plain._then(transform), shape=shape, swapped=False)
+        return dataclasses.replace(mapped, row_wise=self.row_wise and row_wise)
+
+    def astype(self, dtype: npt.DTypeLike) -> "Weight":
+        """The values in another dtype; no quantised weight."""
+        assert self.scales is None
+        if self.dtype == np.dtype(dtype):
+            return self
+        return dataclasses.replace(self._then(lambda array: array.astype(dtype)), dtype=np.dtype(dtype))
+
+    def cached(self) -> "Weight":
+        """The same, read once and only when it is needed; its rows can be taken. For small weights."""
+        read = functools.cache(self.load)
+        rows = self.shape[0] if self.shape else 1
+        return Weight(self.shape, self.dtype, lambda chosen: select(read(), chosen), rows)
 
     def load(self) -> Array:
         """Read the rows taken and transform them."""
-        array = self.source()
-        if self.rows is not None:
-            array = array[list(self.rows)]
+        return self._load(self.rows)
+
+    def pieces(self) -> Iterator[Array]:
+        """What ``load`` gives, in runs that are as large as `PIECE_BYTES`, or one row."""
+        rows = self.rows if self.rows is not None else tuple(range(self.stored_rows))
+        if not self.row_wise or not rows:
+            yield self.load()
+            return
+        size = max(1, PIECE_BYTES * len(rows) // max(1, byte_count(self.shape, self.dtype)))
+        for start in range(0, len(rows), size):
+            yield self._load(rows[start : start + size], whole=size >= len(rows))
+
+    def _load(self, rows: Rows | None, *, whole: bool = True) -> Array:
+        array = self.source(rows)
         if self.transform is not None:
             array = self.transform(array)
-        assert array.shape == self.shape, (array.shape, self.shape)
+        array = _swap(array) if self.swapped else array
+        assert not whole or array.shape == self.shape, (array.shape, self.shape)
         return array
+
+    def _then(self, transform: Callable[[Array], Array]) -> "Weight":
+        before = self.transform
+        after = transform if before is None else lambda array: transform(before(array))
+        return dataclasses.replace(self, transform=after)
+
+    def _stored_axis(self, axis: int) -> int:
+        """Where ``axis`` is before the last two are swapped."""
+        last = len(self.shape) - 1
+        return 2 * last - 1 - axis if self.swapped and axis >= last - 1 else axis
+
+    def _parts(self) -> tuple["Weight | None", "Weight | None"]:
+        return self.scales, self.zero_points
+
+    def _with_parts(self, change: Callable[["Weight"], "Weight"]) -> "Weight":
+        if self.scales is None:
+            return self
+        zero_points = None if self.zero_points is None else change(self.zero_points)
+        return dataclasses.replace(self, scales=change(self.scales), zero_points=zero_points)
+
+
+def _swap(array: Array) -> Array:
+    return array.swapaxes(-1, -2)
+
+
+def byte_count(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """Bytes of a stored tensor; two 4-bit values share one.
+
+    >>> byte_count((3, 3), np.dtype("float32")), byte_count((3,), np.dtype("int4"))
+    (36, 2)
+    """
+    return -(-int(np.prod(shape, dtype=np.int64)) * bits_of(dtype) // 8)
+
+
+def bits_of(dtype: np.dtype[Any]) -> int:
+    """Bits of one stored value."""
+    return SMALL.get(dtype.name, 8 * dtype.itemsize)
 
 
 def from_array(array: Array) -> Weight:
     """A weight that is in memory already."""
-    return Weight(array.shape, array.dtype, lambda: array)
+    return Weight(array.shape, array.dtype, lambda rows: select(array, rows), len(array) if array.ndim else 1)
 
 
-def of_constant(constant: gs.Constant, directory: Path) -> Weight:
-    """The weight behind a graph constant of a model in ``directory``.
-
-    Raises:
-        UserError: its external data is missing, cut, or lies outside ``directory``.
-    """
-    values = constant._values  # `.values` would read and cast
-    if isinstance(values, LazyWeight):
-        return values.weight
-    if not isinstance(values, LazyValues):
-        return from_array(np.asarray(values))
-    proto: onnx.TensorProto = values.tensor
-    shape, dtype = tuple(proto.dims), dtype_of(proto)
-    if not onnx.external_data_helper.uses_external_data(proto):
-        _check_inline(proto, shape, dtype)
-        return Weight(shape, dtype, lambda: onnx.numpy_helper.to_array(proto))
-    info = onnx.external_data_helper.ExternalDataInfo(proto)
-    path = inside(directory, info.location, directory / "model.onnx")
-    _check_extent(proto.name, path, info.offset or 0, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-    offset = info.offset or 0
-    return Weight(shape, dtype, lambda: np.memmap(path, dtype, mode="r", offset=offset, shape=shape))
-
-
-def dtype_of(proto: onnx.TensorProto) -> np.dtype[Any]:
-    """Numpy's dtype of a stored tensor.
+def stack(weights: Sequence[Weight]) -> Weight:
+    """Weights of one shape and dtype that are stored one by one, as the rows of one weight.
 
     Raises:
-        UserError: ONNX knows no such type.
+        ValueError: shapes, dtypes or quantisation differ.
     """
-    try:
-        return onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
-    except KeyError as error:
-        raise UserError(f"weight {proto.name} has the unknown data type {proto.data_type}", hint=_MEND) from error
+    first = weights[0]
+    kinds = {(weight.shape, weight.dtype, weight.scales is None, weight.zero_points is None) for weight in weights}
+    if len(kinds) != 1:
+        raise ValueError("experts have weights of different shapes or types")
+
+    def read(rows: Rows | None) -> Array:
+        return np.stack([weights[row].load() for row in (range(len(weights)) if rows is None else rows)])
+
+    scales = None if first.scales is None else stack([weight.scales for weight in weights if weight.scales is not None])
+    zeros = [weight.zero_points for weight in weights if weight.zero_points is not None]
+    return Weight(
+        (len(weights), *first.shape),
+        first.dtype,
+        read,
+        len(weights),
+        scales=scales,
+        zero_points=stack(zeros) if zeros else None,
+    )
 
 
-def _check_inline(proto: onnx.TensorProto, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if proto.HasField("raw_data") and len(proto.raw_data) != wanted:
-        raise UserError(
-            f"weight {proto.name} holds {len(proto.raw_data)} bytes, {dtype.name}{list(shape)} needs {wanted}",
-            hint=_MEND,
-        )
-
-
-def _check_extent(name: str, path: Path, offset: int, length: int) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size is None:
-        raise UserError(f"{path} does not exist, but weight {name} lies in it", hint=_MEND)
-    if offset + length > size:
-        raise UserError(
-            f"{path} has {size} bytes, but weight {name} needs bytes {offset} to {offset + length}: the file is cut",
-            hint=_MEND,
-        )
-
-
-class LazyWeight(LazyValues):  # type: ignore[misc]
-    """What a graphsurgeon constant holds in place of an array: a ``Weight`` that nobody has read yet."""
-
-    def __init__(self, weight: Weight) -> None:
-        self.weight = weight
-        self.shape = list(weight.shape)
-        self.dtype = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
-        self.nbytes = weight.nbytes
-
-    def load(self) -> Array:
-        """The values; graphsurgeon asks for them only where a pass looks at ``.values``."""
-        return self.weight.load()
-
-
-def constant(name: str, weight: Weight) -> gs.Constant:
-    """A graph constant over ``weight``."""
-    return gs.Constant(name, LazyWeight(weight))
+def select(array: Array, rows: Rows | None) -> Array:
+    """Rows of ``array``; a view where they are consecutive, so that a memory-mapped file is not copied."""
+    if rows is None or array.ndim == 0:
+        return array
+    if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return array[rows[0] : rows[0] + len(rows)]
+    return array[list(rows)]

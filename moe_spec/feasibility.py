@@ -1,11 +1,13 @@
 """Whether a router can work with what is kept: checked before any work, with the nearest plan that it can.
 
-Group-limited routing (DeepSeek-V2/V3) splits the experts into ``count`` runs of equal length, scores a group by its two
-best experts, lets ``selected`` groups through and picks K experts inside them. Pruning leaves runs of unequal length.
-Rows are never moved between groups, so what "the dropped experts are unselectable" means stays exact, with two limits:
+Group-limited routing (DeepSeek-V2/V3) splits the experts into ``count`` runs of equal length, scores a group by its best
+expert or by the sum of its two best, lets ``selected`` groups through and picks K experts inside them. Pruning leaves
+runs of unequal length. Rows are never moved between groups, so what "the dropped experts are unselectable" means stays
+exact, with two limits:
 
-1. A group with one survivor is scored below every group with two. If such groups would have to compete with each other
-   for a place, their order is not defined by the original model, and the plan is refused.
+1. Where two experts score a group, one with one survivor is scored below every group with two. If such groups would
+   have to compete with each other for a place, their order is not defined by the original model, and the plan is
+   refused.
 2. Whichever groups get through, they must hold at least K survivors between them.
 """
 
@@ -14,15 +16,17 @@ from collections.abc import Sequence
 
 from moe_spec.errors import UserError
 
-EXPERTS_THAT_SCORE_A_GROUP = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Group-limited routing: ``selected`` of ``count`` groups get through (``topk_group`` of ``n_group``)."""
+    """Group-limited routing: ``selected`` of ``count`` groups get through (``topk_group`` of ``n_group``).
+
+    A group is scored by the sum of its ``scored_by`` best experts: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+    """
 
     count: int
     selected: int
+    scored_by: int = 2
 
     def survivors(self, keep: Sequence[int], experts: int) -> list[int]:
         """How many of ``keep`` each group holds.
@@ -69,15 +73,15 @@ def _check_groups(layer: str, experts: int, top_k: int, keep: Sequence[int], gro
             hint="make the plan anew with `moe-edge plan`",
         )
     survivors = groups.survivors(keep, experts)
-    scored = sum(count >= EXPERTS_THAT_SCORE_A_GROUP for count in survivors)
-    single = sum(count == 1 for count in survivors)
+    scored = sum(count >= groups.scored_by for count in survivors)
+    single = sum(0 < count < groups.scored_by for count in survivors)
     ambiguous = scored < groups.selected < scored + single
     # the fewest survivors that any admissible choice of groups lets through
-    certain = [count for count in survivors if count == 1] if groups.selected > scored else []
-    chosen = sorted(count for count in survivors if count > 1)[: groups.selected] + certain
+    certain = [count for count in survivors if 0 < count < groups.scored_by] if groups.selected > scored else []
+    chosen = sorted(count for count in survivors if count >= groups.scored_by)[: groups.selected] + certain
     if not ambiguous and sum(chosen) >= top_k:
         return
-    per_group = max(EXPERTS_THAT_SCORE_A_GROUP, round(len(keep) / groups.count), -(-top_k // groups.selected))
+    per_group = max(groups.scored_by, round(len(keep) / groups.count), -(-top_k // groups.selected))
     raise UserError(
         f"layer {layer} keeps {survivors} experts in its {groups.count} routing groups, of which {groups.selected} "
         f"{'is' if groups.selected == 1 else 'are'} selected for K={top_k}: the router cannot choose among them",

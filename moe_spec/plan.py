@@ -57,8 +57,12 @@ class LayerPlan:
             top_k=record.take("top_k", int),
             keep=record.items("keep", int),
             scores=record.items("scores", float),
-            groups=None if groups is None else Groups(groups.take("count", int), groups.take("selected", int)),
+            groups=None if groups is None else _groups(groups),
         )
+
+
+def _groups(record: Record) -> Groups:
+    return Groups(record.take("count", int), record.take("selected", int), record.take("scored_by", int, default=2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from models.families import Family, family
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.feasibility import EXPERTS_THAT_SCORE_A_GROUP, Groups, check_keep
+from moe_spec.feasibility import Groups, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -96,13 +96,13 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
         return None
     survivors = layer.groups.survivors(plan.keep, layer.num_experts)
     filled = [count for count in survivors if count > 0]
-    if min(filled) < EXPERTS_THAT_SCORE_A_GROUP or len(set(filled)) > 1:
+    if min(filled) < layer.groups.scored_by or len(set(filled)) > 1:
         raise UserError(
             f"layer {layer.name} keeps {survivors} experts in its {layer.groups.count} routing groups, but a torch "
-            f"router needs the same number in each, at least {EXPERTS_THAT_SCORE_A_GROUP}",
+            f"router needs the same number in each, at least {layer.groups.scored_by}",
             hint=_ONNX_WAY,
         )
-    return Groups(len(filled), min(layer.groups.selected, len(filled)))
+    return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
 
 
 def _slice_layer(layer: MoELayer, plan: LayerPlan, row: Family) -> None:

@@ -1,34 +1,24 @@
-"""Recognise MoE blocks. One file a form, each with ``anchors(graph)`` and ``read(anchor, name, weights)``.
+"""Recognise MoE blocks. One file a form, each with ``FORM``, ``LOOKS_FOR``, ``anchors`` and ``read``.
 
-A reader never changes the graph. What no reader takes, but looks like a router, is a ``Refusal``: nothing is ever
-silently unpruned.
+``anchors(graph)`` gives the nodes at which a block of this form may be found, ``read(anchor, name, weights)`` the
+block or a ``FormError``. A reader never changes the graph. What no reader takes, but looks like a router, is
+``Unrecognised``: nothing is ever silently unpruned.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Refusal, place_of
+from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
 from graph_passes.readers import batched_mm, experts_node
+from graph_passes.readers.sites import Site, find_sites, projection_of
 from graph_passes.routers import Weights
-from graph_passes.walk import SHAPE_ONLY, is_weight, producer, source
 
 READERS: tuple[ModuleType, ...] = (experts_node, batched_mm)
-"""Most specific first."""
-
-ELEMENTWISE = frozenset(
-    {"Abs", "Add", "Clip", "Div", "Exp", "Log", "Max", "Min", "Mul", "Neg", "Pow", "Relu", "Sigmoid"}
-    | {"Softmax", "Softplus", "Sqrt", "Sub", "Tanh", "Where"}
-)
-"""What a router may do to its logits before it ranks them."""
-
-FURTHEST_ROUTER = 40
-"""Values that are looked at between a TopK and its projection."""
-
-FOREIGN_MOE_OPS = ("MoE", "QMoE", "TRT_MoE")
-"""Fused MoE ops of other tools, which no reader takes yet."""
+"""Most specific first: where two take the same block, the first has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +26,37 @@ class Reading:
     """What was found in a graph: blocks in graph order, and every MoE layer that was not recognised."""
 
     blocks: tuple[MoEBlock, ...]
-    refusals: tuple[Refusal, ...]
+    unrecognised: tuple[Unrecognised, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """One reader's refusal of one anchor, at ``position`` in the graph."""
+
+    position: int
+    refusal: Refusal
 
 
 def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
     """Every MoE block of ``graph`` (in topological order), whose weights lie in ``directory``."""
-    weights = Weights(directory)
-    found: list[tuple[int, MoEBlock | Refusal]] = []
     order = {id(node): index for index, node in enumerate(graph.nodes)}
+    blocks, failures = _try_all(graph, order, Weights(directory))
+    sites = find_sites(graph, order)
+    return Reading(tuple(blocks), tuple(_unrecognised(blocks, failures, sites, order)))
+
+
+def _try_all(graph: gs.Graph, order: Mapping[int, int], weights: Weights) -> tuple[list[MoEBlock], list[_Failure]]:
+    """Blocks in graph order, each once; and what failed."""
     anchors = [(order[id(node)], reader, node) for reader in READERS for node in reader.anchors(graph)]
+    blocks: dict[int, MoEBlock] = {}
+    failures = []
     for position, reader, node in sorted(anchors, key=lambda item: item[0]):
-        found.append((position, _try(reader, node, f"moe.{len(found)}", weights)))
-    blocks = tuple(item for _, item in found if isinstance(item, MoEBlock))
-    refusals = [item for _, item in found if isinstance(item, Refusal)]
-    return Reading(blocks, (*refusals, *_leftovers(graph, blocks, refusals)))
+        result = _try(reader, node, f"moe.{len(blocks)}", weights)
+        if isinstance(result, Refusal):
+            failures.append(_Failure(position, result))
+        else:
+            blocks.setdefault(id(result.out), result)
+    return list(blocks.values()), failures
 
 
 def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEBlock | Refusal:
@@ -74,27 +81,39 @@ def _check_agreement(block: MoEBlock, node: gs.Node) -> None:
         raise FormError(f"the router selects K={block.router.top_k} of {block.num_experts} experts", node)
 
 
-def _leftovers(graph: gs.Graph, blocks: tuple[MoEBlock, ...], refusals: list[Refusal]) -> list[Refusal]:
-    """MoE ops and routers that belong to no recognised block."""
-    known = {id(source(block.router.ids)) for block in blocks}
+def _unrecognised(
+    blocks: Sequence[MoEBlock], failures: Sequence[_Failure], sites: Sequence[Site], order: Mapping[int, int]
+) -> list[Unrecognised]:
+    """Routers that lead into no block, each with what every reader said of the nodes up to the next router.
+
+    A failure that belongs to no router, and to no block that another reader took, stands for a layer of its own.
+    """
+    projections = [projection_of(block.router.logits) for block in blocks]
+    spans = [
+        (order[id(projection)], order[id(block.out.inputs[0])])
+        for block, projection in zip(blocks, projections, strict=True)
+        if projection is not None
+    ]
+    open_failures = [item for item in failures if not any(start <= item.position <= end for start, end in spans)]
+    claimed = {id(projection) for projection in projections}
     found = []
-    for node in graph.nodes:
-        if node.op in FOREIGN_MOE_OPS:
-            found.append(Refusal("any", "no reader takes this fused op", place_of(node)))
-        elif node.op == "TopK" and id(node.outputs[1]) not in known and not refusals and _looks_like_router(node):
-            found.append(Refusal("any", "experts are routed here, in a form that no reader knows", place_of(node)))
-    return found
+    ends = [*(site.position for site in sites[1:]), len(order)]
+    for site, end in zip(sites, ends, strict=False):
+        own = [item for item in open_failures if site.position <= item.position < end]
+        if id(site.projection) not in claimed:
+            found.append(_site_refused(site, [item.refusal for item in own]))
+            open_failures = [item for item in open_failures if item not in own]
+    alone = [Unrecognised(f"at {item.refusal.node}", item.refusal.node, (item.refusal,)) for item in open_failures]
+    return [*found, *alone]
 
 
-def _looks_like_router(topk: gs.Node) -> bool:
-    """Whether a TopK whose ids are used ranks some function of a projection by a constant matrix."""
-    if not topk.outputs[1].outputs:
-        return False
-    front, seen = [topk.inputs[0]], 0
-    while front and seen < FURTHEST_ROUTER:
-        node, seen = producer(front.pop()), seen + 1
-        if node is not None and node.op in ("Gemm", "MatMul") and is_weight(node.inputs[1], 2):
-            return True
-        if node is not None and node.op in SHAPE_ONLY | ELEMENTWISE:
-            front.extend(node.inputs)
-    return False
+def _site_refused(site: Site, refusals: Sequence[Refusal]) -> Unrecognised:
+    """Every reader's word on one router: those that came upon something of their form first."""
+    place = place_of(site.ranking)
+    tried = {refusal.form for refusal in refusals}
+    rest = [
+        Refusal(reader.FORM, f"no {reader.LOOKS_FOR} follows the router", place)
+        for reader in READERS
+        if reader.FORM not in tried
+    ]
+    return Unrecognised(site.layer, place, (*refusals, *rest))

@@ -22,6 +22,7 @@ from graph_passes.walk import is_weight, produced_by, producer, sink, source
 from moe_spec.experts_op import ExpertsOp
 
 FORM = "batched_mm"
+LOOKS_FOR = "GatherND of stacked expert weights"
 
 
 @dataclasses.dataclass(frozen=True)

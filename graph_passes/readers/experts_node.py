@@ -8,6 +8,7 @@ from graph_passes.routers import Weights, read_router
 from moe_spec.experts_op import DOMAIN, ExpertsOp
 
 FORM = "experts"
+LOOKS_FOR = "moe_edge.Experts node"
 
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:

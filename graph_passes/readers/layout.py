@@ -1,17 +1,10 @@
 """transformers' stacked expert weights into the record's axes, without reading them."""
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError
 from graph_passes.weights import Weight
 from moe_spec.experts_op import ExpertsOp
-
-Array = npt.NDArray[Any]
 
 EXPERTS_SCOPE = ".experts."
 """What stands between the name of a block and the name of an expert parameter in transformers."""
@@ -22,17 +15,19 @@ def from_stacked(up: Weight, down: Weight, up_bias: Weight | None, down_bias: We
 
     ``up`` holds gate and up where ``op.gated``: halves of the output axis, or alternating where ``op.interleaved``.
     """
-    up_EHN = up if op.transposed else _swap(up)
-    down_EFH = down if op.transposed else _swap(down)
+    up_EHN = up if op.transposed else up.swap()
+    down_EFH = down if op.transposed else down.swap()
     if not op.gated:
         return Experts(up_EHN, None, down_EFH, up_bias, None, down_bias, op.activation)
-    gate, value = (_part(index, op.interleaved) for index in (0, 1))
+    gate_EHF, up_EHF = (up_EHN.half(2, index, interleaved=op.interleaved) for index in (0, 1))
+    biases = (None if up_bias is None else up_bias.half(1, index, interleaved=op.interleaved) for index in (0, 1))
+    gate_bias, value_bias = biases
     return Experts(
-        up_EHF=_halve(up_EHN, value),
-        gate_EHF=_halve(up_EHN, gate),
+        up_EHF=up_EHF,
+        gate_EHF=gate_EHF,
         down_EFH=down_EFH,
-        up_bias_EF=None if up_bias is None else _halve(up_bias, value),
-        gate_bias_EF=None if up_bias is None else _halve(up_bias, gate),
+        up_bias_EF=value_bias,
+        gate_bias_EF=gate_bias,
         down_bias_EH=down_bias,
         activation=op.activation,
     )
@@ -60,18 +55,3 @@ def check_stacked(
     found = [down.shape, *(weight.shape for weight in (up_bias, down_bias) if weight is not None)]
     if found != wanted[: len(found)] or (op.gated and width % 2):
         raise problem
-
-
-def _swap(weight: Weight) -> Weight:
-    experts, rows, columns = weight.shape
-    return weight.map((experts, columns, rows), lambda array: array.transpose(0, 2, 1))
-
-
-def _halve(weight: Weight, part: Callable[[Array], Array]) -> Weight:
-    return weight.map((*weight.shape[:-1], weight.shape[-1] // 2), part)
-
-
-def _part(index: int, interleaved: bool) -> Callable[[Array], Array]:
-    if interleaved:
-        return lambda array: array[..., index::2]
-    return lambda array: np.split(array, 2, axis=-1)[index]

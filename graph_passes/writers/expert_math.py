@@ -10,10 +10,25 @@ from graph_passes.weights import Weight
 from moe_spec.experts_op import NO_LIMIT, Activation
 
 
-def linear(emitter: Emitter, x: gs.Tensor, weight: gs.Tensor, bias: gs.Tensor | None, label: str) -> gs.Tensor:
-    """``x @ weight + bias``."""
-    product = emitter.emit("MatMul", x, weight, label=label)
-    return product if bias is None else emitter.emit("Add", product, bias, label=f"{label}_biased")
+def linear(emitter: Emitter, x: gs.Tensor, weight: Weight, bias: Weight | None, name: str, label: str) -> gs.Tensor:
+    """``x (rows, in) @ weight (in, out) + bias (out,)``; a weight that lies as (out, in) is not transposed."""
+    kernel = emitter.weight(name, weight.swap() if weight.swapped else weight)
+    if bias is None and not weight.swapped:
+        return emitter.emit("MatMul", x, kernel, label=label)
+    added = [] if bias is None else [emitter.weight(f"{name}_bias", bias)]
+    return emitter.emit("Gemm", x, kernel, *added, label=label, transB=int(weight.swapped))
+
+
+def single_ffn(emitter: Emitter, x: gs.Tensor, experts: Experts, index: int, name: str, mark: str = "") -> gs.Tensor:
+    """Expert ``index`` on ``x (rows, H)``; ``mark`` ends the labels of its nodes."""
+
+    def project(x: gs.Tensor, weight: Weight, bias: Weight | None, part: str) -> gs.Tensor:
+        added = None if bias is None else bias.one(index)
+        return linear(emitter, x, weight.one(index), added, f"{name}.{part}", f"{part}{mark}")
+
+    gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")
+    up = project(x, experts.up_EHF, experts.up_bias_EF, "up")
+    return project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
 
 
 def activate(emitter: Emitter, gate: gs.Tensor | None, up: gs.Tensor, experts: Experts) -> gs.Tensor:

@@ -5,7 +5,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.emitter import Emitter
 from graph_passes.weights import Weight
-from graph_passes.writers.expert_math import activate, gate_dtype, linear
+from graph_passes.writers.expert_math import activate, gate_dtype
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 
 
@@ -17,16 +17,14 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
 
     def project(x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
         """``x (T, K or 1, 1, in)`` times the gathered ``(T, K, in, out)``."""
-        kernel = emitter.emit(
-            "Gather", emitter.weight(f"experts.{label}", weight), ids, label=f"{label}_weight", axis=0
-        )
-        added = None
-        if bias is not None:
-            rows = emitter.emit(
-                "Gather", emitter.weight(f"experts.{label}_bias", bias), ids, label=f"{label}_bias", axis=0
-            )
-            added = emitter.emit("Unsqueeze", rows, emitter.ints(2), label=f"{label}_bias_row")
-        return linear(emitter, x, kernel, added, label)
+        table = emitter.weight(f"experts.{label}", weight)
+        kernel = emitter.emit("Gather", table, ids, label=f"{label}_weight", axis=0)
+        product = emitter.emit("MatMul", x, kernel, label=label)
+        if bias is None:
+            return product
+        rows = emitter.emit("Gather", emitter.weight(f"experts.{label}_bias", bias), ids, label=f"{label}_bias", axis=0)
+        row = emitter.emit("Unsqueeze", rows, emitter.ints(2), label=f"{label}_bias_row")
+        return emitter.emit("Add", product, row, label=f"{label}_biased")
 
     x = emitter.emit("Unsqueeze", block.hidden, emitter.ints(1, 2), label="token")
     gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")

@@ -12,7 +12,6 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import TOPK_FIRST, MoEBlock, Router
 from graph_passes.emitter import BOOL, FLOAT, INT64, Emitter
 from graph_passes.weights import Weight
-from moe_spec.feasibility import EXPERTS_THAT_SCORE_A_GROUP
 
 UNSELECTABLE = -1e30
 """Finite, so that a group of which one expert is left still ranks above a group of which none is."""
@@ -82,11 +81,7 @@ def _is_half(router: Router) -> bool:
 
 
 def _float32(weight: Weight) -> Weight:
-    if weight.dtype == np.float32:
-        return weight
-    return dataclasses.replace(weight, dtype=np.dtype(np.float32)).map(
-        weight.shape, lambda rows: rows.astype(np.float32)
-    )
+    return weight.astype(np.float32)
 
 
 def _axis(score: str) -> dict[str, int]:
@@ -129,7 +124,7 @@ def _exclude_groups(emitter: Emitter, router: Router, choice: gs.Tensor) -> gs.T
     assert router.groups is not None
     count, experts = router.groups.count, len(router.group_of)
     members = [[expert for expert in range(experts) if router.group_of[expert] == group] for group in range(count)]
-    width = max(EXPERTS_THAT_SCORE_A_GROUP, *(len(group) for group in members))
+    width = max(router.groups.scored_by, *(len(group) for group in members))
     missing = experts  # the column of fillers that is appended to choice
     table = [group + [missing] * (width - len(group)) for group in members]
     first = emitter.emit("Slice", choice, *(emitter.ints(number) for number in (0, 1, 1)), label="first_column")
@@ -140,7 +135,7 @@ def _exclude_groups(emitter: Emitter, router: Router, choice: gs.Tensor) -> gs.T
         "Gather", padded, emitter.array("members", np.asarray(table).reshape(-1)), label="grouped", axis=1
     )
     grouped = emitter.reshape(flat, (-1, count, width), "groups")
-    best, _ = _topk(emitter, grouped, EXPERTS_THAT_SCORE_A_GROUP, "best_of_group")
+    best, _ = _topk(emitter, grouped, router.groups.scored_by, "best_of_group")
     group_scores = emitter.emit("ReduceSum", best, emitter.ints(-1), label="group_scores", keepdims=0)
     _, selected = _topk(emitter, group_scores, router.groups.selected, "selected_groups")
     column = emitter.emit("Unsqueeze", selected, emitter.ints(2), label="selected_column")

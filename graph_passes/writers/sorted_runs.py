@@ -9,8 +9,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, MoEBlock
 from graph_passes.emitter import INT64, Emitter
-from graph_passes.weights import Weight
-from graph_passes.writers.expert_math import activate, gate_dtype, linear
+from graph_passes.writers.expert_math import gate_dtype, single_ffn
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 
 
@@ -52,22 +51,7 @@ def _each(emitter: Emitter, tokens: gs.Tensor, counts: gs.Tensor, experts: Exper
     number = experts.up_EHF.shape[0]
     parts = emitter.emit("Split", tokens, counts, label="run", outputs=number, axis=0)
     runs = parts if isinstance(parts, list) else [parts]
-    return emitter.emit(
-        "Concat", *(_ffn(emitter, run, experts, expert) for expert, run in enumerate(runs)), label="outputs", axis=0
-    )
-
-
-def _ffn(emitter: Emitter, x: gs.Tensor, experts: Experts, expert: int) -> gs.Tensor:
-    def project(x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
-        kernel = emitter.weight(f"experts.{expert}.{label}", _one(weight, expert))
-        added = None if bias is None else emitter.weight(f"experts.{expert}.{label}_bias", _one(bias, expert))
-        return linear(emitter, x, kernel, added, f"{label}_{expert}")
-
-    gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")
-    up = project(x, experts.up_EHF, experts.up_bias_EF, "up")
-    return project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
-
-
-def _one(weight: Weight, expert: int) -> Weight:
-    """The weight of one expert, without the expert axis."""
-    return weight.take([expert]).map(weight.shape[1:], lambda array: array[0])
+    ffns = [
+        single_ffn(emitter, run, experts, expert, f"experts.{expert}", f"_{expert}") for expert, run in enumerate(runs)
+    ]
+    return emitter.emit("Concat", *ffns, label="outputs", axis=0)

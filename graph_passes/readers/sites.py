@@ -1,0 +1,76 @@
+"""Where a graph routes: every top-k or argmax that ranks some function of a projection by a constant matrix."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import place_of
+from graph_passes.routers import block_scope
+from graph_passes.walk import SHAPE_ONLY, is_weight, producer, source
+
+RANKING = {"TopK": 1, "ArgMax": 0}
+"""Ops that choose experts, and which output holds the ids."""
+
+ELEMENTWISE = frozenset(
+    {"Abs", "Add", "CastLike", "Clip", "Div", "Exp", "Log", "Max", "Min", "Mul", "Neg", "Pow", "Relu", "Sigmoid"}
+    | {"Softmax", "Softplus", "Sqrt", "Sub", "Tanh", "Where"}
+)
+"""What a router may do to its logits before it ranks them."""
+
+FURTHEST_ROUTER = 40
+"""Values that are looked at between a top-k and its projection."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A router that was noticed, whatever becomes of its choice.
+
+    Attributes:
+        position: of its projection in the graph.
+        projection: the Gemm or MatMul that gives the logits.
+        ranking: the first node that ranks them.
+        layer: path of the MoE block, as far as the graph has it.
+    """
+
+    position: int
+    projection: gs.Node
+    ranking: gs.Node
+    layer: str
+
+
+def find_sites(graph: gs.Graph, order: Mapping[int, int]) -> list[Site]:
+    """The routers of ``graph``, one for each projection, in graph order; ``order`` gives the positions of nodes."""
+    found: dict[int, Site] = {}
+    for node in graph.nodes:
+        ids = RANKING.get(node.op)
+        if ids is None or not node.outputs[ids].outputs:
+            continue
+        projection = _projection_before(node.inputs[0])
+        if projection is not None and id(projection) not in found:
+            layer = block_scope(projection.inputs[1].name) or f"at {place_of(node)}"
+            found[id(projection)] = Site(order[id(projection)], projection, node, layer)
+    return sorted(found.values(), key=lambda site: site.position)
+
+
+def projection_of(logits: gs.Tensor) -> gs.Node | None:
+    """The Gemm or MatMul behind the logits of a router, biases and masks stepped over."""
+    return _projection_before(logits)
+
+
+def _projection_before(tensor: gs.Tensor) -> gs.Node | None:
+    front, seen = [source(tensor)], 0
+    while front and seen < FURTHEST_ROUTER:
+        node, seen = producer(front.pop()), seen + 1
+        if node is None:
+            continue
+        if node.op in ("Gemm", "MatMul") and is_weight(_kernel(node), 2):
+            return node
+        if node.op in SHAPE_ONLY | ELEMENTWISE:
+            front.extend(node.inputs)
+    return None
+
+
+def _kernel(projection: gs.Node) -> gs.Tensor:
+    """The weight, which an unoptimised export still transposes."""
+    return source(projection.inputs[1], {"Transpose", "Cast", "Identity"})

@@ -1,0 +1,81 @@
+"""What happens to each MoE block: which experts go, and which form it gets, if any.
+
+Nothing is rewritten that nobody asked to rewrite. A block of which no expert goes stays as it stands, unless a form is
+asked for by name, or a target is given that another form suits better.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock
+from graph_passes.emitter import Emitter, Names
+from graph_passes.prune import prune_block
+from graph_passes.walk import replace_uses
+from graph_passes.writers import AUTO, WRITERS, choose_form, why_not
+from graph_passes.writers.routing import Routing
+from moe_spec.errors import UserError
+from moe_spec.plan import LayerPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What happens to one block.
+
+    Attributes:
+        read: the block as it was found.
+        pruned: the same without the experts that go.
+        form: the form that it gets; None where it stays as it stands.
+    """
+
+    read: MoEBlock
+    pruned: MoEBlock
+    form: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """One block as it stands in the new graph; ``routing`` is None where its router went or was left alone."""
+
+    block: MoEBlock
+    routing: Routing | None
+    rewritten: bool
+
+
+def decide(block: MoEBlock, layer: LayerPlan | None, form: str, accepted: Sequence[str] | None) -> Decision:
+    """What happens to ``block`` under ``layer`` (None: all experts stay), ``form`` and the forms a target accepts.
+
+    Raises:
+        UserError: the plan does not fit the block, or the form cannot express it.
+    """
+    pruned = block if layer is None else prune_block(block, layer)
+    untouched = pruned.num_experts == block.num_experts
+    if form == AUTO and accepted is None and untouched:
+        return Decision(block, block, None)
+    chosen = choose_form(pruned, tuple(WRITERS) if accepted is None else accepted) if form == AUTO else form
+    if untouched and chosen == block.form:
+        return Decision(block, block, None)
+    reason = why_not(pruned, chosen)
+    if reason is not None:
+        raise UserError(
+            f"form {chosen} cannot express layer {block.name}: {reason}", hint="use --form auto, or another form"
+        )
+    return Decision(block, pruned, chosen)
+
+
+def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
+    """Write every block that gets another form; the nodes of the old one are dead afterwards.
+
+    The last goes first: a block may read what another one writes.
+    """
+    names, written = Names(graph), []
+    for decision in reversed(decisions):
+        if decision.form is None:
+            written.append(Written(decision.read, None, rewritten=False))
+            continue
+        block = dataclasses.replace(decision.pruned, form=decision.form)
+        out, routing = WRITERS[decision.form].write(Emitter(graph, block.name, names), block)
+        replace_uses(graph, block.out, out)
+        written.append(Written(block, routing, rewritten=True))
+    return written[::-1]

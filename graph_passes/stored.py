@@ -1,0 +1,135 @@
+"""The weight behind a graph constant, wherever its bytes are: in the file, beside it, or still to be written."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns "int4" and "bfloat16" by name)
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from graph_passes.weights import Array, Rows, Weight, bits_of, byte_count, from_array, select
+from moe_spec.errors import UserError
+from moe_spec.files import inside
+
+_MEND = "copy or export the model again; its weights lie beside the .onnx file"
+
+
+class LazyWeight(LazyValues):  # type: ignore[misc]
+    """What a graphsurgeon constant holds in place of an array: a ``Weight`` that nobody has read yet."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+        self.shape = list(weight.shape)
+        self.dtype = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
+        self.nbytes = weight.nbytes
+
+    def load(self) -> Array:
+        """The values; graphsurgeon asks for them only where a pass looks at ``.values``."""
+        return self.weight.load()
+
+
+def constant(name: str, weight: Weight) -> gs.Constant:
+    """A graph constant over ``weight``, which is not quantised: scales are constants of their own."""
+    assert weight.scales is None
+    return gs.Constant(name, LazyWeight(weight))
+
+
+def of_constant(constant: gs.Constant, directory: Path) -> Weight:
+    """The weight behind a graph constant of a model in ``directory``.
+
+    Raises:
+        UserError: its external data is missing, cut, or lies outside ``directory``.
+    """
+    values = constant._values  # `.values` would read and cast
+    if isinstance(values, LazyWeight):
+        return values.weight
+    if not isinstance(values, LazyValues):
+        return from_array(np.asarray(values))
+    proto: onnx.TensorProto = values.tensor
+    shape, dtype = tuple(proto.dims), dtype_of(proto)
+    stored_rows = shape[0] if shape else 1
+    if not onnx.external_data_helper.uses_external_data(proto):
+        _check_inline(proto, shape, dtype)
+        return Weight(shape, dtype, lambda rows: select(onnx.numpy_helper.to_array(proto), rows), stored_rows)
+    info = onnx.external_data_helper.ExternalDataInfo(proto)
+    path, offset = _data_file(directory, info.location), info.offset or 0
+    _check_extent(proto.name, path, offset, byte_count(shape, dtype))
+    read = _read_packed if bits_of(dtype) < dtype.itemsize * 8 else _read
+    return Weight(shape, dtype, lambda rows: read(path, offset, shape, dtype, rows), stored_rows)
+
+
+def dtype_of(proto: onnx.TensorProto) -> np.dtype[Any]:
+    """Numpy's dtype of a stored tensor.
+
+    Raises:
+        UserError: ONNX knows no such type.
+    """
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
+    except KeyError as error:
+        raise UserError(f"weight {proto.name} has the unknown data type {proto.data_type}", hint=_MEND) from error
+
+
+def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows | None) -> Array:
+    return select(np.memmap(path, dtype, mode="r", offset=offset, shape=shape), rows)
+
+
+def _read_packed(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows | None) -> Array:
+    """Values of which several share a byte, the first in the lowest bits."""
+    count, a_byte = int(np.prod(shape, dtype=np.int64)), 8 // bits_of(dtype)
+    packed: Array = np.memmap(path, np.uint8, mode="r", offset=offset, shape=(-(-count // a_byte),))
+    if (
+        shape and (count // max(shape[0], 1)) % a_byte == 0
+    ):  # rows end where bytes end: only those asked for are unpacked
+        packed = select(packed.reshape(shape[0], -1), rows)
+        return _unpack(packed, dtype).reshape(-1, *shape[1:])
+    return select(_unpack(packed, dtype)[:count].reshape(shape), rows)
+
+
+def _unpack(packed: Array, dtype: np.dtype[Any]) -> Array:
+    bits = bits_of(dtype)
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.asarray(np.stack(parts, axis=-1).reshape(-1).view(dtype))
+
+
+def packed_bytes(array: Array) -> Array:
+    """``array`` as its bytes are stored in an ONNX file.
+
+    >>> packed_bytes(np.array([1, -1, 2], "int4")).tolist()
+    [241, 2]
+    """
+    bits = bits_of(array.dtype)
+    if bits == 8 * array.dtype.itemsize:
+        return np.ascontiguousarray(array)
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) & ((1 << bits) - 1)
+    flat = np.pad(flat, (0, -flat.size % (8 // bits))).reshape(-1, 8 // bits)
+    return np.bitwise_or.reduce(flat << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _data_file(directory: Path, location: str) -> Path:
+    return inside(directory, location, directory / "model.onnx")
+
+
+def _check_inline(proto: onnx.TensorProto, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    wanted = byte_count(shape, dtype)
+    if proto.HasField("raw_data") and len(proto.raw_data) != wanted:
+        raise UserError(
+            f"weight {proto.name} holds {len(proto.raw_data)} bytes, {dtype.name}{list(shape)} needs {wanted}",
+            hint=_MEND,
+        )
+
+
+def _check_extent(name: str, path: Path, offset: int, length: int) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise UserError(f"{path} does not exist, but weight {name} lies in it", hint=_MEND)
+    if offset + length > size:
+        raise UserError(
+            f"{path} has {size} bytes, but weight {name} needs bytes {offset} to {offset + length}: the file is cut",
+            hint=_MEND,
+        )
