@@ -12,6 +12,7 @@ from exporter.tasks import task_of
 from exporter.trace import to_onnx
 from models.checkpoints import load_model
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from tests.foreign.table import FOREIGN, Foreign
 from tests.models_table import TINY
 
 RUNNER = OnnxRuntimeRunner(threads=1)
@@ -37,6 +38,12 @@ class Zoo:
         checkpoint = self.checkpoint(name)
         return self._once(f"{name}.onnx", lambda path: _export_batched_mm(checkpoint, path))
 
+    def foreign(self, name: str) -> Path:
+        """The graph ``name`` of the table of foreign graphs."""
+        entry = FOREIGN[name]
+        directory = self._once(f"{name}.foreign", lambda path: _export_foreign(entry, path))
+        return directory / "model.onnx"
+
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.root / name
         with FileLock(self.root / f"{name}.lock"):
@@ -49,3 +56,10 @@ def _export_batched_mm(checkpoint: Path, path: Path) -> None:
     model = load_model(checkpoint)
     model.set_experts_implementation("batched_mm")
     onnx.save(to_onnx(model, task_of(type(model).__name__), OPSET), path)
+
+
+def _export_foreign(entry: Foreign, directory: Path) -> None:
+    staging = directory.with_suffix(".staging")
+    staging.mkdir()
+    entry.export(entry.make(), entry.inputs, staging / "model.onnx")
+    staging.rename(directory)

@@ -1,0 +1,42 @@
+"""Each expert picks its tokens, computes those, and adds them where they came from."""
+
+import torch
+from torch import Tensor, nn
+
+from tests.foreign.parts import EXPERTS
+
+
+class Mixtral(nn.Module):
+    """transformers' Mixtral block before 5.0, its loop over all experts."""
+
+    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        weights_TK, ids_TK = self.router(x_TH)
+        out_TH = torch.zeros_like(x_TH)
+        mask_EKT = nn.functional.one_hot(ids_TK, num_classes=EXPERTS).permute(2, 1, 0)
+        for e in range(EXPERTS):
+            idx, top_x = torch.where(mask_EKT[e])
+            current_TH = self.experts[e](x_TH[None, top_x].reshape(-1, x_TH.shape[-1])) * weights_TK[top_x, idx, None]
+            out_TH.index_add_(0, top_x, current_TH.to(x_TH.dtype))
+        return out_TH
+
+
+class DeepSeek(nn.Module):
+    """DeepSeek-V3's own inference code: ``y[idx] += expert(x[idx]) * weights[idx, top, None]``."""
+
+    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        weights_TK, ids_TK = self.router(x_TH)
+        out_TH = torch.zeros_like(x_TH)
+        for e in range(EXPERTS):
+            idx, top = torch.where(ids_TK == e)
+            out_TH[idx] += self.experts[e](x_TH[idx]) * weights_TK[idx, top, None]
+        return out_TH

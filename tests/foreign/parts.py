@@ -1,0 +1,108 @@
+"""Routers and experts that many hand-written MoE layers share, eight experts each; only names and order differ."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tests.foreign.inputs import HIDDEN
+
+EXPERTS, TOP_K, WIDTH = 8, 2, 24
+
+
+class SoftmaxTopK(nn.Module):
+    """Softmax, top-k, renormalised or not (Mixtral, OLMoE)."""
+
+    def __init__(self, *, renormalize: bool = True, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, EXPERTS, bias=False)
+        self._renormalize = renormalize
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        scores_TE = nn.functional.softmax(self.gate(x_TH), dim=-1)
+        weights_TK, ids_TK = torch.topk(scores_TE, TOP_K, dim=-1)
+        if self._renormalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return weights_TK, ids_TK
+
+
+class TopKSoftmax(nn.Module):
+    """Top-k of the logits, softmax over those (GPT-OSS, Shazeer et al. 2017 without its noise)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TK, ids_TK = torch.topk(self.gate(x_TH), TOP_K, dim=-1)
+        return nn.functional.softmax(logits_TK, dim=-1), ids_TK
+
+
+class SigmoidBias(nn.Module):
+    """Sigmoid, a bias for the choice only, renormalised, scaled (DeepSeek-V3 without groups)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.bias = nn.Buffer(torch.zeros(EXPERTS))
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        scores_TE = torch.sigmoid(self.gate(x_TH))
+        ids_TK = torch.topk(scores_TE + self.bias, TOP_K, dim=-1)[1]
+        weights_TK = scores_TE.gather(1, ids_TK)
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights_TK * 2.5, ids_TK
+
+
+class Mlp(nn.Module):
+    """An expert with one activation and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(HIDDEN, WIDTH)
+        self.fc2 = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """An expert as in Mixtral."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.w2 = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.w3 = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Residual(nn.Module):
+    """``x + moe(norm(x))`` for each layer, as deep as there are layers."""
+
+    def __init__(self, *moes: nn.Module) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in moes)
+        self.moes = nn.ModuleList(moes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, moe in zip(self.norms, self.moes, strict=True):
+            x = x + moe(norm(x))
+        return x
+
+
+def residual(moe: Callable[[], nn.Module], *, layers: int) -> Callable[[], nn.Module]:
+    """Makes a model of ``layers`` MoE layers, with weights that are always the same."""
+    return lambda: randomised(Residual(*(moe() for _ in range(layers))))
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """``model`` in eval mode, everything but its norms from normal(0, 0.3): routing with margins, biases not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in norms and tensor.is_floating_point():
+            tensor.data.normal_(0, 0.3, generator=generator)
+    return model.eval()
