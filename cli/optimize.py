@@ -3,6 +3,7 @@
 Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
 """
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,11 @@ def optimize(
     model: Annotated[Path, typer.Argument(help="ONNX file or model directory, whoever exported it.")],
     output: Output,
     plan: Annotated[Path | None, typer.Option(help="Keep the experts of this plan.json; all without it.")] = None,
-    target: Annotated[str, typer.Option(help="Device that the result is for.")] = "onnxruntime-cpu",
+    target: Annotated[
+        str | None, typer.Option(help="Device that the result is for; without it only what loses experts is rewritten.")
+    ] = None,
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather or ffn.")] = "auto",
+    clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
     any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
     allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
@@ -33,15 +37,15 @@ def optimize(
     from runtime.onnxruntime_backend import OnnxRuntimeRunner
     from runtime.targets import find_target
 
-    device = find_target(target)
+    accepted = None if target is None else [name for name in WRITERS if name in find_target(target).forms]
     with console.status(f"optimising {model}"):
         manifest = optimize_model(
             model,
             output,
             OnnxRuntimeRunner(),
-            plan=None if plan is None else PruningPlan.load(plan),
+            plan=None if plan is None else PruningPlan.load(plan, clamp_top_k=clamp_top_k),
             form=form,
-            accepted=[name for name in WRITERS if name in device.forms],
+            accepted=accepted,
             any_model=any_model,
             prove=prove,
             allow_partial=allow_partial,
@@ -50,7 +54,9 @@ def optimize(
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
         for block in manifest.blocks
     ]
-    rows += [f"  left as it is: {refusal}" for refusal in manifest.details["left_alone"]]
+    rows += [textwrap.indent(f"left as it is: {layer}", "  ") for layer in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
     proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
-    console.result("\n".join([f"{output}: {proof}", *rows]), manifest.to_json(), as_json)
+    changed = "" if manifest.modified else "; nothing had to change"
+    payload = {"modified": manifest.modified, **manifest.to_json()}
+    console.result("\n".join([f"{output}: {proof}{changed}", *rows]), payload, as_json)

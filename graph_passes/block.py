@@ -204,7 +204,8 @@ class Unrecognised:
     refusals: tuple[Refusal, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"layer {self.layer} ({self.node}):", *(f"  {refusal}" for refusal in self.refusals)])
+        place = "" if self.node in self.layer else f" ({self.node})"
+        return "\n".join([f"layer {self.layer}{place}:", *(f"  {refusal}" for refusal in self.refusals)])
 
 
 class FormError(Exception):

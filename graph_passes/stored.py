@@ -82,9 +82,7 @@ def _read_packed(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     """Values of which several share a byte, the first in the lowest bits."""
     count, a_byte = int(np.prod(shape, dtype=np.int64)), 8 // bits_of(dtype)
     packed: Array = np.memmap(path, np.uint8, mode="r", offset=offset, shape=(-(-count // a_byte),))
-    if (
-        shape and (count // max(shape[0], 1)) % a_byte == 0
-    ):  # rows end where bytes end: only those asked for are unpacked
+    if shape and (count // max(shape[0], 1)) % a_byte == 0:  # rows end where bytes end: no other is unpacked
         packed = select(packed.reshape(shape[0], -1), rows)
         return _unpack(packed, dtype).reshape(-1, *shape[1:])
     return select(_unpack(packed, dtype)[:count].reshape(shape), rows)
@@ -93,7 +91,8 @@ def _read_packed(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtyp
 def _unpack(packed: Array, dtype: np.dtype[Any]) -> Array:
     bits = bits_of(dtype)
     parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.asarray(np.stack(parts, axis=-1).reshape(-1).view(dtype))
+    unpacked: Array = np.stack(parts, axis=-1).reshape(-1).view(dtype)
+    return unpacked
 
 
 def packed_bytes(array: Array) -> Array:

@@ -1,9 +1,9 @@
 """Whether a router can work with what is kept: checked before any work, with the nearest plan that it can.
 
-Group-limited routing (DeepSeek-V2/V3) splits the experts into ``count`` runs of equal length, scores a group by its best
-expert or by the sum of its two best, lets ``selected`` groups through and picks K experts inside them. Pruning leaves
-runs of unequal length. Rows are never moved between groups, so what "the dropped experts are unselectable" means stays
-exact, with two limits:
+Group-limited routing (DeepSeek-V2/V3) splits the experts into ``count`` runs of equal length, scores a group by its
+best expert or by the sum of its two best, lets ``selected`` groups through and picks K experts inside them. Pruning
+leaves runs of unequal length. Rows are never moved between groups, so what "the dropped experts are unselectable" means
+stays exact, with two limits:
 
 1. Where two experts score a group, one with one survivor is scored below every group with two. If such groups would
    have to compete with each other for a place, their order is not defined by the original model, and the plan is

@@ -104,6 +104,11 @@ class Manifest:
     tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def modified(self) -> bool:
+        """Whether any graph pass changed anything."""
+        return any(entry.modified for entry in self.passes)
+
     def to_json(self) -> Json:
         """The manifest as it stands in manifest.json."""
         return dataclasses.asdict(self) | {"plan": None if self.plan is None else self.plan.to_json()}

@@ -48,14 +48,15 @@ class LayerPlan:
         return dataclasses.asdict(self) | {"keep": list(self.keep), "scores": list(self.scores)}
 
     @classmethod
-    def from_record(cls, record: Record) -> "LayerPlan":
+    def from_record(cls, record: Record, *, clamp_top_k: bool = False) -> "LayerPlan":
         """Read one layer; feasibility is checked again, because plans are edited by hand."""
-        groups = record.record("groups")
+        groups, keep = record.record("groups"), record.items("keep", int)
+        top_k = record.take("top_k", int)
         return cls(
             name=record.take("name", str),
             experts=record.take("experts", int),
-            top_k=record.take("top_k", int),
-            keep=record.items("keep", int),
+            top_k=min(top_k, max(1, len(keep))) if clamp_top_k else top_k,
+            keep=keep,
             scores=record.items("scores", float),
             groups=None if groups is None else _groups(groups),
         )
@@ -111,9 +112,9 @@ class PruningPlan:
         }
 
     @classmethod
-    def from_record(cls, record: Record) -> "PruningPlan":
+    def from_record(cls, record: Record, *, clamp_top_k: bool = False) -> "PruningPlan":
         """Read a plan from plan.json or from a manifest that embeds one."""
-        layers = tuple(LayerPlan.from_record(layer) for layer in record.records("layers"))
+        layers = tuple(LayerPlan.from_record(layer, clamp_top_k=clamp_top_k) for layer in record.records("layers"))
         names = [layer.name for layer in layers]
         for name in names:
             if names.count(name) > 1:
@@ -131,10 +132,10 @@ class PruningPlan:
         save_record(path, "plan", SCHEMA, self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> "PruningPlan":
-        """Read plan.json.
+    def load(cls, path: Path, *, clamp_top_k: bool = False) -> "PruningPlan":
+        """Read plan.json. With ``clamp_top_k``, K shrinks to what a layer keeps instead of being refused.
 
         Raises:
             UserError: the file is missing, cut, another artifact, of another schema, or plans what cannot be.
         """
-        return cls.from_record(load_record(path, "plan", SCHEMA, _REMAKE))
+        return cls.from_record(load_record(path, "plan", SCHEMA, _REMAKE), clamp_top_k=clamp_top_k)

@@ -83,13 +83,13 @@ def test_a_foreign_file(made):
         f"  {NAME}: 8 experts, K=2, softmax, top-k; form experts, {size:,} bytes\n"
     )
     assert payload["blocks"][0]["activation"] == {"kind": "silu", "alpha": 1.0, "limit": 0.0, "up_offset": 0.0}
-    assert (payload["refusals"], payload["source_sha256"]) == ([], onnx_sha256(made / "block.onnx"))
+    assert (payload["unrecognised"], payload["source_sha256"]) == ([], onnx_sha256(made / "block.onnx"))
 
 
 def test_an_optimised_directory(made):
     text, payload = described(made / "optimized")
     assert text.endswith(f"  {NAME}: 3 experts, K=2, softmax, top-k; form dense, {4 * 3 * (8 + 3 * 8 * 12):,} bytes\n")
-    assert (payload["blocks"][0]["keep"], payload["refusals"]) == (list(KEEP), [])
+    assert (payload["blocks"][0]["keep"], payload["unrecognised"]) == (list(KEEP), [])
 
 
 def test_an_engine(made):
@@ -136,16 +136,20 @@ def test_statistics(tmp_path):
 
 def test_refusals_are_shown(tmp_path):
     text = """
-    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
-    fused (float[tokens, 2] x, float[tokens, 3] logits, float[3, 1, 2] up, float[3, 2, 1] down)
-      => (float[tokens, 2] y)
-    { [experts] y = com.microsoft.MoE<k = 1>(x, logits, up, , down) }
+    <ir_version: 10, opset_import: ["" : 20, "moe_edge" : 1]>
+    odd (float[tokens, 2] x, int64[tokens, 1] ids, float[tokens, 1] gates) => (float[tokens, 2] y)
+    { [experts] y = moe_edge.Experts_odd<activation = "silu", alpha = 1.0, limit = 0.0, up_offset = 0.0, gated = 0,
+        interleaved = 0, transposed = 0, biased = 0>(x, ids, gates) }
     """
-    path = tmp_path / "fused.onnx"
+    path = tmp_path / "odd.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
-    assert described(path)[0] == (
-        f"{path}: 1 nodes, 0 MoE layers\n  not recognised: any: no reader takes this fused op (at MoE 'experts')\n"
+    said, payload = described(path)
+    assert said == (
+        f"{path}: 1 nodes, 0 MoE layers\n"
+        "  not recognised: layer at Experts_odd 'experts':\n"
+        "    experts: the node has 3 inputs, expected 5 (at Experts_odd 'experts')\n"
     )
+    assert payload["unrecognised"][0]["refusals"][0]["form"] == "experts"
 
 
 KNOWN = "known artifacts: manifest, parity, plan"

@@ -7,9 +7,12 @@ import onnx
 import onnx.parser
 import pytest
 
+from graph_passes.readers import READERS
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import Manifest
+from moe_spec.plan import SCHEMA as PLAN_SCHEMA
 from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.record import save_record
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from runtime.targets import TARGETS
 from tests.cli.helpers import invoke, leftovers
@@ -40,18 +43,8 @@ odd (float[tokens, 2] x) => (float[tokens, 2] y)
    y = Mul(one, gates)
 }
 """
-FUSED = """
-<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
-fused (float[tokens, 2] x) => (float[tokens, 2] y)
-<float[2, 3] router = {1, 2, 3, 4, 5, 6}, float[3, 1, 2] up = {1, 2, 3, 4, 5, 6},
- float[3, 2, 1] down = {1, 2, 3, 4, 5, 6}>
-{
-   logits = MatMul(x, router)
-   [experts] y = com.microsoft.MoE<k = 1, activation_type = "relu">(x, logits, up, , down)
-}
-"""
 KNOWN = {name for target in TARGETS for name in (target.name, *target.aliases)}
-NOT_RECOGNISED = "`moe-edge inspect` shows what every reader found; --allow-partial leaves these layers as they are"
+NOT_RECOGNISED = "--allow-partial leaves these layers as they are"
 
 
 def refusal(what, hint):
@@ -97,10 +90,34 @@ def test_without_a_proof_the_summary_says_so(block, tmp_path):
 
 def test_json_holds_the_manifest(zoo, tmp_path):
     out = tmp_path / "out"
-    code, stdout, stderr = invoke("optimize", zoo.exported("vmoe"), "-o", out, "--json")
+    code, stdout, stderr = invoke("optimize", zoo.exported("vmoe"), "--target", "onnxruntime-cpu", "-o", out, "--json")
     assert (code, stderr) == (0, "")
-    assert json.loads(stdout) == json.loads(json.dumps(Manifest.load(out).to_json()))
-    assert {block["form"] for block in json.loads(stdout)["blocks"]} == {"sorted"}
+    payload = json.loads(stdout)
+    assert payload.pop("modified")
+    assert payload == json.loads(json.dumps(Manifest.load(out).to_json()))
+    assert {block["form"] for block in payload["blocks"]} == {"sorted"}
+
+
+def test_what_nobody_asked_to_change_stays_byte_for_byte(block, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = invoke("optimize", block, "-o", out)
+    assert (code, stderr) == (0, "")
+    assert stdout.startswith(f"{out}: proven to 0.0e+00; nothing had to change\n")
+    assert (out / "model.onnx").read_bytes() == block.read_bytes()
+    assert not json.loads(invoke("optimize", block, "-o", tmp_path / "again", "--json")[1])["modified"]
+
+
+def test_k_shrinks_only_when_asked(block, tmp_path):
+    plan = tmp_path / "plan.json"
+    made = PruningPlan(onnx_sha256(block), "by hand", (LayerPlan("layers.0.mlp", 8, 1, (5,)),)).to_json()
+    made["layers"][0]["top_k"] = 2
+    save_record(plan, "plan", PLAN_SCHEMA, made)
+    assert invoke("optimize", block, "--plan", plan, "-o", tmp_path / "out") == refusal(
+        "layer layers.0.mlp keeps 1 of 8 experts, but its router selects K=2 a token",
+        "keep at least 2: --keep 2; or let K shrink with the layer: --clamp-top-k",
+    )
+    assert invoke("optimize", block, "--plan", plan, "--clamp-top-k", "-o", tmp_path / "out")[0] == 0
+    assert [(entry.experts, entry.top_k) for entry in Manifest.load(tmp_path / "out").blocks] == [(1, 1)]
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
@@ -141,19 +158,11 @@ def test_a_model_without_experts_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (ODD, "any: experts are routed here, in a form that no reader knows (at TopK 'choice')"),
-        (FUSED, "any: no reader takes this fused op (at MoE 'experts')"),
-    ],
-    ids=["odd", "fused"],
-)
-def test_experts_that_no_reader_knows_are_refused(text, reason, tmp_path):
-    model = write(text, tmp_path / "model.onnx")
-    assert invoke("optimize", model, "-o", tmp_path / "out") == refusal(
-        f"{model}: 1 MoE layer(s) not recognised: {reason}", NOT_RECOGNISED
-    )
+def test_experts_that_no_reader_knows_are_refused_by_every_reader(tmp_path):
+    model = write(ODD, tmp_path / "model.onnx")
+    said = [f"  {reader.FORM}: no {reader.LOOKS_FOR} follows the router (at TopK 'choice')" for reader in READERS]
+    lines = [f"{model}: 1 MoE layer(s) not recognised", "layer at TopK 'choice':", *said]
+    assert invoke("optimize", model, "-o", tmp_path / "out") == refusal("\n".join(lines), NOT_RECOGNISED)
     assert leftovers(tmp_path) == {"model.onnx"}
 
 
@@ -198,7 +207,7 @@ def test_weights_that_are_cut_are_refused(zoo, tmp_path):
         (
             ("--form", "ffn"),
             f"form ffn cannot express layer {NAME}: it has 8 experts, a plain FFN is one",
-            "use --form auto, or keep one expert",
+            "use --form auto, or another form",
         ),
     ],
 )
@@ -268,9 +277,13 @@ BENT = "experts: the logits are no Gemm or MatMul (at Tanh 'bend')"
 
 
 def test_a_model_with_an_unknown_layer_is_refused(partial, tmp_path):
-    assert invoke("optimize", partial, "-o", tmp_path / "out") == refusal(
-        f"{partial / 'model.onnx'}: 1 MoE layer(s) not recognised: {BENT}", NOT_RECOGNISED
-    )
+    code, stdout, stderr = invoke("optimize", partial, "-o", tmp_path / "out")
+    assert (code, stdout) == (1, "")
+    lines = stderr.splitlines()
+    assert lines[0] == f"error: {partial / 'model.onnx'}: 1 MoE layer(s) not recognised"
+    assert lines[1].startswith("layer layers.3.mlp (TopK '")
+    assert lines[2] == f"  {BENT}"
+    assert lines[-1] == f"hint: {NOT_RECOGNISED}"
 
 
 def test_allow_partial_leaves_unknown_layers_alone(partial, tmp_path):
@@ -280,7 +293,8 @@ def test_allow_partial_leaves_unknown_layers_alone(partial, tmp_path):
     code, stdout, stderr = invoke("optimize", partial, "--plan", plan, "--allow-partial", "-o", out)
     assert (code, stderr) == (0, "")
     assert stdout.startswith(f"{out}: proven to ")
-    assert stdout.endswith(f"\n  left as it is: {BENT}\n")
+    assert "\n  left as it is: layer layers.3.mlp (TopK '" in stdout
+    assert f"\n    {BENT}\n" in stdout
     weights = {tensor.name: tensor.dims[0] for tensor in onnx.load(out / "model.onnx").graph.initializer if tensor.dims}
     assert weights["layers.3.mlp.experts.up_proj"] == 8
     assert [(block.name, block.experts) for block in Manifest.load(out).blocks] == [("layers.1.mlp", 3)]

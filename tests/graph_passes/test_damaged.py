@@ -112,7 +112,7 @@ def test_an_export_that_lost_experts_is_detected(tmp_path):
         if tensor.name in kept:
             tensor.CopyFrom(kept[tensor.name])
     onnx.save(whole, path)
-    assert [refusal.reason for refusal in inspect_model(path).refusals] == [
+    assert [layer.refusals[0].reason for layer in inspect_model(path).unrecognised] == [
         "the router chooses among 8 experts that read 8 channels, there are 5 that read 8"
     ]
 
@@ -126,12 +126,3 @@ def test_a_computed_weight_is_refused(tmp_path):
     onnx.save(model, path)
     with pytest.raises(UserError, match=r"experts: a weight is no constant \(at Identity 'computed'\)"):
         read_model(path)
-
-
-def test_an_optimised_directory_is_not_optimised_again(tmp_path):
-    save(Spec(), tmp_path / "block.onnx")
-    optimize(tmp_path / "block.onnx", tmp_path / "out", RUNNER, form="dense")
-    with pytest.raises(UserError) as error:
-        optimize(tmp_path / "out", tmp_path / "again", RUNNER)
-    assert error.value.what == f"{tmp_path / 'out'} is optimized already: its MoE layers have the form dense"
-    assert error.value.hint == "give the exported model that it was made from"

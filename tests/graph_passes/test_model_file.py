@@ -7,7 +7,8 @@ import pytest
 from onnx import numpy_helper
 
 from graph_passes.model_file import constants, load_graph, model_path, save_graph, save_variant
-from graph_passes.weights import Weight, from_array, of_constant
+from graph_passes.stored import of_constant
+from graph_passes.weights import Weight, from_array
 from moe_spec.errors import UserError
 from tests.graph_passes.block_models import Spec, save, weights
 from tests.zoo import RUNNER
@@ -72,7 +73,11 @@ def test_only_the_rows_taken_are_read():
             return super().__getitem__(index)
 
     array = np.arange(12.0).reshape(4, 3).view(Stored)
-    weight = Weight((4, 3), array.dtype, lambda: array).take([3, 1]).map((2, 3), lambda rows: rows * 2)
+    weight = (
+        Weight((4, 3), array.dtype, lambda chosen: array[list(chosen or ())], 4)
+        .take([3, 1])
+        .map((2, 3), lambda rows: rows * 2, row_wise=True)
+    )
     np.testing.assert_array_equal(weight.take([1]).load(), [[6.0, 8.0, 10.0]])
     assert rows == [[1]]
 

@@ -48,7 +48,7 @@ def test_the_manifest_describes_what_was_done(source, tmp_path):
     assert Manifest.load(tmp_path / "out") == manifest
     manifest.check_files(tmp_path / "out")
     assert manifest.source_sha256 == manifest.parent_sha256 == onnx_sha256(source)
-    assert [entry.name for entry in manifest.passes] == ["prune-experts", "write-dense"]
+    assert [entry.name for entry in manifest.passes] == ["prune-experts", "write-blocks"]
     prune, write = manifest.passes
     dropped = 5 * 4 * (8 + 3 * 8 * 12)
     assert (prune.modified, prune.bytes_before - prune.bytes_after) == (True, dropped)

@@ -7,7 +7,7 @@ import pytest
 
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.model_file import load_graph
-from graph_passes.readers import read_blocks
+from graph_passes.readers import READERS, read_blocks
 from moe_spec.errors import UserError
 from moe_spec.experts_op import Activation
 from moe_spec.feasibility import Groups
@@ -32,7 +32,7 @@ ACTIVATIONS = dict.fromkeys(ROUTERS, SILU) | {"vmoe": Activation("gelu"), "gpt_o
 @pytest.mark.parametrize("form", ["experts", "batched_mm"])
 def test_both_forms_of_a_family_give_one_record(zoo, name, form):
     model = inspect_model(zoo.exported(name) if form == "experts" else zoo.batched_mm(name))
-    assert model.refusals == ()
+    assert model.unrecognised == ()
     assert [block.form for block in model.blocks] == [form, form]
     ours = read_model(zoo.exported(name)).blocks
     for block, same in zip(model.blocks, ours, strict=True):
@@ -96,13 +96,12 @@ def edited(spec: Spec, path, **replacements: str):
 def test_a_router_that_is_none_is_refused_with_the_node(tmp_path, spec, replacements, reason):
     path = tmp_path / "block.onnx"
     edited(spec, path, **replacements)
-    assert [str(refusal) for refusal in inspect_model(path).refusals] == [reason]
+    (layer,) = inspect_model(path).unrecognised
+    assert str(layer.refusals[0]) == reason
     with pytest.raises(UserError) as error:
         read_model(path)
-    assert error.value.what == f"{path}: 1 MoE layer(s) not recognised: {reason}"
-    assert error.value.hint == (
-        "`moe-edge inspect` shows what every reader found; --allow-partial leaves these layers as they are"
-    )
+    assert error.value.what == f"{path}: 1 MoE layer(s) not recognised\n{layer}"
+    assert error.value.hint == "--allow-partial leaves these layers as they are"
 
 
 def save_text(path, body: str, opsets: str = '["" : 20]') -> None:
@@ -125,20 +124,11 @@ def test_a_router_whose_experts_no_reader_knows_is_refused(tmp_path):
         y = Add(x, flat)
         """,
     )
-    refusals = inspect_model(tmp_path / "loose.onnx").refusals
-    assert [(refusal.form, refusal.reason) for refusal in refusals] == [
-        ("any", "experts are routed here, in a form that no reader knows")
+    (layer,) = inspect_model(tmp_path / "loose.onnx").unrecognised
+    assert (layer.layer, layer.node) == ("at TopK 'best'", "TopK 'best'")
+    assert [str(refusal) for refusal in layer.refusals] == [
+        f"{reader.FORM}: no {reader.LOOKS_FOR} follows the router (at TopK 'best')" for reader in READERS
     ]
-
-
-def test_a_fused_op_of_another_tool_is_refused_by_name(tmp_path):
-    save_text(
-        tmp_path / "fused.onnx",
-        "y = com.microsoft.MoE(x, x, x, x)",
-        '["" : 20, "com.microsoft" : 1]',
-    )
-    with pytest.raises(UserError, match=r"any: no reader takes this fused op \(at MoE 'y'\)"):
-        read_model(tmp_path / "fused.onnx")
 
 
 def test_a_graph_without_experts_has_no_moe_layer(tmp_path):
