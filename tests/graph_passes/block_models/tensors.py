@@ -1,0 +1,52 @@
+"""The numbers in a hand-written model: random, in transformers' layout, and as they read once stored."""
+
+import ml_dtypes
+import numpy as np
+
+from tests.graph_passes.block_models.spec import Spec
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def weights(spec: Spec, layer: int = 0) -> dict[str, np.ndarray]:
+    """Random weights in transformers' layout."""
+    rng = np.random.default_rng(spec.seed if spec.tied else spec.seed + layer)
+    E, H, F = spec.experts, spec.hidden, spec.width * (2 if spec.gated else 1)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.5, shape).astype(DTYPES[spec.dtype])
+
+    up, down = draw(E, F, H), draw(E, H, spec.width)
+    if spec.transposed:
+        up, down = (np.ascontiguousarray(array.transpose(0, 2, 1)) for array in (up, down))
+    return {
+        "router": draw(E, H),
+        "router_bias": draw(E),
+        "selection_bias": draw(E),
+        "up": up,
+        "down": down,
+        "up_bias": draw(E, F),
+        "down_bias": draw(E, H),
+    }
+
+
+def matrices(spec: Spec, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(E, out, in) of every projection by the name that transformers gives it, gate and up apart where ``separate``."""
+    up, down = (array.transpose(0, 2, 1) if spec.transposed else array for array in (tensors["up"], tensors["down"]))
+    return _projections(spec, up) | {"down_proj": down}
+
+
+def vectors(spec: Spec, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(E, out) of every bias, by the name of its projection."""
+    if not spec.biased:
+        return {}
+    return _projections(spec, tensors["up_bias"]) | {"down_proj": tensors["down_bias"]}
+
+
+def _projections(spec: Spec, up: np.ndarray) -> dict[str, np.ndarray]:
+    if not spec.gated:
+        return {"up_proj": up}
+    if not spec.separate:
+        return {"gate_up_proj": up}
+    gate, value = (up[:, 0::2], up[:, 1::2]) if spec.op.interleaved else np.split(up, 2, axis=1)
+    return {"gate_proj": gate, "up_proj": value}
