@@ -57,6 +57,7 @@ class Router:
         order: ``SCORE_FIRST`` or ``TOPK_FIRST``.
         top_k: K.
         renormalize: whether the K weights are divided by their sum plus ``eps``.
+        eps: see ``renormalize`` and ``eps_clips``.
         scale: what the weights are multiplied with at the end.
         groups: group-limited routing, each group scored by the sum of its best experts.
         group_of: for each expert its group, where there are groups.
@@ -70,6 +71,7 @@ class Router:
         scope: path of the MoE block, where the name of the router's weight tells it.
         jitter_eps: of ``sparsemixer``: logits this far (relatively) below the best, twice, are no rivals.
         capacity: how many tokens an expert takes, where that is limited.
+        eps_clips: the sum is divided by where it is larger than ``eps``, else ``eps`` is (ernie4_5).
     """
 
     weight_EH: Weight
@@ -92,6 +94,7 @@ class Router:
     scope: str = ""
     jitter_eps: float = 0.0
     capacity: Capacity | None = None
+    eps_clips: bool = False
 
     @property
     def kind(self) -> str:

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, read_activation
 from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
-from graph_passes.routers import Weights, read_router
+from graph_passes.routers import Weights, read_slots
 from graph_passes.walk import is_weight, produced_by, producer, sink, source
 from moe_spec.experts_op import ExpertsOp
 
@@ -69,7 +69,7 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
     assert up_weight is not None
     assert down_weight is not None
     check_stacked(up.gather, up_weight, down_weight, up_bias, down_bias, op)
-    router = read_router(ids, gate_tensor, weights)
+    router = read_slots(ids, gate_tensor, weights)
     return MoEBlock(
         name=_scope(up.gather) or router.scope or name,
         form=FORM,

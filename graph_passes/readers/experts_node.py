@@ -4,7 +4,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
-from graph_passes.routers import Weights, read_router
+from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import DOMAIN, ExpertsOp
 
 FORM = "experts"
@@ -30,7 +30,7 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
     up_bias, down_bias = biases or (None, None)
     check_stacked(node, up, down, up_bias, down_bias, op)
     experts = from_stacked(up, down, up_bias, down_bias, op)
-    router = read_router(ids, gates, weights)
+    router = read_slots(ids, gates, weights)
     scope, found, _ = node.inputs[3].name.rpartition(EXPERTS_SCOPE)
     return MoEBlock(
         name=scope if found else name,

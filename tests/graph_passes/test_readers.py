@@ -89,7 +89,7 @@ def edited(spec: Spec, path, **replacements: str):
         (
             Spec(score="sigmoid", groups=Groups(2, 1)),
             {"ReduceSum": "ReduceMax"},
-            "experts: groups are not scored by the sum of their two best experts (at ReduceMax 'group_scores')",
+            "experts: groups are not runs of what is ranked (at ReduceMax 'group_scores')",
         ),
     ],
 )

@@ -1,0 +1,46 @@
+"""Recognise routers, from whatever they hand to the experts: ids and weights, gates, or logits for a fused op.
+
+Readers of expert forms call one of the three functions here. One file an idea: `linear` (logits), `scores`, `groups`,
+`ranking`, `finish` (renormalisation and scale), `hits` (0/1 masks), `slots` and `gates` (how these are combined).
+"""
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import SCORE_FIRST, Router, Slots
+from graph_passes.routers.assemble import Steps, assemble
+from graph_passes.routers.finish import Finish
+from graph_passes.routers.gates import gate_steps
+from graph_passes.routers.parameters import Weights, block_scope
+from graph_passes.routers.slots import slot_steps
+from graph_passes.walk import source
+
+__all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_slots"]
+
+
+def read_slots(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:
+    """The router behind ``ids`` (T, K) and ``weights`` (T, K), in any shape that holds these entries in order.
+
+    Raises:
+        FormError: with the first thing that is no step of a known router.
+    """
+    return assemble(slot_steps(ids, weights), weights_of, slots=Slots(ids, weights))
+
+
+def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:
+    """The router behind ``gates_TE`` (T, E), 0 where an expert is not selected, in any shape of these entries in order.
+
+    Raises:
+        FormError: with the first thing that is no step of a known router.
+    """
+    steps, slots = gate_steps(gates_TE)
+    return assemble(steps, weights_of, slots=slots, gates=gates_TE)
+
+
+def read_logits(logits: gs.Tensor, *, top_k: int, renormalize: bool, weights_of: Weights) -> Router:
+    """The router of an op that takes ``logits`` (T, E) and makes softmax, top-k and renormalisation itself.
+
+    Raises:
+        FormError: the logits are no constant projection.
+    """
+    steps = Steps("softmax", SCORE_FIRST, top_k, source(logits), logits, logits, Finish(renormalize=renormalize))
+    return assemble(steps, weights_of)

@@ -1,0 +1,71 @@
+"""Put a router's record together from the steps that were read behind its logits."""
+
+import dataclasses
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import Capacity, FormError, Router, Slots
+from graph_passes.routers.finish import AS_IT_STANDS, Finish
+from graph_passes.routers.linear import read_linear
+from graph_passes.routers.parameters import Weights
+from graph_passes.walk import producer
+from moe_spec.feasibility import Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a router does with its logits, as read; see ``Router`` for the fields.
+
+    Attributes:
+        top_k: None where nothing is ranked, so that all experts are taken.
+        selection_bias: as it lies in the graph.
+    """
+
+    score: str
+    order: str
+    top_k: int | None
+    logits: gs.Tensor
+    choice: gs.Tensor
+    ranked: gs.Tensor
+    finish: Finish = AS_IT_STANDS
+    selection_bias: gs.Constant | None = None
+    groups: Groups | None = None
+    jitter_eps: float = 0.0
+    capacity: Capacity | None = None
+
+
+def assemble(
+    steps: Steps, weights_of: Weights, *, slots: Slots | None = None, gates: gs.Tensor | None = None
+) -> Router:
+    """The router that does ``steps``, whose choice the graph has as ``slots`` or ``gates``.
+
+    Raises:
+        FormError: its projection is not a constant one, or what it adds does not fit.
+    """
+    linear = read_linear(steps.logits, weights_of)
+    experts, groups, bias = linear.weight_EH.shape[0], steps.groups, steps.selection_bias
+    if groups is not None and (groups.count < 1 or experts % groups.count):
+        raise FormError(f"{experts} experts are no {groups.count} groups of one size", producer(steps.ranked))
+    return Router(
+        weight_EH=linear.weight_EH,
+        bias_E=linear.bias_E,
+        selection_bias_E=None if bias is None else weights_of.flat(bias, experts),
+        score=steps.score,
+        order=steps.order,
+        top_k=experts if steps.top_k is None else steps.top_k,
+        renormalize=steps.finish.renormalize,
+        eps=steps.finish.eps,
+        eps_clips=steps.finish.eps_clips,
+        scale=steps.finish.scale,
+        groups=groups,
+        group_of=() if groups is None else tuple(expert // (experts // groups.count) for expert in range(experts)),
+        hidden=linear.hidden,
+        logits=steps.logits,
+        choice=steps.choice,
+        ranked=steps.ranked,
+        slots=slots,
+        gates=gates,
+        scope=linear.scope,
+        jitter_eps=steps.jitter_eps,
+        capacity=steps.capacity,
+    )
