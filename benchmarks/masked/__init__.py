@@ -14,7 +14,7 @@ import onnx.parser
 
 from benchmarks.masked import every_token, grouped, routers, selected
 from benchmarks.masked.block import Block
-from benchmarks.masked.constants import HIDDEN, RELU, SWIGLU, constants
+from benchmarks.masked.constants import EXPERTS, HIDDEN, RELU, SWIGLU, constants, weights
 from benchmarks.masked.routers import ROUTERS
 
 _GRAPH = """
@@ -74,6 +74,14 @@ class MaskedGraph:
     def reachable(self) -> tuple[int, ...]:
         """Ids of the experts that can be chosen, ascending."""
         return routers.reachable(self.mask)
+
+    @property
+    def needed(self) -> int:
+        """Parameters of the experts that can be chosen, and of the router's rows that matter."""
+        sizes = {name: int(array[0].size) for name, array in weights(self.ffn).items()}
+        rows = EXPERTS if self.mask in routers.BEHIND else len(self.reachable)
+        row = sizes.pop("router")
+        return len(self.reachable) * sum(sizes.values()) + rows * row
 
 
 _GRAPHS = (

@@ -6,7 +6,7 @@ from benchmarks.masked.routers import CONSTANT_IF, ZERO_BRANCH
 
 
 def stacked(block: Block) -> str:
-    """Batched MatMuls over (E, T, H)."""
+    """Every expert on every token, as batched MatMuls over (E, T, H)."""
     return f"""
     hidden_1TH = Unsqueeze(hidden, ints_0){block.middle("hidden_1TH", "stack")}
     y_ETH = MatMul(middle, down_stack){block.spread_gates()}
@@ -17,7 +17,7 @@ def stacked(block: Block) -> str:
 
 
 def dense(block: Block) -> str:
-    """2-D GEMMs with the experts side by side, the gate before the down projection."""
+    """Every expert on every token, side by side in 2-D GEMMs, the gate before the down projection."""
     width = WIDTH[block.ffn]
     return f"""{block.middle("hidden", "wide")}
     middle_TEF = Reshape(middle, ints_m1_{EXPERTS}_{width}){block.spread_gates()}
@@ -28,7 +28,7 @@ def dense(block: Block) -> str:
 
 
 def masked_loop(block: Block) -> str:
-    """A branch an expert: its FFN, times its column of the gates."""
+    """A branch an expert: its FFN on every token, times its column of the gates."""
 
     def branch(expert: int) -> str:
         if block.mask == ZERO_BRANCH and expert in DROPPED:
@@ -42,7 +42,7 @@ def masked_loop(block: Block) -> str:
 
 
 def branches(block: Block) -> str:
-    """The same, each expert in an ``If`` that asks whether any token has selected it."""
+    """A branch an expert, in an If that asks whether any token has selected it."""
 
     def branch(expert: int) -> str:
         condition, lines = f"used_{expert}", _used(expert)
@@ -62,7 +62,7 @@ def branches(block: Block) -> str:
 
 
 def scan(block: Block) -> str:
-    """A ``Scan`` over the experts' weights."""
+    """A Scan over the experts' weights, every expert on every token."""
     width = WIDTH[block.ffn]
     shapes = {"gate": f"{HIDDEN}, {width}", "up": f"{HIDDEN}, {width}", "down": f"{width}, {HIDDEN}"}
     weights = "".join(f", float[{shapes[part]}] {part}_here" for part in block.parts)

@@ -5,7 +5,7 @@ from benchmarks.masked.constants import EXPERTS, HIDDEN, TOP_K
 
 
 def grouped(_: Block) -> str:
-    """Sorted slots, a histogram, and Range and Gather for the rows of each expert."""
+    """As transformers' exporter writes it: sorted slots, a histogram, Range and Gather for each expert."""
     up, down = _unrolled("projected", "sorted_tokens", "gate_up_in_out"), _unrolled("y", "middle", "down_stack")
     experts = _ranges() + up + FUSED_SWIGLU + down
     return f"""

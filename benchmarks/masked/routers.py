@@ -26,6 +26,9 @@ UNMASKED, WEAK, ADD, WHERE, BIAS, FINITE = "unmasked", "weak", "add", "where", "
 ZERO_GATES, ZERO_BRANCH, CONSTANT_IF = "zero_gates", "zero_branch", "constant_if"
 FEWER_IDS, ID_TABLE = "fewer_ids", "id_table"
 
+BEHIND = (ZERO_GATES, ZERO_BRANCH, CONSTANT_IF)
+"""Masks behind the router (``every_token.py``): every expert competes for a gate, and some gates come to nothing."""
+
 ROUTERS: Mapping[str, str] = {
     UNMASKED: _PLAIN,
     WEAK: _router("masked = Add(logits, minus_one_if_dropped)"),
@@ -40,7 +43,7 @@ ROUTERS: Mapping[str, str] = {
     ID_TABLE: _router(router="router_kept", ranked="logits", ids="columns")
     + "\n    ids = Gather<axis = 0>(ints_1_5, columns)",
 }
-"""By mask. ``zero_*`` and ``constant_if`` mask behind the router, where the experts are (``experts.py``)."""
+"""By mask."""
 
 WHY: Mapping[str, str] = {
     UNMASKED: "nothing is masked: a control, where nothing may go",

@@ -43,7 +43,7 @@ def gather(block: Block) -> str:
 
 
 def batched_mm(_: Block) -> str:
-    """As torch.onnx exports transformers' ``batched_mm``: GatherND of weights for each slot, gate and up in one."""
+    """As torch.onnx exports transformers' batched_mm: GatherND of weights for each slot, gate and up in one."""
     return f"""
     hidden_T1H = Unsqueeze(hidden, ints_1)
     repeated = Expand(hidden_T1H, ints_1_{TOP_K}_1)
@@ -66,13 +66,13 @@ def batched_mm(_: Block) -> str:
 
 
 def sorted_runs(block: Block) -> str:
-    """Slots sorted by expert; each FFN takes its run of them from a Split whose sizes are counted."""
+    """Slots sorted by expert; each FFN takes its run of them from a Split whose sizes are counts."""
     runs = ", ".join(f"run_{expert}" for expert in range(EXPERTS))
     return _sorted(block, f"\n    {runs} = Split<axis = 0>(sorted_tokens, counts)", lambda _: "")
 
 
 def sorted_slices(block: Block) -> str:
-    """The same with a Slice an expert."""
+    """Slots sorted by expert; each FFN takes its run of them by a Slice."""
     bounds = """
     ends = CumSum(counts, int_0)
     starts = Sub(ends, counts)"""

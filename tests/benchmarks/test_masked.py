@@ -6,12 +6,10 @@ import pytest
 
 from benchmarks.masked import FORMS, MASKED
 from benchmarks.masked.constants import KEPT, SWIGLU, WIDTH, weights
-from benchmarks.masked.routers import CONSTANT_IF, FEWER_IDS, ROUTERS, UNMASKED, WEAK, WHY, ZERO_BRANCH, ZERO_GATES
+from benchmarks.masked.routers import BEHIND, FEWER_IDS, ROUTERS, UNMASKED, WEAK, WHY
 from tests.zoo import RUNNER
 
 X_TH = np.random.default_rng(3).normal(size=(7, 64)).astype(np.float32)
-LATE = (ZERO_GATES, ZERO_BRANCH, CONSTANT_IF)
-"""Masks behind the router, which ranks all experts: the gates of the two kept need not sum to 1."""
 
 
 def gates(graph, hidden_TH):
@@ -19,7 +17,7 @@ def gates(graph, hidden_TH):
     logits = hidden_TH @ weights(graph.ffn)["router"].T.astype(np.float64)
     if graph.mask == WEAK:
         logits -= ~np.isin(np.arange(8), KEPT)
-    elif graph.mask not in (*LATE, UNMASKED):
+    elif graph.mask not in (*BEHIND, UNMASKED):
         logits[:, ~np.isin(np.arange(8), graph.reachable)] = -np.inf
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores[scores < np.sort(scores, axis=1)[:, -2:-1]] = 0
@@ -66,3 +64,10 @@ def test_constants_are_shared_and_all_read():
 def test_an_expert_is_of_the_same_size_in_both_kinds():
     sizes = {kind: sum(array[0].size for name, array in weights(kind).items() if name != "router") for kind in WIDTH}
     assert set(sizes.values()) == {24_576}
+
+
+def test_what_must_stay_counts_the_rows_of_the_router_that_matter():
+    expert, row = 24_576, 64
+    assert MASKED["stacked.add"].needed == 2 * (expert + row)
+    assert MASKED["if.constant_if"].needed == 2 * expert + 8 * row
+    assert MASKED["stacked.unmasked"].needed == 8 * (expert + row)
