@@ -1,0 +1,207 @@
+"""What graph surgery costs: graphs of tens of thousands of nodes, and models larger than memory.
+
+    python -m benchmarks.graph_passes > benchmarks/graph_passes.md
+
+It writes models of up to 12 GB below the temporary directory (``TMPDIR``), twice as much for a while, and removes them.
+With ``--quick`` the models are small, and its numbers say nothing about large ones.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.large_models import UNROLLED, Sizes, save_large
+from benchmarks.machine import describe_machine
+from graph_passes.describe import read_model
+from moe_spec.identity import onnx_sha256
+from moe_spec.manifest import MODEL, Manifest
+from moe_spec.plan import LayerPlan, PruningPlan
+
+DEPTHS, QUICK_DEPTHS = (12, 24, 48), (1, 2)
+EXPERTS, QUICK_EXPERTS = 128, 8
+TOP_K, KEPT_SHARE = 2, 2
+NODE_SECONDS = 60
+LARGE = Sizes(layers=48, experts=128, top_k=TOP_K, hidden=512, width=320)
+QUICK_LARGE = Sizes(layers=2, experts=16, top_k=TOP_K, hidden=128, width=64)
+LARGE_FORM, WRITTEN_FORM = "grouped", "sorted"
+GOOD_ENOUGH = 2.0
+MEGABYTE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One run of ``moe-edge optimize``: wall time, peak resident memory, and what it read and wrote."""
+
+    seconds: float
+    peak_bytes: int
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NodesRow:
+    """A graph of many nodes."""
+
+    form: str
+    layers: int
+    cost: Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A model of many bytes: pruned by us, and its kept bytes copied by ``cp``, both until they are on disk."""
+
+    source_bytes: int
+    cost: Cost
+    cp_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as ``cp`` of the kept bytes it takes."""
+        return self.cost.seconds / self.cp_seconds
+
+
+def measure_nodes(form: str, layers: int, experts: int) -> NodesRow:
+    """Half of the experts of a model of tiny experts deleted: the time is that of the nodes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / MODEL
+        save_large(form, Sizes(layers, experts, TOP_K, hidden=16, width=8), source)
+        return NodesRow(form, layers, prune(source, Path(scratch) / "out"))
+
+
+def measure_bytes(sizes: Sizes) -> Copy:
+    """Half of the experts of a model of large experts deleted, beside ``cp`` of as many bytes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch) / MODEL, Path(scratch) / "out"
+        save_large(LARGE_FORM, sizes, source)
+        os.sync()
+        cost = prune(source, out)
+        data = out / f"{MODEL}.data"
+        started = time.perf_counter()
+        subprocess.run(["cp", data, Path(scratch) / "copy"], check=True)
+        os.sync()
+        seconds = time.perf_counter() - started
+        source_bytes = source.with_name(f"{MODEL}.data").stat().st_size
+        return Copy(source_bytes, cost, seconds)
+
+
+def prune(source: Path, out: Path) -> Cost:
+    """Every second expert deleted by the command, in a process of its own, until what it wrote is on disk.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    plan = source.with_name("plan.json")
+    halve(source).save(plan)
+    command = [
+        sys.executable,
+        "-c",
+        "import cli.main; cli.main.main()",
+        "optimize",
+        str(source),
+        "--plan",
+        str(plan),
+        "--no-prove",
+    ]
+    started = time.perf_counter()
+    child = subprocess.Popen([*command, "--form", WRITTEN_FORM, "-o", str(out)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - started
+    if status:
+        raise RuntimeError(f"moe-edge optimize ended with status {status}")
+    passes = Manifest.load(out).passes
+    first, last = passes[0], passes[-1]
+    peak = usage.ru_maxrss * 1024
+    return Cost(seconds, peak, first.nodes_before, last.nodes_after, first.bytes_before, last.bytes_after)
+
+
+def halve(source: Path) -> PruningPlan:
+    """A plan that keeps every second expert."""
+    layers = tuple(
+        LayerPlan(block.name, block.num_experts, block.router.top_k, tuple(range(0, block.num_experts, KEPT_SHARE)))
+        for block in read_model(source).blocks
+    )
+    return PruningPlan(onnx_sha256(source), "every second expert", layers)
+
+
+def report(nodes: Sequence[NodesRow], copy: Copy, experts: int, command: str) -> str:
+    """The whole document."""
+    slowest = max(nodes, key=lambda row: row.cost.seconds)
+    verdict = "within" if slowest.cost.seconds < NODE_SECONDS else "NOT within"
+    return f"""# What graph surgery costs
+
+`{command}` printed this on {describe_machine()}.
+
+Each number is one run of `moe-edge optimize --plan ... --form {WRITTEN_FORM} --no-prove` as a process of its own,
+from start to files on disk; the plan keeps every second expert. Without the proof, because ONNX Runtime would hold
+the model in memory.
+
+## Many nodes
+
+Layers of {experts} tiny experts in the forms whose graphs grow with the experts. Linear growth is a factor of 1 in the
+last column: time per node against that of the fewest layers in the same form.
+
+{_nodes_table(nodes)}
+
+The slowest, {slowest.form} with {slowest.layers} layers, took {slowest.cost.seconds:.1f} s: {verdict} {NODE_SECONDS} s.
+
+## Many bytes
+
+Form `{LARGE_FORM}`, weights in one external data file.
+
+{_bytes_table(copy)}
+
+{copy.ratio:.2f} times as long as `cp` of the kept bytes in the same run (aim: below {GOOD_ENOUGH:g})."""
+
+
+def _nodes_table(rows: Sequence[NodesRow]) -> str:
+    first = {row.form: row for row in reversed(rows)}
+    lines = [("form", "layers", "nodes", "after", "seconds", "peak MB", "time per node"), ("---", *("---:",) * 6)]
+    for row in rows:
+        cost, base = row.cost, first[row.form].cost
+        factor = (cost.seconds / cost.nodes_before) / (base.seconds / base.nodes_before)
+        numbers = (f"{cost.nodes_before:,}", f"{cost.nodes_after:,}", f"{cost.seconds:.1f}")
+        lines.append((row.form, str(row.layers), *numbers, f"{cost.peak_bytes / MEGABYTE:.0f}", f"{factor:.2f}"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _bytes_table(copy: Copy) -> str:
+    cost = copy.cost
+    cells = (
+        f"{copy.source_bytes / 1e9:.1f} GB",
+        f"{cost.bytes_after / 1e9:.1f} GB",
+        f"{cost.seconds:.1f} s",
+        f"{copy.cp_seconds:.1f} s",
+        f"{cost.peak_bytes / MEGABYTE:.0f} MB",
+    )
+    head = "| model | kept | pruned in | cp of the kept bytes | peak memory |\n| ---: | ---: | ---: | ---: | ---: |"
+    return f"{head}\n| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measure and print the document; progress goes to stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small models")
+    quick = parser.parse_args().quick
+    depths, experts = (QUICK_DEPTHS, QUICK_EXPERTS) if quick else (DEPTHS, EXPERTS)
+    rows = []
+    for form in UNROLLED:
+        for layers in depths:
+            print(f"{form}, {layers} layers", file=sys.stderr)
+            rows.append(measure_nodes(form, layers, experts))
+    print("many bytes", file=sys.stderr)
+    copy = measure_bytes(QUICK_LARGE if quick else LARGE)
+    print(report(rows, copy, experts, f"python -m benchmarks.graph_passes{' --quick' if quick else ''}"))
+
+
+if __name__ == "__main__":
+    main()
