@@ -3,7 +3,8 @@
 Read backwards from what the down projection multiplies::
 
     act(up)                              not gated
-    act(gate) * up                       gate and up from Split (halves) or strided Slice (interleaved)
+    act(gate) * up                       gate and up from Split or Slice (halves), strided Slice (interleaved), or
+                                         projections of their own
     act(clip(gate)) * (clip(up) + c)     gpt-oss
 """
 
@@ -13,19 +14,33 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
+from graph_passes.readers.nonlinearity import find_nonlinearity, read_nonlinearity
 from graph_passes.walk import operand, produced_by, producer, scalar, source, split_constant
 from moe_spec.experts_op import NO_LIMIT, Activation
 
-HALVES, INTERLEAVED = "halves", "interleaved"
+HALVES, INTERLEAVED, SEPARATE = "halves", "interleaved", "separate"
+
+PROJECTIONS = frozenset({"Add", "Concat", "Einsum", "Gemm", "MatMul", "MatMulNBits"})
+"""Ops that give a projection of its own; the other side of a silu is none."""
+
+UNBOUNDED = (-np.inf, np.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class Middle:
-    """What was found: the activation, the projection that it starts from, and how that one holds gate and up."""
+    """What was found between the projections.
+
+    Attributes:
+        activation: what is computed.
+        projection: what it starts from: gate and up in one, or up alone.
+        gating: how gate and up are held, None where there is no gate.
+        gate: the gate's projection, where it has its own.
+    """
 
     activation: Activation
     projection: gs.Tensor
     gating: str | None
+    gate: gs.Tensor | None = None
 
 
 def read_activation(result: gs.Tensor) -> Middle:
@@ -38,92 +53,48 @@ def read_activation(result: gs.Tensor) -> Middle:
     node = produced_by(result, "Mul")
     if node is not None:
         for act, up in (node.inputs, reversed(node.inputs)):
-            middle = _gated(act, up)
+            middle = _gated(node, act, up)
             if middle is not None:
                 return middle
-    kind, alpha, projection = _act(result)
-    return Middle(Activation(kind, alpha), source(projection), None)
+    function = read_nonlinearity(result)
+    x, (low, high) = _clamped(function.x)
+    if low != -high:
+        raise FormError("what the activation reads is clamped to an uneven range", producer(function.x))
+    return Middle(Activation(function.kind, function.alpha, _limit(high)), source(x), None)
 
 
-def _gated(act: gs.Tensor, up: gs.Tensor) -> Middle | None:
-    """``act(gate) * up`` where gate and up are the two parts of one projection."""
+def _gated(node: gs.Node, act: gs.Tensor, up: gs.Tensor) -> Middle | None:
+    """``act(gate) * up`` where gate and up are two parts of one projection, or one each."""
+    function = find_nonlinearity(act)
+    if function is None:
+        return None
     up, up_offset = _added(up)
-    up, limit = _clipped(up)
-    up_part = _part(up)
-    if up_part is None:
+    (up, up_range), (gate, gate_range) = _clamped(up), _clamped(function.x)
+    gating = _gating(gate, up)
+    if gating is None:
         return None
-    try:
-        kind, alpha, gate = _act(act)
-    except FormError:
-        return None
-    gate, _ = _clipped(gate)
-    gate_part = _part(gate)
-    if gate_part is None or gate_part[0] is not up_part[0] or gate_part[1] != up_part[1]:
+    limit = _limit(up_range[1])
+    if up_range != (-up_range[1], up_range[1]) or gate_range != (-np.inf, up_range[1]):
+        raise FormError("gate and up are not clamped to one limit, gate from above and up on both sides", node)
+    activation = Activation(function.kind, function.alpha, limit, up_offset)
+    if gating == SEPARATE:
+        return Middle(activation, source(up), gating, source(gate))
+    part = _part(up)
+    assert part is not None
+    return Middle(activation, source(part[0]), gating)
+
+
+def _gating(gate: gs.Tensor, up: gs.Tensor) -> str | None:
+    """How gate and up are held; None where these two are none."""
+    gate_part, up_part = _part(gate), _part(up)
+    if gate_part is None and up_part is None:
+        both = all(produced_by(source(tensor), *PROJECTIONS) for tensor in (gate, up))
+        return SEPARATE if both and source(gate) is not source(up) else None
+    if gate_part is None or up_part is None or gate_part[:2] != up_part[:2]:
         return None
     if (gate_part[2], up_part[2]) != (0, 1):
         raise FormError("gate and up stand in the other order", producer(gate))
-    return Middle(Activation(kind, alpha, limit, up_offset), source(gate_part[0]), gate_part[1])
-
-
-def _act(result: gs.Tensor) -> tuple[str, float, gs.Tensor]:
-    """(kind, alpha, x) of ``result = act(x)``."""
-    node = producer(result)
-    if node is None:
-        raise FormError("no activation before the down projection", result)
-    if node.op == "Gelu":
-        return ("gelu_tanh" if node.attrs.get("approximate") == "tanh" else "gelu"), 1.0, node.inputs[0]
-    if node.op == "Relu":
-        return "relu", 1.0, node.inputs[0]
-    if node.op == "Pow" and scalar(node.inputs[1]) == 2.0 and (relu := produced_by(node.inputs[0], "Relu")):
-        return "relu2", 1.0, relu.inputs[0]
-    if node.op == "Mul":
-        silu = _silu(*node.inputs) or _silu(*reversed(node.inputs))
-        if silu is not None:
-            return "silu", silu[1], silu[0]
-        erf = _erf_gelu(node)
-        if erf is not None:
-            return "gelu", 1.0, erf
-    raise FormError(f"{node.op} ends no known activation", node)
-
-
-def _silu(x: gs.Tensor, gate: gs.Tensor) -> tuple[gs.Tensor, float] | None:
-    """``x * Sigmoid(alpha * x)``."""
-    sigmoid = produced_by(gate, "Sigmoid")
-    if sigmoid is None:
-        return None
-    inner = sigmoid.inputs[0]
-    if inner is x:
-        return x, 1.0
-    scaled = produced_by(inner, "Mul")
-    parts = None if scaled is None else split_constant(scaled)
-    return (x, parts[1]) if parts is not None and parts[0] is x else None
-
-
-def _erf_gelu(node: gs.Node) -> gs.Tensor | None:
-    """``x * 0.5 * (1 + Erf(x / sqrt(2)))``, the constants in any place."""
-    factors: list[gs.Tensor] = []
-    constant = _flatten_product(node, factors)
-    sums = [(factor, add) for factor in factors if (add := produced_by(factor, "Add"))]
-    for factor, add in sums:
-        parts = split_constant(add)
-        erf = None if parts is None or parts[1] != 1.0 else produced_by(parts[0], "Erf")
-        rest = [other for other in factors if other is not factor]
-        if erf is not None and len(rest) == 1 and np.isclose(constant, 0.5):
-            return rest[0]
-    return None
-
-
-def _flatten_product(node: gs.Node, factors: list[gs.Tensor]) -> float:
-    constant = 1.0
-    for tensor in node.inputs:
-        value, inner = scalar(tensor), produced_by(tensor, "Mul")
-        if value is not None:
-            constant *= value
-        elif inner is not None:
-            constant *= _flatten_product(inner, factors)
-        else:
-            factors.append(tensor)
-    return constant
+    return gate_part[1]
 
 
 def _added(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
@@ -132,20 +103,41 @@ def _added(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
     return (tensor, 0.0) if parts is None else parts
 
 
-def _clipped(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
-    node = produced_by(tensor, "Clip")
-    limit = None if node is None else scalar(operand(node, 2))
-    return (tensor, NO_LIMIT) if node is None or limit is None else (node.inputs[0], limit)
+def _clamped(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[float, float]]:
+    """What is clamped, and to which range, by Clip or by Min and Max."""
+    low, high = UNBOUNDED
+    node = produced_by(tensor, "Clip", "Min", "Max")
+    while node is not None:
+        if node.op == "Clip":
+            below, above = (scalar(operand(node, index)) for index in (1, 2))
+            tensor = node.inputs[0]
+        else:
+            parts = split_constant(node) if len(node.inputs) == 2 else None
+            if parts is None:
+                break
+            tensor, bound = parts
+            below, above = (bound, None) if node.op == "Max" else (None, bound)
+        low = low if below is None else max(low, below)
+        high = high if above is None else min(high, above)
+        node = produced_by(tensor, "Clip", "Min", "Max")
+    return tensor, (low, high)
+
+
+def _limit(high: float) -> float:
+    return NO_LIMIT if high == np.inf else high
 
 
 def _part(tensor: gs.Tensor) -> tuple[gs.Tensor, str, int] | None:
     """(projection, how it is parted, which part) where ``tensor`` is one of two parts of a projection."""
-    node = produced_by(tensor, "Split", "Slice")
+    node = produced_by(tensor, "Split", "Slice", "SequenceAt")
     if node is None:
         return None
     if node.op == "Split":
-        if len(node.outputs) != 2:
-            return None
-        return node.inputs[0], HALVES, int(node.outputs[1] is tensor)
+        return (node.inputs[0], HALVES, int(node.outputs[1] is tensor)) if len(node.outputs) == 2 else None
+    if node.op == "SequenceAt":
+        split, index = produced_by(node.inputs[0], "SplitToSequence"), scalar(node.inputs[1])
+        return None if split is None or index is None else (split.inputs[0], HALVES, int(index))
     start, step = scalar(operand(node, 1)), scalar(operand(node, 4))
-    return (node.inputs[0], INTERLEAVED, int(start)) if step == 2.0 and start in (0.0, 1.0) else None
+    if step == 2.0:
+        return (node.inputs[0], INTERLEAVED, int(start)) if start in (0.0, 1.0) else None
+    return None if start is None else (node.inputs[0], HALVES, int(start > 0))
