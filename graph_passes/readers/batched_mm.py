@@ -53,6 +53,8 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
     mul, down_tensor, gate_tensor = gating
     down = _read_projection(down_tensor)
     middle = read_activation(down.x)
+    if middle.gate is not None:
+        raise FormError("gate and up are gathered from two weights", producer(middle.gate))
     up = _read_projection(middle.projection)
     if up.transposed != down.transposed or source(up.gather.inputs[1]) is not source(down.gather.inputs[1]):
         raise FormError("the two projections gather by different ids or layouts", up.gather)
