@@ -1,25 +1,35 @@
-"""Choose which experts stay, by a criterion and a budget.
+"""Choose which experts stay, by a criterion and a budget, or by name.
 
 --keep is a count of experts a layer (4) or a share of them (0.5 or 50%, rounded half up, at least one). --scope global
 spends the same number in all where the scores are highest. Criteria: reap, frequency, gate-mass; random needs no
-statistics, a checkpoint will do.
+statistics: a checkpoint or an ONNX model will do, and so it does for --experts, which names those that stay.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
+Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli.options import AsJson, Output
+from moe_spec.errors import UserError
+from moe_spec.files import refuse_existing
+from moe_spec.manifest import MODEL
+
+if TYPE_CHECKING:
+    from pruning.layers import ModelLayers
 
 
 def plan(
-    source: Annotated[Path, typer.Argument(help="statistics.safetensors, or a checkpoint for criterion random.")],
-    keep: Annotated[str, typer.Option(help="Experts to keep: a count (4) or a share (0.5, 50%).")],
+    source: Annotated[Path, typer.Argument(help="statistics.safetensors; or a checkpoint or ONNX model.")],
     output: Output,
+    keep: Annotated[str | None, typer.Option(help="Experts to keep: a count (4) or a share (0.5, 50%).")] = None,
+    experts: Annotated[
+        list[str] | None, typer.Option(help="Experts to keep, by id: 0,2,5 in every layer, or LAYER=0,2,5.")
+    ] = None,
     criterion: Annotated[str, typer.Option(help="reap, frequency, gate-mass or random.")] = "reap",
     scope: Annotated[str, typer.Option(help="layer: the same count in each; global: one ranking over all.")] = "layer",
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
@@ -28,14 +38,39 @@ def plan(
 ) -> None:
     """Write plan.json."""
     from pruning.budget import parse_keep
+    from pruning.by_hand import parse_experts, plan_by_hand
     from pruning.plan import PlanOptions
     from pruning.plan import plan as run
 
-    options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k)
-    made = run(source, options, output)
-    kept, experts = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in made.layers), strict=True))
+    if (keep is None) == (experts is None):
+        raise UserError("a plan needs --keep or --experts, one of them", hint="--keep 4, or --experts 0,2,5")
+    how = "by hand"
+    if keep is not None:
+        how = f"by {criterion}"
+        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k)
+        made = run(source, options, output, _layers_of)
+    else:
+        refuse_existing(output)
+        made = plan_by_hand(_layers_of(source), parse_experts(experts or []), clamp_top_k=clamp_top_k)
+        made.save(output)
+    kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in made.layers), strict=True))
     console.result(
-        f"{output}: keeps {kept} of {experts} experts in {len(made.layers)} layers, by {criterion}",
+        f"{output}: keeps {kept} of {total} experts in {len(made.layers)} layers, {how}",
         {"output": str(output), **made.to_json()},
         as_json,
     )
+
+
+def _layers_of(source: Path) -> "ModelLayers":
+    """The MoE layers of a checkpoint or an ONNX model."""
+    from pruning.layers import LayerShape, ModelLayers, of_checkpoint
+
+    if source.suffix != ".onnx" and not (source / MODEL).is_file():
+        return of_checkpoint(source)
+    from graph_passes.describe import read_model
+
+    model = read_model(source)
+    shapes = (
+        LayerShape(block.name, block.num_experts, block.router.top_k, block.router.groups) for block in model.blocks
+    )
+    return ModelLayers(model.source_sha256, tuple(shapes))

@@ -1,20 +1,22 @@
 """Plan: rank the experts of every layer by a criterion and keep what the budget allows."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from models.checkpoints import load_skeleton
-from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import refuse_existing, sha256_file
-from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import PruningPlan
-from moe_spec.statistics import Statistics
+from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget
 from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA
+from pruning.layers import LayerShape, ModelLayers, of_checkpoint
+
+LayersOf = Callable[[Path], ModelLayers]
+
+STATISTICS_SUFFIX = ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +38,25 @@ class PlanOptions:
     clamp_top_k: bool = False
 
 
-def plan(source: Path, options: PlanOptions, out: Path) -> PruningPlan:
+def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
     """Write plan.json; see ``make_plan``.
 
     Raises:
         UserError: ``out`` exists, or what ``make_plan`` raises.
     """
     refuse_existing(out)
-    made = make_plan(source, options)
+    made = make_plan(source, options, layers_of)
     made.save(out)
     return made
 
 
-def make_plan(source: Path, options: PlanOptions) -> PruningPlan:
+def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
     """Choose the experts that stay.
 
     Args:
-        source: statistics.safetensors; for criteria that need none also a checkpoint directory.
+        source: statistics.safetensors; for criteria that need none also a model.
         options: criterion and budget.
+        layers_of: reads the layers of a model; that of ONNX models is injected by whoever has graph_passes.
 
     Raises:
         UserError: ``source`` cannot be read or does not suit the criterion, an unknown criterion or scope, a budget
@@ -67,7 +70,7 @@ def make_plan(source: Path, options: PlanOptions) -> PruningPlan:
         model_sha256, ranked = _rank(_statistics(source, options.criterion), options.criterion)
         statistics_sha256 = sha256_file(source)
     else:
-        model_sha256, ranked = _rank_without_data(source, options)
+        model_sha256, ranked = _rank_without_data(source, options, layers_of)
     counts = SCOPES[options.scope](ranked, options.keep, options.clamp_top_k)
     return PruningPlan(
         model_sha256=model_sha256,
@@ -91,27 +94,26 @@ def _rank(statistics: Statistics, criterion: str) -> tuple[str, list[RankedLayer
     return statistics.model_sha256, ranked
 
 
-def _rank_without_data(source: Path, options: PlanOptions) -> tuple[str, list[RankedLayer]]:
-    """Layers of a checkpoint, or of statistics, ranked by a criterion that looks at neither."""
+def _rank_without_data(source: Path, options: PlanOptions, layers_of: LayersOf) -> tuple[str, list[RankedLayer]]:
+    """Layers of a model, or of statistics, ranked by a criterion that looks at neither."""
     score, generator = DATA_FREE_CRITERIA[options.criterion], np.random.default_rng(options.seed)
-    if source.is_file():
+    if source.suffix == STATISTICS_SUFFIX:
         statistics = Statistics.load(source)
-        return statistics.model_sha256, [
-            RankedLayer(layer.name, layer.top_k, layer.groups, score(layer.experts, generator))
-            for layer in statistics.layers
-        ]
-    layers = find_moe_layers(load_skeleton(source))
-    return checkpoint_sha256(source), [
-        RankedLayer(layer.name, layer.top_k, layer.groups, score(layer.num_experts, generator)) for layer in layers
-    ]
+        identity = statistics.model_sha256
+        shapes: Sequence[LayerStatistics | LayerShape] = statistics.layers
+    else:
+        model = layers_of(source)
+        identity, shapes = model.model_sha256, model.layers
+    ranked = [RankedLayer(shape.name, shape.top_k, shape.groups, score(shape.experts, generator)) for shape in shapes]
+    return identity, ranked
 
 
 def _statistics(source: Path, criterion: str) -> Statistics:
-    if source.is_dir():
+    if source.is_dir() or source.suffix == ".onnx":
         raise UserError(
-            f"criterion {criterion!r} ranks by statistics, but {source} is a directory",
+            f"criterion {criterion!r} ranks by statistics, but {source} is a model",
             hint=f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
-            "without data: --criterion random",
+            "without data: --criterion random, or --experts",
         )
     return Statistics.load(source)
 

@@ -7,8 +7,10 @@ import safetensors.numpy
 import moe_spec.record
 from models.checkpoints import save_model
 from moe_spec import LayerStatistics, PruningPlan, Statistics
+from moe_spec.identity import onnx_sha256
 from moe_spec.statistics import SUMS
 from tests.cli.helpers import invoke, leftovers
+from tests.graph_passes.block_models import Spec, save
 from tests.models_table import TINY
 
 
@@ -52,6 +54,34 @@ def test_random_plans_for_a_bare_checkpoint(checkpoint, tmp_path):
     code, _, stderr = invoke("plan", checkpoint, "--criterion", "random", "--seed", 3, "--keep", 3, "-o", out)
     assert (code, stderr) == (0, "")
     assert [layer.name for layer in PruningPlan.load(out).layers] == ["layers.1.mlp", "layers.3.mlp"]
+
+
+@pytest.fixture
+def block(tmp_path):
+    save(Spec(), tmp_path / "block.onnx")
+    return tmp_path / "block.onnx"
+
+
+def test_an_onnx_file_is_planned_by_naming_the_experts_that_stay(block, tmp_path):
+    out = tmp_path / "plan.json"
+    assert invoke("plan", block, "--experts", "6,1,2", "-o", out) == (
+        0, f"{out}: keeps 3 of 8 experts in 1 layers, by hand\n", ""
+    )  # fmt: skip
+    made = PruningPlan.load(out)
+    assert (made.model_sha256, made.layers[0].keep) == (onnx_sha256(block), (1, 2, 6))
+
+
+def test_an_onnx_file_is_planned_at_random(block, tmp_path):
+    out = tmp_path / "plan.json"
+    assert invoke("plan", block, "--criterion", "random", "--keep", 3, "-o", out)[0] == 0
+    assert len(PruningPlan.load(out).layers[0].keep) == 3
+
+
+@pytest.mark.parametrize("arguments", [(), ("--keep", 2, "--experts", "1,2")])
+def test_a_plan_has_a_budget_or_names(block, arguments, tmp_path):
+    assert invoke("plan", block, *arguments, "-o", tmp_path / "plan.json") == (
+        1, "", "error: a plan needs --keep or --experts, one of them\nhint: --keep 4, or --experts 0,2,5\n"
+    )  # fmt: skip
 
 
 BUDGET_HINT = "give a whole number from 1, like --keep 4, or a share above 0 and at most 1, like --keep 0.5 or 50%"

@@ -88,10 +88,10 @@ def refusal(source, **options):
 
 def test_a_checkpoint_is_no_statistics(checkpoint):
     what, hint = refusal(checkpoint, keep=4)
-    assert what == f"criterion 'reap' ranks by statistics, but {checkpoint} is a directory"
+    assert what == f"criterion 'reap' ranks by statistics, but {checkpoint} is a model"
     assert hint == (
         f"moe-edge calibrate {checkpoint} --data DATA.npz -o statistics.safetensors, and plan with that; "
-        "without data: --criterion random"
+        "without data: --criterion random, or --experts"
     )
 
 

@@ -1,0 +1,62 @@
+"""A plan without a criterion: the experts that stay are named."""
+
+from collections.abc import Mapping, Sequence
+
+from moe_spec.errors import UserError
+from moe_spec.plan import LayerPlan, PruningPlan
+from pruning.layers import LayerShape, ModelLayers
+
+CRITERION = "by hand"
+EVERY_LAYER = ""
+
+Named = Mapping[str, tuple[int, ...]]
+"""For a layer, or for `EVERY_LAYER` that is not named, the ids of the experts that stay."""
+
+
+def parse_experts(texts: Sequence[str]) -> Named:
+    """``--experts`` as people write it: ``0,2,5`` for every layer, ``LAYER=0,2,5`` for one.
+
+    Raises:
+        UserError: ids that are no numbers, or a layer named twice.
+
+    >>> parse_experts(["0,2", "layers.3.mlp=1"])
+    {'': (0, 2), 'layers.3.mlp': (1,)}
+    """
+    named: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        layer, _, ids = text.rpartition("=")
+        parts = [part.strip() for part in ids.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise UserError(
+                f"--experts {text} names no experts",
+                hint="give ids, like --experts 0,2,5, or LAYER=0,2,5 for one layer",
+            )
+        if layer in named:
+            raise UserError(
+                f"--experts names {layer or 'every layer'} twice", hint="give one list of ids for each layer"
+            )
+        named[layer] = tuple(sorted({int(part) for part in parts}))
+    return named
+
+
+def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False) -> PruningPlan:
+    """Keep the experts that ``named`` says; a layer that it does not name keeps all.
+
+    Raises:
+        UserError: a layer that the model lacks, or experts that a router cannot work with.
+    """
+    known = [layer.name for layer in model.layers]
+    unknown = [name for name in named if name not in (EVERY_LAYER, *known)]
+    if unknown:
+        raise UserError(
+            f"--experts names layer {unknown[0]!r}, which the model lacks",
+            hint=f"its MoE layers are: {', '.join(known)}",
+        )
+    kept = [(layer, named.get(layer.name, named.get(EVERY_LAYER))) for layer in model.layers]
+    layers = tuple(_keep(layer, ids, clamp_top_k) for layer, ids in kept if ids is not None)
+    return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k})
+
+
+def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool) -> LayerPlan:
+    top_k = min(layer.top_k, len(ids)) if clamp_top_k else layer.top_k
+    return LayerPlan(layer.name, layer.experts, top_k, ids, groups=layer.groups)
