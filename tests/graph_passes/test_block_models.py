@@ -1,5 +1,6 @@
 """The hand-written models that readers are tested against compute what numpy computes."""
 
+
 import numpy as np
 import onnx
 import pytest
@@ -66,6 +67,8 @@ VARIANTS = [
     Spec(form="stacked", einsum=True, **{**ROUTERS["llama4"], "tiled": False}),
     Spec(form="stacked", **{**ROUTERS["llama4"], "tiled": False}),
     Spec(form="stacked", tiled=True),
+    Spec(form="dispatch", einsum=True, biased=True),
+    Spec(form="dispatch", einsum=True, transposed=True),
 ]
 
 
@@ -81,6 +84,8 @@ FILES = [
     {"linear": "matmul"},
     {"linear": "matmul", "unoptimised": True},
     {"rank": 3},
+    {"rank": 3, "selection": "argmax", "gates": "mask", "hit": "gates", "top_k": 1, "capacity": 3},
+    {"rank": 3, "capacity": 3},
     {"layers": 2},
     {"layers": 2, "tied": True},
     {"opset": 17},
@@ -101,6 +106,25 @@ def test_anonymous_weights_have_no_names(tmp_path):
     save(Spec(form="batched_mm", named=False), tmp_path / "block.onnx")
     names = [tensor.name for tensor in onnx.load(tmp_path / "block.onnx").graph.initializer]
     assert all(name.startswith("val") for name in names)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_numpy_drops_experts_as_the_graph_does_when_nothing_selects_them(tmp_path, router):
+    """A router bias of -inf, and a selection bias of -inf, make an expert unselectable."""
+    form = "dispatch" if router == "vmoe" else "masked_loop"
+    spec, keep = Spec(form=form, **(dict(ROUTERS[router]) | {"router_bias": True})), (0, 1, 4, 5, 6)
+    save(spec, tmp_path / "block.onnx")
+    model = onnx.load(tmp_path / "block.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("bias"):
+            biases = onnx.numpy_helper.to_array(tensor).copy()
+            biases[..., [2, 3, 7]] = -np.inf
+            tensor.CopyFrom(onnx.numpy_helper.from_array(biases, tensor.name))
+    onnx.save(model, tmp_path / "masked.onnx")
+    x = np.random.default_rng(0).standard_normal((37, spec.hidden)).astype(np.float32)
+    got = RUNNER.run(tmp_path / "masked.onnx", [{"x": x}])[0]["out"]
+    assert error_between(compute(spec, x, keep), got)[1] <= TOLERANCE
+    assert error_between(compute(spec, x, tuple(range(8))), got)[1] > 0.1
 
 
 def test_the_router_works_with_fewer_experts_than_it_selects():

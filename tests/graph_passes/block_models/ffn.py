@@ -1,5 +1,7 @@
 """The experts' arithmetic between their two projections, and the projections of one expert."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 
@@ -18,6 +20,44 @@ def one_expert(block: Block, x: str, expert: int) -> str:
 def _project(block: Block, x: str, part: str, expert: int) -> str:
     bias = block.vectors[part][expert] if block.vectors else None
     return torch.linear(block.b, x, block.parameter(f"{expert}.{part}"), block.matrices[part][expert], bias)
+
+
+def stacked_matmul(block: Block, x: str) -> str:
+    """All experts (E, rows, H) on ``x`` (E, rows, H) or (1, rows, H)."""
+
+    def project(value: str, part: str) -> str:
+        matrix, name = block.matrices[part], block.parameter(part)
+        if block.spec.transposed:
+            stored = block.b.weight(name, matrix.transpose(0, 2, 1))
+        else:
+            stored = torch.transposed(block.b, name, matrix)
+        return _biased(block, block.b.op("MatMul", value, stored, out="bmm"), part, [1])
+
+    projected = [project(x, part) for part in block.matrices if part != "down_proj"]
+    return project(middle(block.b, projected, rank=3), "down_proj")
+
+
+def stacked_einsum(block: Block, x: str, read: str, inner: str, out: str, bias_axes: Sequence[int] = ()) -> str:
+    """All experts with Einsum: the axes of ``x``, of what is between the projections, and of what comes out."""
+
+    def project(value: str, part: str, source: str, target: str) -> str:
+        matrix, axes = block.matrices[part], f"e{target[-1]}{source[-1]}"
+        if block.spec.transposed:
+            matrix, axes = matrix.transpose(0, 2, 1), f"e{source[-1]}{target[-1]}"
+        stored = block.b.weight(block.parameter(part), matrix)
+        product = block.b.op("Einsum", value, stored, equation=f"{source},{axes}->{target}")
+        return _biased(block, product, part, bias_axes)
+
+    projected = [project(x, part, read, inner) for part in block.matrices if part != "down_proj"]
+    return project(middle(block.b, projected, rank=len(inner)), "down_proj", inner, out)
+
+
+def _biased(block: Block, product: str, part: str, axes: Sequence[int]) -> str:
+    """Plus the bias (E, out), with ``axes`` inserted."""
+    if not block.vectors:
+        return product
+    bias = block.b.weight(block.parameter(f"{part}_bias"), block.vectors[part])
+    return block.b.op("Add", product, block.b.op("Unsqueeze", bias, axes) if axes else bias)
 
 
 def middle(b: Builder, projected: list[str], rank: int) -> str:

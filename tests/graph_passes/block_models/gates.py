@@ -3,21 +3,23 @@
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from tests.graph_passes.block_models import routers
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
 from tests.graph_passes.block_models.builder import ELEMENT_TYPES
-from tests.graph_passes.block_models.routers import Slots
+from tests.graph_passes.block_models.routers import argmax, topk
+from tests.graph_passes.block_models.routers.scoring import Slots
 
 
 def gates(block: Block) -> str:
     """(T, E) in the model's type unless ``weights_float``."""
-    if block.spec.gates in FROM_SLOTS:
-        return FROM_SLOTS[block.spec.gates](block, routers.slots(block))
-    made = FROM_SCORES[block.spec.gates](block)
-    return made if block.spec.weights_float else torch.to_model(block.b, made)
+    spec = block.spec
+    if spec.gates in FROM_SLOTS:
+        return FROM_SLOTS[spec.gates](block, routers.slots(block))
+    made = FROM_SCORES[spec.selection, spec.gates](block)
+    return made if spec.weights_float else torch.to_model(block.b, made)
 
 
 def weights_type(block: Block) -> int:
@@ -50,32 +52,15 @@ def _where(block: Block, slots: Slots) -> str:
     return torch.total(b, kept, 1)
 
 
-def _mask(block: Block) -> str:
-    """The scores times a mask of the K best."""
-    b = block.b
-    scored = routers.scores(block, routers.logits(block))
-    ids, _ = routers.select(block, scored)
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1])
-    ones = b.op("ConstantOfShape", b.op("Shape", ids, start=0), value=one)
-    zeros = torch.zeros_like(b, scored, TensorProto.FLOAT)
-    mask = b.op("ScatterElements", zeros, ids, ones, out="scatter", axis=1, reduction="none")
-    return routers.scaled(block, routers.renormalized(block, b.op("Mul", scored, mask)))
-
-
-def _minus_inf(block: Block) -> str:
-    """The K best logits scattered into -inf, then scored: Llama 4, and Shazeer's KeepTopK."""
-    b = block.b
-    routed = routers.logits(block)
-    values, ids = routers.best(b, routed, block.spec.top_k)
-    empty = b.op("Expand", b.scalar(-np.inf), b.op("Shape", routed, start=0), out="full_like")
-    kept = b.op("ScatterElements", empty, ids, values, out="scatter", axis=1, reduction="none")
-    return routers.scaled(block, routers.scores(block, kept))
-
-
 FROM_SLOTS: Mapping[str, Callable[[Block, Slots], str]] = {
     "scatter": _scatter,
     "equal": _equal,
     "onehot": _onehot,
     "where": _where,
 }
-FROM_SCORES: Mapping[str, Callable[[Block], str]] = {"mask": _mask, "minus_inf": _minus_inf}
+FROM_SCORES: Mapping[tuple[str, str], Callable[[Block], str]] = {
+    ("topk", "mask"): topk.masked,
+    ("topk", "minus_inf"): topk.in_minus_inf,
+    ("argmax", "mask"): argmax.gates_of_one,
+    ("two_argmax", "mask"): argmax.gates_of_two,
+}

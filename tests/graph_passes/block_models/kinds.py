@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moe_spec.feasibility import Groups
-from tests.graph_passes.block_models.forms import batched_mm, experts, grouped, masked_loop, nonzero, stacked
+from tests.graph_passes.block_models.forms import batched_mm, dispatch, experts, grouped, masked_loop, nonzero, stacked
 
 FORMS = {
     "experts": experts.emit,
@@ -13,8 +15,19 @@ FORMS = {
     "stacked": stacked.emit,
     "masked_loop": masked_loop.emit,
     "nonzero": nonzero.emit,
+    "dispatch": dispatch.emit,
 }
 FORM_NAMES = tuple(FORMS)
+
+SWITCH = {"selection": "argmax", "top_k": 1, "gates": "mask", "hit": "gates"}
+NLLB = {
+    "selection": "two_argmax",
+    "renormalize": True,
+    "eps": float(np.finfo(np.float32).eps),
+    "eps_clips": True,
+    "gates": "mask",
+    "hit": "gates",
+}
 
 ROUTERS: Mapping[str, Mapping[str, Any]] = {
     "softmax": {},
@@ -33,6 +46,12 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         "renormalize": True,
         "scale": 2.5,
     },
+    "sparsemixer": {"selection": "sparsemixer"},
+    "switch": SWITCH,
+    "switch_capacity": SWITCH | {"capacity": 3},
+    "nllb": NLLB,
+    "nllb_capacity": NLLB | {"capacity": 6},
+    "vmoe": {"capacity": 6},
     "llama4": {
         "top_k": 1,
         "score": "sigmoid",

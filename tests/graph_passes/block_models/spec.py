@@ -37,12 +37,12 @@ class Spec:
 
         form: how the experts are written; `kinds.FORMS`.
         gates: how forms that need (T, E) gates get them from ids and weights: ``scatter``, ``equal``, ``onehot``,
-            ``where``, or ``mask`` (scores times a 0/1 mask).
+            ``where``; or without them: ``mask`` (scores times 0 or 1), ``minus_inf`` (logits scattered into -inf).
         column: how a masked loop takes the gate of one expert: ``slice``, ``gather`` or ``split``.
         total: how a masked loop adds up: ``add`` one by one, ``sum`` (one Sum), ``stack`` (Concat, ReduceSum).
         scatter: how `nonzero` adds up: ``ScatterND`` (by hand), ``index_put`` (torch's index_add_: the same op behind
             Slice, Squeeze and GatherND), ``ScatterElements`` (torch's scatter_add_), ``assign`` (read, add, write).
-        hit: where `nonzero` finds the tokens of an expert: ``one_hot`` of all ids, or ``equal`` to one id.
+        hit: where `nonzero` finds the tokens of an expert: ``one_hot`` of all ids, ids ``equal`` to one, or ``gates``.
         einsum: `stacked` multiplies with Einsum instead of MatMul.
         tiled: `stacked` repeats the tokens with Tile and Reshape instead of broadcasting.
         separate: gate and up are two matrices.

@@ -11,10 +11,17 @@ FAR = np.iinfo(np.int64).max
 
 
 def linear(
-    b: Builder, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None, out: str = "linear"
+    b: Builder,
+    x: str,
+    name: str,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    rank: int = 2,
+    out: str = "linear",
 ) -> str:
-    """``x @ weight.T + bias`` of (rows, in), (out, in) and (out,)."""
-    if b.spec.linear == "gemm":
+    """``x @ weight.T + bias`` of (..., in), (out, in) and (out,)."""
+    if b.spec.linear == "gemm" and rank == 2:
         operands = [b.weight(f"{name}.weight", weight)]
         operands += [] if bias is None else [b.weight(f"{name}.bias", bias)]
         return b.op("Gemm", x, *operands, out=out, alpha=1.0, beta=1.0, transA=0, transB=1)

@@ -15,8 +15,7 @@ def _with_matmul(block: Block, gates_TE: str) -> str:
     spec, b = block.spec, block.b
     gates_ET = b.op("Transpose", gates_TE, perm=[1, 0])
     hidden = _repeated(block, gates_ET)
-    projected = [_matmul(block, hidden, part) for part in block.matrices if part != "down_proj"]
-    outputs = _matmul(block, ffn.middle(b, projected, rank=3), "down_proj")
+    outputs = ffn.stacked_matmul(block, hidden)
     if spec.weights_on == "input":
         return torch.half_total(b, outputs, 0, is_float=False)
     gated = b.op("Mul", _in_weights_type(block, outputs), b.op("Unsqueeze", gates_ET, [-1]))
@@ -35,44 +34,15 @@ def _repeated(block: Block, gates_ET: str) -> str:
     return torch.reshape(b, repeated, [spec.experts, -1, spec.hidden])
 
 
-def _matmul(block: Block, x: str, part: str) -> str:
-    spec, b, matrix = block.spec, block.b, block.matrices[part]
-    if spec.transposed:
-        stored = b.weight(block.parameter(part), matrix.transpose(0, 2, 1))
-    else:
-        stored = torch.transposed(b, block.parameter(part), matrix)
-    return _biased(block, b.op("MatMul", x, stored, out="bmm"), part, [1])
-
-
 def _with_einsum(block: Block, gates_TE: str) -> str:
     spec, b = block.spec, block.b
-    hidden, tokens = block.hidden, "th"
     if spec.weights_on == "input":
-        hidden = b.op("Mul", b.op("Unsqueeze", hidden, [1]), b.op("Unsqueeze", gates_TE, [-1]))
-        tokens = "teh"
-    layout = ("ehf", "efh") if spec.transposed else ("efh", "ehf")
-    projected = [
-        _einsum(block, hidden, f"{tokens},{layout[0]}->tef", part) for part in block.matrices if part != "down_proj"
-    ]
-    outputs = _einsum(block, ffn.middle(b, projected, rank=3), f"tef,{layout[1]}->teh", "down_proj")
-    if spec.weights_on == "input":
+        hidden = b.op("Mul", b.op("Unsqueeze", block.hidden, [1]), b.op("Unsqueeze", gates_TE, [-1]))
+        outputs = ffn.stacked_einsum(block, hidden, "teh", "tef", "teh")
         return torch.half_total(b, outputs, 1, is_float=False)
+    outputs = ffn.stacked_einsum(block, block.hidden, "th", "tef", "teh")
     summed = b.op("Einsum", gates_TE, _in_weights_type(block, outputs), equation="te,teh->th")
     return torch.to_model(b, summed) if spec.weights_float else summed
-
-
-def _einsum(block: Block, x: str, equation: str, part: str) -> str:
-    matrix = block.matrices[part]
-    stored = block.b.weight(block.parameter(part), matrix.transpose(0, 2, 1) if block.spec.transposed else matrix)
-    return _biased(block, block.b.op("Einsum", x, stored, equation=equation), part, None)
-
-
-def _biased(block: Block, product: str, part: str, axes: list[int] | None) -> str:
-    """Plus the bias (E, out), with ``axes`` inserted."""
-    if not block.vectors:
-        return product
-    bias = block.b.weight(block.parameter(f"{part}_bias"), block.vectors[part])
-    return block.b.op("Add", product, bias if axes is None else block.b.op("Unsqueeze", bias, axes))
 
 
 def _in_weights_type(block: Block, outputs: str) -> str:

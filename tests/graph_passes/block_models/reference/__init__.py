@@ -1,0 +1,30 @@
+"""What a model computes, in float64 numpy and token by token."""
+
+import numpy as np
+
+from tests.graph_passes.block_models.reference.experts import one_expert
+from tests.graph_passes.block_models.reference.routing import Choice, route
+from tests.graph_passes.block_models.spec import Spec
+from tests.graph_passes.block_models.tensors import weights
+
+
+def compute(spec: Spec, x: np.ndarray, keep: tuple[int, ...]) -> np.ndarray:
+    """Like ``x`` (T, H) or (B, S, H): the model when only ``keep`` can be selected, in every layer."""
+    hidden = x.astype(np.float64).reshape(-1, spec.hidden)
+    for index in range(spec.layers):
+        tensors = {name: array.astype(np.float64) for name, array in weights(spec, index).items()}
+        choices = route(spec, tensors, hidden, keep, sequence=x.shape[-2])
+        out = np.stack([_mix(spec, tensors, *token) for token in zip(hidden, choices, strict=True)])
+        hidden = hidden + out if spec.layers > 1 else out
+    return hidden.reshape(x.shape)
+
+
+def _mix(spec: Spec, tensors: dict[str, np.ndarray], x: np.ndarray, choice: Choice) -> np.ndarray:
+    """(H,): the chosen experts' outputs, weighed; 0 where none took the token."""
+    out = np.zeros(spec.hidden)
+    for expert, weight in choice.items():
+        if spec.weights_on == "input":
+            out += one_expert(spec, tensors, weight * x, expert)
+        else:
+            out += weight * one_expert(spec, tensors, x, expert)
+    return out

@@ -1,0 +1,60 @@
+"""What every router does: logits, scores, and weights renormalised and scaled."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.graph_passes.block_models import torch_ops as torch
+from tests.graph_passes.block_models.block import Block
+
+SCORES = {"softmax": "Softmax", "sigmoid": "Sigmoid"}
+
+
+class Slots(NamedTuple):
+    """Ids (T, K) int64, weights (T, K), logits (T, E)."""
+
+    ids: str
+    weights: str
+    logits: str
+
+
+def logits(block: Block, *, by_sequence: bool = False) -> str:
+    """(T, E), or (B, S, E) ``by_sequence``; float32 unless ``router_cast`` is ``scores``."""
+    spec, b = block.spec, block.b
+    hidden, rank = (block.x, spec.rank) if by_sequence else (block.hidden, 2)
+    weight, bias = block.tensors["router"], block.tensors["router_bias"]
+    if spec.router_cast == "hidden":
+        hidden, weight, bias = torch.to_float(b, hidden), weight.astype(np.float32), bias.astype(np.float32)
+    name, added = f"{block.name}.gate", bias if spec.router_bias else None
+    product = torch.linear(b, hidden, name, weight, added, rank=rank, out="logits")
+    return torch.to_float(b, product) if spec.router_cast == "logits" else product
+
+
+def scores(block: Block, values: str, out: str = "scores") -> str:
+    """Of logits (T, n), in float32."""
+    spec, b = block.spec, block.b
+    axis: dict[str, Any] = {"axis": -1} if spec.score == "softmax" else {}
+    scored = b.op(SCORES[spec.score], values, out=out, **axis)
+    return torch.to_float(b, scored) if spec.router_cast == "scores" else scored
+
+
+def renormalized(block: Block, weights: str) -> str:
+    """The weights over their sum along the last axis, where the spec says so."""
+    if not block.spec.renormalize:
+        return weights
+    summed = torch.total(block.b, weights, -1, keepdims=1)
+    return block.b.op("Div", weights, above_eps(block, summed), out="normalized")
+
+
+def above_eps(block: Block, summed: str) -> str:
+    """A sum of weights by which one can divide."""
+    spec, b = block.spec, block.b
+    if not spec.eps:
+        return summed
+    return b.op("Clip" if spec.eps_clips else "Add", summed, b.scalar(spec.eps))
+
+
+def scaled(block: Block, weights: str) -> str:
+    """The weights times the scale, where there is one."""
+    scale = block.spec.scale
+    return weights if scale == 1.0 else block.b.op("Mul", weights, block.b.scalar(scale), out="gates")
