@@ -149,6 +149,8 @@ class MoEBlock:
         experts: see ``Experts``.
         keep: for each expert its id in the source model.
         weights_on: ``ON_OUTPUT`` of the experts, or ``ON_INPUT`` (llama4).
+        shaped_like: a value (..., H) whose leading axes ``hidden``, ``out`` and what the router reads have too, where
+            they may be others than (T, H).
     """
 
     name: str
@@ -159,6 +161,7 @@ class MoEBlock:
     experts: Experts
     keep: tuple[int, ...]
     weights_on: str = ON_OUTPUT
+    shaped_like: gs.Tensor | None = None
 
     @property
     def num_experts(self) -> int:

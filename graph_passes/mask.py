@@ -18,7 +18,7 @@ from graph_passes.emitter import Emitter, Names
 from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import mask_E, observe_routing, routing_of
 from graph_passes.prune import match_layers
-from graph_passes.walk import replace_uses
+from graph_passes.walk import replace_reads
 from graph_passes.writers.routing import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
@@ -77,30 +77,28 @@ def save_masked(
     link_weights(graph, source, target)
     for block, layer in zip(blocks, layers, strict=True):
         if layer is not None:
-            mask_block(graph, Emitter(graph, block.name, names), block, layer.dropped)
+            mask_block(Emitter(graph, block.name, names), block, layer.dropped)
     graph.toposort()
     save_variant(graph, target / MODEL)
 
 
-def mask_block(graph: gs.Graph, emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> None:
+def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> None:
     """Make the experts ``dropped`` of ``block`` unselectable, in place."""
     if not dropped:
         return
     router = block.router
     if router.selection_bias_E is not None or router.groups is not None:
-        _add(graph, emitter, router.choice, mask_E(block.num_experts, dropped, UNSELECTABLE))
-    _add(graph, emitter, router.logits, mask_E(block.num_experts, dropped, -np.inf))
+        _add(emitter, router.choice, mask_E(block.num_experts, dropped, UNSELECTABLE))
+    _add(emitter, router.logits, mask_E(block.num_experts, dropped, -np.inf))
 
 
-def _add(
-    graph: gs.Graph, emitter: Emitter, tensor: gs.Tensor, mask: np.ndarray[tuple[int], np.dtype[np.float32]]
-) -> None:
-    """Let everything but the gather of weights read ``tensor + mask``."""
+def _add(emitter: Emitter, tensor: gs.Tensor, mask: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
+    """Let everything but the gather of weights read ``tensor + mask``; an output of the graph stays what it was."""
     untouched = [node for node in tensor.outputs if node.op == "GatherElements"]
     inner = emitter.within("masked")
     typed = inner.emit("CastLike", inner.array("mask", mask), tensor, label="typed_mask")
     masked = inner.emit("Add", tensor, typed, label="sum")
-    replace_uses(graph, tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *untouched])
+    replace_reads(tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *untouched])
 
 
 def _observe(graph: gs.Graph, emitter: Emitter, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:

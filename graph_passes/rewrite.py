@@ -75,7 +75,22 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
             written.append(Written(decision.read, None, rewritten=False))
             continue
         block = dataclasses.replace(decision.pruned, form=decision.form)
-        out, routing = WRITERS[decision.form].write(Emitter(graph, block.name, names), block)
+        out, routing = _write(Emitter(graph, block.name, names), block)
         replace_uses(graph, block.out, out)
         written.append(Written(block, routing, rewritten=True))
     return written[::-1]
+
+
+def _write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]:
+    """Write ``block`` on (T, H), whatever axes it has in the graph."""
+    writer = WRITERS[block.form]
+    if block.shaped_like is None:
+        out, routing = writer.write(emitter, block)
+        return out, routing
+    shape = emitter.emit("Shape", block.shaped_like, label="shape")
+    router, width = block.router, block.experts.down_EFH.shape[2]
+    hidden = emitter.reshape(block.hidden, (-1, width), "tokens")
+    read = hidden if router.hidden is block.hidden else emitter.reshape(router.hidden, (-1, width), "router_tokens")
+    flat = dataclasses.replace(block, hidden=hidden, router=dataclasses.replace(router, hidden=read))
+    out, routing = writer.write(emitter, flat)
+    return emitter.emit("Reshape", out, shape, label="out_shaped"), routing

@@ -1,6 +1,6 @@
 """Looking around in a graph: the few questions that readers ask."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TypeGuard
 
 import numpy as np
@@ -8,6 +8,23 @@ import onnx_graphsurgeon as gs
 
 SHAPE_ONLY = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Ops that move no value to another token, expert or channel where MoE blocks use them."""
+
+
+def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
+    """The nodes of ``graph``, and those in the bodies of its control flow."""
+    yield from graph.nodes
+    for body in graph.subgraphs(recursive=True):
+        yield from body.nodes
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every constant that a node of the graph or of a body reads, once, in the order of use."""
+    found: dict[int, gs.Constant] = {}
+    for node in every_node(graph):
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                found.setdefault(id(tensor), tensor)
+    return list(found.values())
 
 
 def is_weight(tensor: gs.Tensor | None, rank: int) -> TypeGuard[gs.Constant]:
@@ -65,13 +82,18 @@ def split_constant(node: gs.Node) -> tuple[gs.Tensor, float] | None:
     return None
 
 
-def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor, except_by: Sequence[gs.Node] = ()) -> None:
-    """Let every consumer of ``old`` but those in ``except_by``, and the graph's outputs, read ``new`` instead."""
+def replace_reads(old: gs.Tensor, new: gs.Tensor, except_by: Sequence[gs.Node] = ()) -> None:
+    """Let every consumer of ``old`` but those in ``except_by`` read ``new`` instead; outputs of the graph stay."""
     for node in list(old.outputs):
         if all(node is not other for other in except_by):
             for index, tensor in enumerate(node.inputs):
                 if tensor is old:
                     node.inputs[index] = new
+
+
+def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every consumer of ``old``, and the graph's outputs, read ``new`` instead."""
+    replace_reads(old, new)
     for index, tensor in enumerate(graph.outputs):
         if tensor is old:
             name, new.name = old.name, old.name
