@@ -137,7 +137,19 @@ def _part(tensor: gs.Tensor) -> tuple[gs.Tensor, str, int] | None:
     if node.op == "SequenceAt":
         split, index = produced_by(node.inputs[0], "SplitToSequence"), scalar(node.inputs[1])
         return None if split is None or index is None else (split.inputs[0], HALVES, int(index))
-    start, step = scalar(operand(node, 1)), scalar(operand(node, 4))
+    start, step = _start(node), scalar(operand(node, 4))
     if step == 2.0:
         return (node.inputs[0], INTERLEAVED, int(start)) if start in (0.0, 1.0) else None
     return None if start is None else (node.inputs[0], HALVES, int(start > 0))
+
+
+def _start(cut: gs.Node) -> float | None:
+    """Where a Slice starts; any number above 0 where that is computed, and is where another one ends that starts at 0.
+
+    torch.chunk computes it from a length; that the two are halves shows in the shapes of the weights.
+    """
+    start = scalar(operand(cut, 1))
+    if start is not None:
+        return start
+    others = (node for node in cut.inputs[0].outputs if node.op == "Slice" and scalar(operand(node, 1)) == 0.0)
+    return 1.0 if any(operand(node, 2) is cut.inputs[1] for node in others) else None
