@@ -9,12 +9,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock, Unrecognised
-from graph_passes.model_file import load_graph, model_path
+from graph_passes.model_file import load_model, model_path
 from graph_passes.readers import read_blocks
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
-from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, TensorSpec
+from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, PassEntry, TensorSpec
 
 NO_ROUTER = "ffn"
 """The form that leaves no MoE layer to be read."""
@@ -34,6 +34,8 @@ class Model:
         manifest: of the directory, if it has one.
         source_sha256: identity of the model at the start of the chain.
         parent_sha256: hash of the manifest, or of the ONNX file where there is none.
+        passes: what was done to the graph before it was read.
+        reduced: whether what can never run is gone from the graph already.
     """
 
     path: Path
@@ -43,6 +45,8 @@ class Model:
     manifest: Manifest | None
     source_sha256: str
     parent_sha256: str
+    passes: tuple[PassEntry, ...]
+    reduced: bool
 
 
 def inspect_model(path: Path) -> Model:
@@ -54,12 +58,13 @@ def inspect_model(path: Path) -> Model:
     file = model_path(path)
     manifest_path = file.parent / FILE_NAME
     manifest = Manifest.load(file.parent) if manifest_path.is_file() else None
-    graph = load_graph(file)
+    loaded = load_model(file)
+    graph = loaded.graph
     reading = read_blocks(graph, file.parent)
     identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
     parent = identity if manifest is None else sha256_file(manifest_path)
     blocks = tuple(_with_ids(block, manifest) for block in reading.blocks)
-    return Model(file, graph, blocks, reading.unrecognised, manifest, identity, parent)
+    return Model(file, graph, blocks, reading.unrecognised, manifest, identity, parent, loaded.passes, loaded.reduced)
 
 
 def read_model(path: Path, *, allow_partial: bool = False) -> Model:

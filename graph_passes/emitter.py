@@ -8,6 +8,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.stored import constant
+from graph_passes.walk import every_node
 from graph_passes.weights import Weight, from_array
 
 BOOL = onnx.TensorProto.BOOL
@@ -16,11 +17,11 @@ INT64 = onnx.TensorProto.INT64
 
 
 class Names:
-    """The names that tensors and nodes of a graph have; collected once, because graphs are large."""
+    """The names that tensors and nodes of a graph and its bodies have; collected once, because graphs are large."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self._taken = {tensor.name for node in graph.nodes for tensor in (*node.inputs, *node.outputs)}
-        self._taken |= {node.name for node in graph.nodes}
+        self._taken = {tensor.name for node in every_node(graph) for tensor in (*node.inputs, *node.outputs)}
+        self._taken |= {node.name for node in every_node(graph)}
         self._numbers: dict[str, int] = {}
 
     def fresh(self, wanted: str) -> str:

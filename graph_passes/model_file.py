@@ -12,9 +12,12 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
-from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
-from graph_passes.stored import LazyWeight, dtype_of, of_constant, packed_bytes
+from graph_passes.checks import check_file
+from graph_passes.protos import every_graph
+from graph_passes.simplify import Simplified, simplify
+from graph_passes.stored import ExternalValues, of_constant, packed_bytes
+from graph_passes.walk import constants, every_node
 from graph_passes.weights import Weight
 from moe_spec.errors import UserError
 from moe_spec.files import inside, require_file
@@ -25,8 +28,6 @@ ALIGNMENT = 4096
 
 INLINE_BYTES = 1024
 """Smaller constants stay in the .onnx file: shapes, axes, scales."""
-
-_MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it prints to stdout, which belongs to results
 
@@ -43,90 +44,27 @@ def model_path(path: Path) -> Path:
 
 
 def load_graph(path: Path) -> gs.Graph:
+    """The graph of `load_model`."""
+    return load_model(path).graph
+
+
+def load_model(path: Path) -> Simplified:
     """Read the structure of an ONNX file; weights stay where they are, and their extents are checked.
 
     Raises:
         UserError: no ONNX file, or external data that is missing, cut or outside the directory.
     """
     model = _parse(path)
-    _lift_constants(model.graph)
-    graph = gs.import_onnx(model)
-    try:
-        graph.toposort()
-    except OnnxGraphSurgeonException as error:
-        raise UserError(f"{path}: the graph cannot be put in order: {error}", hint=_MEND) from error
-    for tensor in constants(graph):
-        of_constant(tensor, path.parent)
-    return graph
+    check_file(model, path)
+    return simplify(model, path)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
     try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
+        return onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise UserError(f"{path} is no readable ONNX file: {error}", hint=_MEND) from error
-    if not model.graph.node:
-        raise UserError(f"{path} is no ONNX model: its graph has no node", hint=_MEND)
-    _check_nodes(model, path)
-    for tensor in model.graph.initializer:
-        dtype_of(tensor)
-    return model
-
-
-def _check_nodes(model: onnx.ModelProto, path: Path) -> None:
-    """Every node has the inputs and attributes that its operator wants; readers rely on it."""
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version = model.ir_version
-    context.opset_imports = {entry.domain: entry.version for entry in model.opset_import}
-    for node in model.graph.node:
-        try:
-            onnx.checker.check_node(node, context)
-        except onnx.checker.ValidationError as error:
-            name = node.name or (node.output[0] if node.output else "")
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{path}: node {node.op_type} {name!r} is malformed: {reason}", hint=_MEND) from error
-
-
-def _lift_constants(graph: onnx.GraphProto) -> None:
-    """Constant nodes become initialisers, so that readers see one kind of constant."""
-    kept = []
-    for node in graph.node:
-        value = _constant_value(node) if node.op_type == "Constant" else None
-        if value is None:
-            kept.append(node)
-        else:
-            value.name = node.output[0]
-            graph.initializer.append(value)
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
-def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor of a Constant node; None where it holds a string or a sparse tensor."""
-    attribute = node.attribute[0]
-    if attribute.name == "value":
-        tensor: onnx.TensorProto = attribute.t
-        return tensor
-    kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-    if attribute.name not in kinds:
-        return None
-    value = onnx.helper.get_attribute_value(attribute)
-    return onnx.numpy_helper.from_array(np.asarray(value, kinds[attribute.name]))
-
-
-def constants(graph: gs.Graph) -> list[gs.Constant]:
-    """Every constant that a node of the graph reads, once, in the order of use."""
-    found: dict[int, gs.Constant] = {}
-    for node in graph.nodes:
-        for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant):
-                found.setdefault(id(tensor), tensor)
-    return list(found.values())
-
-
-def weight_bytes(graph: gs.Graph, directory: Path) -> int:
-    """Bytes of every constant of the graph."""
-    return sum(of_constant(tensor, directory).nbytes for tensor in constants(graph))
+        hint = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
+        raise UserError(f"{path} is no readable ONNX file: {error}", hint=hint) from error
 
 
 def save_graph(
@@ -146,7 +84,7 @@ def save_graph(
                 tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
             else:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                tensor._values = LazyValues(_external(tensor.name, weight, data.name, file.tell()))
+                tensor._values = ExternalValues(_external(tensor.name, weight, data.name, file.tell()), target.parent)
                 for piece in weight.pieces():
                     packed_bytes(piece).tofile(file)
             tensor.data_location = None
@@ -162,34 +100,60 @@ def save_graph(
 def save_variant(graph: gs.Graph, target: Path) -> None:
     """Write ``graph`` as ``target``; its large weights lie in a data file beside it already."""
     _forget_shapes(graph)
-    graph.functions = [function for function in graph.functions if _is_called(graph, function)]
-    model = gs.export_onnx(graph, do_type_check=False)
+    called = {(node.domain, node.op) for node in every_node(graph)}
+    graph.functions = [function for function in graph.functions if (function.domain, function.name) in called]
+    model = gs.export_onnx(graph, do_type_check=False, opset_imports=_used_opsets(graph))
     model.producer_name = "moe-edge"
+    _gather_constants(model.graph)
     onnx.save(onnx.shape_inference.infer_shapes(model), target)
 
 
-def data_files(graph: gs.Graph) -> tuple[str, ...]:
-    """The external data files that hold the graph's weights, as the file names them."""
-    locations = set()
-    for tensor in constants(graph):
-        values = tensor._values
-        stored = isinstance(values, LazyValues) and not isinstance(values, LazyWeight)
-        if stored and onnx.external_data_helper.uses_external_data(values.tensor):
-            locations.add(onnx.external_data_helper.ExternalDataInfo(values.tensor).location)
-    return tuple(sorted(locations))
+def _used_opsets(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """The opsets that the graph's nodes are written for; the standard one is always there."""
+    used = {"", *(node.domain or "" for node in every_node(graph))}
+    known = {entry.domain: entry.version for entry in graph.import_domains or ()}
+    known.setdefault("", graph.opset)
+    return [onnx.helper.make_opsetid(domain, known.get(domain, 1)) for domain in sorted(used)]
 
 
-def copy_weights(graph: gs.Graph, source: Path, target: Path) -> None:
-    """Copy the graph's external data files into ``target``, under the names that the graph has for them."""
-    for location in data_files(graph):
+def _gather_constants(graph: onnx.GraphProto) -> None:
+    """Constants that bodies read stand in the outermost graph, once; graphsurgeon writes them into every body."""
+    known = {tensor.name for tensor in graph.initializer}
+    for body in list(every_graph(graph))[1:]:
+        inner = list(body.initializer)
+        del body.initializer[:]
+        graph.initializer.extend(tensor for tensor in inner if tensor.name not in known)
+        known |= {tensor.name for tensor in inner}
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Copy the external data files that the ONNX file ``source`` names into directory ``target``, under their names."""
+    model = _parse(source)
+    tensors = (tensor for part in every_graph(model.graph) for tensor in _stored(part))
+    for location in sorted({location for tensor in tensors if (location := _location(tensor))}):
         path = inside(target, location, target / MODEL)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inside(source, location, source / MODEL), path)
+        shutil.copyfile(inside(source.parent, location, source), path)
+
+
+def _stored(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Initialisers, and what Constant nodes hold."""
+    held = [entry.t for node in graph.node for entry in node.attribute if entry.type == onnx.AttributeProto.TENSOR]
+    return [*graph.initializer, *held]
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    """The file that holds the bytes of ``tensor``; nothing where they stand in the .onnx file."""
+    if not onnx.external_data_helper.uses_external_data(tensor):
+        return ""
+    return str(onnx.external_data_helper.ExternalDataInfo(tensor).location)
 
 
 def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
     """Put the graph's external data files into ``target``, without a copy where the file system allows."""
-    for location in data_files(graph):
+    stored = (tensor._values for tensor in constants(graph))
+    locations = {_location(values.tensor) for values in stored if isinstance(values, ExternalValues)}
+    for location in sorted(locations):
         original, link = inside(source, location, source / MODEL), inside(target, location, target / MODEL)
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -213,7 +177,3 @@ def _forget_shapes(graph: gs.Graph) -> None:
         for tensor in node.outputs:
             if isinstance(tensor, gs.Variable) and id(tensor) not in ends:
                 tensor.shape, tensor.dtype = None, None
-
-
-def _is_called(graph: gs.Graph, function: gs.Function) -> bool:
-    return any(node.domain == function.domain and node.op == function.name for node in graph.nodes)

@@ -11,7 +11,8 @@ from typing import Any
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.mask import save_masked
-from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant, weight_bytes
+from graph_passes.measure import Size, measure, pass_entry
+from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
 from graph_passes.oracle import OracleEntry, check
 from graph_passes.prune import match_layers
@@ -73,12 +74,12 @@ def optimize(
         plan.require_model(model.source_sha256, str(source))
     layers = match_layers(plan, model.blocks)
     decisions = [decide(block, layer, form, accepted) for block, layer in zip(model.blocks, layers, strict=True)]
-    before = (len(model.graph.nodes), weight_bytes(model.graph, model.path.parent))
+    before = measure(model.graph, model.path.parent)
     with new_directory(out) as staging:
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, on_progress)
         inputs, outputs = io_of(model.graph)
-        passes = _passes(model, decisions, before, staging)
+        passes = _passes(model, decisions, before, staging, _is_new(model, written))
         entries = _observe(model, written, staging)
         proof = _prove(model.path, plan, staging, runner, out.parent) if prove else []
         copy_companions(model.path.parent, staging)
@@ -111,12 +112,17 @@ def _check_form(form: str, accepted: Sequence[str] | None) -> None:
 
 
 def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: Progress | None) -> None:
-    if not any(item.rewritten for item in written):
-        copy_weights(model.graph, model.path.parent, staging)
+    if not _is_new(model, written):
+        copy_weights(model.path, staging)
         shutil.copyfile(model.path, staging / MODEL)
         return
     model.graph.cleanup().toposort()
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
+
+
+def _is_new(model: Model, written: Sequence[Written]) -> bool:
+    """Whether the file is written anew; a model in which nothing is to be done is copied byte for byte."""
+    return model.reduced or any(item.rewritten for item in written)
 
 
 def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:
@@ -124,17 +130,17 @@ def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None
 
 
 def _passes(
-    model: Model, decisions: Sequence[Decision], before: tuple[int, int], staging: Path
+    model: Model, decisions: Sequence[Decision], before: Size, staging: Path, is_new: bool
 ) -> tuple[PassEntry, ...]:
     """What happened, in order: bytes go when experts are pruned, nodes when the form is written."""
-    nodes, size = before
-    after_nodes, after_size = len(model.graph.nodes), weight_bytes(model.graph, staging)
+    after = measure(model.graph, staging)
     dropped = sum(decision.read.nbytes - decision.pruned.nbytes for decision in decisions)
-    forms = sorted({decision.form for decision in decisions if decision.form is not None})
-    return (
-        PassEntry("prune-experts", dropped > 0, nodes, nodes, size, size - dropped),
-        PassEntry("write-blocks", bool(forms), nodes, after_nodes, size - dropped, after_size),
-    )
+    pruned = Size(before.nodes, before.bytes - dropped)
+    forms = any(decision.form is not None for decision in decisions)
+    own = pass_entry("prune-experts", dropped > 0, before, pruned), pass_entry("write-blocks", forms, pruned, after)
+    if is_new:
+        return (*model.passes, *own)
+    return tuple(pass_entry(entry.name, False, before, before) for entry in (*model.passes, *own))  # the file as it was
 
 
 def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[BlockEntry, ...]:

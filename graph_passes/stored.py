@@ -32,6 +32,18 @@ class LazyWeight(LazyValues):  # type: ignore[misc]
         return self.weight.load()
 
 
+class ExternalValues(LazyValues):  # type: ignore[misc]
+    """What a graphsurgeon constant holds in place of an array that lies in a file of ``directory``."""
+
+    def __init__(self, proto: onnx.TensorProto, directory: Path) -> None:
+        super().__init__(proto)
+        self.directory = directory
+
+    def load(self) -> Array:
+        """The values."""
+        return np.array(of_proto(self.tensor, self.directory).load())
+
+
 def constant(name: str, weight: Weight) -> gs.Constant:
     """A graph constant over ``weight``, which is not quantised: scales are constants of their own."""
     assert weight.scales is None
@@ -49,7 +61,11 @@ def of_constant(constant: gs.Constant, directory: Path) -> Weight:
         return values.weight
     if not isinstance(values, LazyValues):
         return from_array(np.asarray(values))
-    proto: onnx.TensorProto = values.tensor
+    return of_proto(values.tensor, directory)
+
+
+def of_proto(proto: onnx.TensorProto, directory: Path) -> Weight:
+    """The weight that an ONNX file describes; see `of_constant`."""
     shape, dtype = tuple(proto.dims), dtype_of(proto)
     stored_rows = shape[0] if shape else 1
     if not onnx.external_data_helper.uses_external_data(proto):
@@ -106,7 +122,8 @@ def packed_bytes(array: Array) -> Array:
         return np.ascontiguousarray(array)
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) & ((1 << bits) - 1)
     flat = np.pad(flat, (0, -flat.size % (8 // bits))).reshape(-1, 8 // bits)
-    return np.bitwise_or.reduce(flat << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+    joined: Array = np.bitwise_or.reduce(flat << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+    return joined
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,57 @@
+"""Before anything is read: what other tools write becomes what readers expect. One file a pass.
+
+Inlining functions and lifting constants change how a graph is written, not what it holds. Folding conditions takes out
+what can never run, so a model in which that finds something is written anew.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graph_passes.measure import measure, pass_entry
+from graph_passes.simplify.conditions import fold_conditions
+from graph_passes.simplify.constants import lift_constants
+from graph_passes.simplify.functions import has_calls, inline_functions
+from graph_passes.simplify.importing import import_graph
+from moe_spec.manifest import PassEntry
+
+
+@dataclasses.dataclass(frozen=True)
+class Simplified:
+    """A graph as readers see it, and what was done to it for that."""
+
+    graph: gs.Graph
+    passes: tuple[PassEntry, ...]
+
+    @property
+    def reduced(self) -> bool:
+        """Whether something that can never run was found, and is not in ``graph`` any more."""
+        return self.passes[-1].modified
+
+
+def simplify(model: onnx.ModelProto, path: Path) -> Simplified:
+    """The graph of ``model`` (which changes), read from ``path``; its weights stay where they are.
+
+    Raises:
+        UserError: functions that cannot be inlined, a graph that cannot be put in order, or weights that are missing,
+            cut, or outside the directory.
+    """
+    directory = path.parent
+    lift_constants(model.graph)
+    inlined = has_calls(model)
+    if inlined:
+        called = measure(import_graph(model, path), directory)
+        inline_functions(model, path)
+        lift_constants(model.graph)
+    graph = import_graph(model, path)
+    flat = measure(graph, directory)
+    folded = fold_conditions(graph)
+    return Simplified(
+        graph,
+        (
+            pass_entry("inline-functions", inlined, called if inlined else flat, flat),
+            pass_entry("fold-conditions", folded, flat, measure(graph, directory)),
+        ),
+    )

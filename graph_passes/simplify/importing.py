@@ -1,0 +1,33 @@
+"""From an ONNX file to a graph in topological order whose weights can be found."""
+
+from pathlib import Path
+
+import onnx
+import onnx.external_data_helper
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
+
+from graph_passes.stored import ExternalValues
+from graph_passes.walk import constants
+from moe_spec.errors import UserError
+
+_MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
+
+
+def import_graph(model: onnx.ModelProto, path: Path) -> gs.Graph:
+    """The graph of ``model``, whose weights lie beside ``path``.
+
+    Raises:
+        UserError: a cycle.
+    """
+    graph = gs.import_onnx(model)
+    try:
+        graph.toposort()
+    except (OnnxGraphSurgeonException, RecursionError) as error:
+        raise UserError(f"{path}: the graph cannot be put in order: {error}", hint=_MEND) from error
+    for tensor in constants(graph):
+        values = tensor._values
+        if isinstance(values, LazyValues) and onnx.external_data_helper.uses_external_data(values.tensor):
+            tensor._values = ExternalValues(values.tensor, path.parent)
+    return graph
