@@ -12,7 +12,8 @@ from exporter.tasks import task_of
 from exporter.trace import to_onnx
 from models.checkpoints import load_model
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from tests.foreign.table import FOREIGN, Foreign
+from tests.foreign.foreign import Foreign
+from tests.foreign.table import FOREIGN
 from tests.models_table import TINY
 
 RUNNER = OnnxRuntimeRunner(threads=1)
@@ -60,6 +61,6 @@ def _export_batched_mm(checkpoint: Path, path: Path) -> None:
 
 def _export_foreign(entry: Foreign, directory: Path) -> None:
     staging = directory.with_suffix(".staging")
-    staging.mkdir()
+    staging.mkdir(exist_ok=True)
     entry.export(entry.make(), entry.inputs, staging / "model.onnx")
     staging.rename(directory)

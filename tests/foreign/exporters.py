@@ -4,10 +4,12 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import onnx_ir
 import torch
 from torch import nn
@@ -18,13 +20,16 @@ from tests.foreign.inputs import Inputs
 
 OUTPUT = "y"
 
+Export = Callable[[nn.Module, Inputs, Path], None]
+"""Writes a graph of a model, traced with the example that its inputs give."""
+
 
 def dynamo(model: nn.Module, inputs: Inputs, path: Path, *, opset: int | None = None, optimize: bool = True) -> None:
     """torch.onnx.export as it is by default since torch 2.9."""
     with _quiet():
         program = torch.onnx.export(
             model,
-            kwargs=inputs.random(),
+            kwargs=inputs.to_trace(),
             dynamo=True,
             dynamic_shapes={name: dict(axes) for name, axes in inputs.axes.items()},
             output_names=[OUTPUT],
@@ -45,7 +50,7 @@ def torchscript(
     functions: bool | Collection[type[nn.Module]] = False,
 ) -> None:
     """torch.onnx.export as it was before, and as most tutorials still show it."""
-    example = inputs.random()
+    example = inputs.to_trace()
     with _quiet():
         torch.onnx.export(
             model,
@@ -60,14 +65,26 @@ def torchscript(
         )
 
 
+def external(model: nn.Module, inputs: Inputs, path: Path) -> None:
+    """``torchscript``, every initialiser in a file of its own beside the graph, however small."""
+    torchscript(model, inputs, path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=0)
+
+
 def transformers(model: nn.Module, inputs: Inputs, path: Path, *, ort_fusions: Literal["cuda"] | None = None) -> None:
     """transformers' own exporter; with ``ort_fusions="cuda"`` it writes ONNX Runtime's fused ops."""
     dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in inputs.axes.items()}
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, ort_fusions=ort_fusions)
     exporter: Any = OnnxExporter()  # its annotations want a whole model, it takes a block as well
     with _quiet():
-        program = exporter.export(model, inputs.random(), config=config).program
+        program = exporter.export(model, inputs.to_trace(), config=config).program
     onnx_ir.save(program, path)
+
+
+unoptimized: Export = partial(dynamo, optimize=False)
+opset_18: Export = partial(dynamo, opset=18)
+opset_23: Export = partial(dynamo, opset=23)
+fused: Export = partial(transformers, ort_fusions="cuda")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,16 @@
 """Each expert picks its tokens, computes those, and adds them where they came from."""
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from tests.foreign.parts import EXPERTS
+from tests.foreign.exporters import dynamo, torchscript
+from tests.foreign.foreign import Foreign
+from tests.foreign.inputs import HALF_TOKENS, TOKENS
+from tests.foreign.parts import EXPERTS, Mlp, SwiGlu, residual
+from tests.foreign.routers import RENORMALISED, SIGMOID, SigmoidBias, SoftmaxTopK
 
 
 class Mixtral(nn.Module):
@@ -40,3 +47,22 @@ class DeepSeek(nn.Module):
             idx, top = torch.where(ids_TK == e)
             out_TH[idx] += self.experts[e](x_TH[idx]) * weights_TK[idx, top, None]
         return out_TH
+
+
+_nonzero = partial(Foreign, "nonzero")
+_mixtral = partial(residual, lambda: Mixtral(SoftmaxTopK(), SwiGlu))
+_deepseek = residual(lambda: DeepSeek(SigmoidBias(), Mlp), layers=1)
+_functions = partial(torchscript, functions={SwiGlu})
+
+
+def _half() -> nn.Module:
+    return _mixtral(layers=2)().half()
+
+
+NONZERO: Mapping[str, Foreign] = {
+    "nonzero_mixtral": _nonzero(RENORMALISED, _mixtral(layers=1), TOKENS, dynamo),
+    "nonzero_mixtral_torchscript": _nonzero(RENORMALISED, _mixtral(layers=2), TOKENS, torchscript, layers=2),
+    "nonzero_mixtral_half": _nonzero(RENORMALISED, _half, HALF_TOKENS, torchscript, layers=2),
+    "nonzero_mixtral_functions": _nonzero(RENORMALISED, _mixtral(layers=2), TOKENS, _functions, layers=2),
+    "nonzero_deepseek": _nonzero(SIGMOID, _deepseek, TOKENS, dynamo),
+}

@@ -1,4 +1,4 @@
-"""Routers and experts that many hand-written MoE layers share, eight experts each; only names and order differ."""
+"""What hand-written MoE layers share: experts, a residual stack, random weights."""
 
 from collections.abc import Callable
 
@@ -8,50 +8,6 @@ from torch import Tensor, nn
 from tests.foreign.inputs import HIDDEN
 
 EXPERTS, TOP_K, WIDTH = 8, 2, 24
-
-
-class SoftmaxTopK(nn.Module):
-    """Softmax, top-k, renormalised or not (Mixtral, OLMoE)."""
-
-    def __init__(self, *, renormalize: bool = True, hidden: int = HIDDEN) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden, EXPERTS, bias=False)
-        self._renormalize = renormalize
-
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        scores_TE = nn.functional.softmax(self.gate(x_TH), dim=-1)
-        weights_TK, ids_TK = torch.topk(scores_TE, TOP_K, dim=-1)
-        if self._renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return weights_TK, ids_TK
-
-
-class TopKSoftmax(nn.Module):
-    """Top-k of the logits, softmax over those (GPT-OSS, Shazeer et al. 2017 without its noise)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(HIDDEN, EXPERTS)
-
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TK, ids_TK = torch.topk(self.gate(x_TH), TOP_K, dim=-1)
-        return nn.functional.softmax(logits_TK, dim=-1), ids_TK
-
-
-class SigmoidBias(nn.Module):
-    """Sigmoid, a bias for the choice only, renormalised, scaled (DeepSeek-V3 without groups)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.bias = nn.Buffer(torch.zeros(EXPERTS))
-
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        scores_TE = torch.sigmoid(self.gate(x_TH))
-        ids_TK = torch.topk(scores_TE + self.bias, TOP_K, dim=-1)[1]
-        weights_TK = scores_TE.gather(1, ids_TK)
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_TK * 2.5, ids_TK
 
 
 class Mlp(nn.Module):

@@ -1,10 +1,25 @@
 """Every expert computes every token, from three-dimensional weights; gates pick what counts."""
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from tests.foreign.inputs import HIDDEN
-from tests.foreign.parts import EXPERTS, WIDTH
+from tests.foreign.exporters import dynamo, external, opset_18, opset_23, torchscript, unoptimized
+from tests.foreign.foreign import Foreign
+from tests.foreign.inputs import HALF_TOKENS, HIDDEN, HIDDEN_STATES, TOKENS
+from tests.foreign.parts import EXPERTS, WIDTH, residual
+from tests.foreign.routers import (
+    INPUT_GATE,
+    RENORMALISED,
+    SIGMOID,
+    TOP_K_FIRST,
+    SigmoidBias,
+    SoftmaxTopK,
+    TopKSoftmax,
+)
+from tests.foreign.transformers_blocks import llama4
 
 
 class Bmm(nn.Module):
@@ -85,3 +100,33 @@ class GptOss(nn.Module):
         out_ETH = torch.bmm((up + 1) * glu, self.down_proj) + self.down_proj_bias[..., None, :]
         out_ETH = out_ETH * scores_TE.transpose(0, 1).view(EXPERTS, -1)[..., None]
         return out_ETH.sum(dim=0)
+
+
+_stacked = partial(Foreign, "stacked")
+_bmm = residual(lambda: Bmm(SoftmaxTopK()), layers=2)
+_matmul = residual(lambda: Matmul(TopKSoftmax()), layers=2)
+_einsum = residual(lambda: Einsum(SigmoidBias()), layers=2)
+_gpt_oss = residual(lambda: GptOss(TopKSoftmax()), layers=2)
+_functions = partial(torchscript, functions={Bmm})
+
+
+def _half() -> nn.Module:
+    return _bmm().half()
+
+
+STACKED: Mapping[str, Foreign] = {
+    "stacked_bmm": _stacked(RENORMALISED, _bmm, TOKENS, dynamo, layers=2),
+    "stacked_bmm_unoptimized": _stacked(RENORMALISED, _bmm, TOKENS, unoptimized, layers=2),
+    "stacked_bmm_torchscript": _stacked(RENORMALISED, _bmm, TOKENS, torchscript, layers=2),
+    "stacked_bmm_external": _stacked(RENORMALISED, _bmm, TOKENS, external, layers=2),
+    "stacked_bmm_half": _stacked(RENORMALISED, _half, HALF_TOKENS, torchscript, layers=2),
+    "stacked_bmm_functions": _stacked(RENORMALISED, _bmm, TOKENS, _functions, layers=2),
+    "stacked_matmul_opset_18": _stacked(TOP_K_FIRST, _matmul, TOKENS, opset_18, layers=2),
+    "stacked_matmul_torchscript": _stacked(TOP_K_FIRST, _matmul, TOKENS, torchscript, layers=2),
+    "stacked_einsum_opset_23": _stacked(SIGMOID, _einsum, TOKENS, opset_23, layers=2),
+    "stacked_einsum_torchscript": _stacked(SIGMOID, _einsum, TOKENS, torchscript, layers=2),
+    "stacked_gpt_oss": _stacked(TOP_K_FIRST, _gpt_oss, TOKENS, dynamo, layers=2),
+    "stacked_gpt_oss_torchscript": _stacked(TOP_K_FIRST, _gpt_oss, TOKENS, torchscript, layers=2),
+    "stacked_llama4": _stacked(INPUT_GATE, llama4, HIDDEN_STATES, dynamo, top_k=1),
+    "stacked_llama4_torchscript": _stacked(INPUT_GATE, llama4, HIDDEN_STATES, torchscript, top_k=1),
+}
