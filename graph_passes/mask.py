@@ -17,6 +17,7 @@ from graph_passes.describe import entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import mask_E, observe_routing, routing_of
+from graph_passes.order import sort_nodes
 from graph_passes.prune import match_layers
 from graph_passes.walk import replace_reads
 from graph_passes.writers.routing import UNSELECTABLE
@@ -45,7 +46,7 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
             _observe(model.graph, Emitter(model.graph, block.name, names), block, layer)
             for block, layer in zip(model.blocks, layers, strict=True)
         )
-        model.graph.toposort()
+        sort_nodes(model.graph)
         save_variant(model.graph, staging / OBSERVED)
         copy_companions(model.path.parent, staging)
         if (model.path.parent / "config.json").is_file():
@@ -78,7 +79,7 @@ def save_masked(
     for block, layer in zip(blocks, layers, strict=True):
         if layer is not None:
             mask_block(Emitter(graph, block.name, names), block, layer.dropped)
-    graph.toposort()
+    sort_nodes(graph)
     save_variant(graph, target / MODEL)
 
 

@@ -15,6 +15,7 @@ from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
 from graph_passes.oracle import OracleEntry, check
+from graph_passes.order import sort_nodes, tidy
 from graph_passes.prune import match_layers
 from graph_passes.readers import read_blocks
 from graph_passes.rewrite import Decision, Written, carry_out, decide
@@ -116,7 +117,7 @@ def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: 
         copy_weights(model.path, staging)
         shutil.copyfile(model.path, staging / MODEL)
         return
-    model.graph.cleanup().toposort()
+    tidy(model.graph)
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
 
 
@@ -156,7 +157,7 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
             entries.append(dataclasses.replace(entry_of(item.block), router=""))
         else:
             entries.append(entry_of(item.block))
-    model.graph.toposort()
+    sort_nodes(model.graph)
     save_variant(model.graph, staging / OBSERVED)
     return tuple(entries)
 

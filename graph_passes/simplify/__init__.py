@@ -10,11 +10,13 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
+from graph_passes.checks import check_file
 from graph_passes.measure import measure, pass_entry
 from graph_passes.simplify.conditions import fold_conditions
 from graph_passes.simplify.constants import lift_constants
-from graph_passes.simplify.functions import has_calls, inline_functions
+from graph_passes.simplify.functions import check_calls, has_calls, inline_functions
 from graph_passes.simplify.importing import import_graph
+from graph_passes.simplify.names import make_names_unique
 from moe_spec.manifest import PassEntry
 
 
@@ -39,12 +41,14 @@ def simplify(model: onnx.ModelProto, path: Path) -> Simplified:
             cut, or outside the directory.
     """
     directory = path.parent
-    lift_constants(model.graph)
+    _normalise(model.graph)
     inlined = has_calls(model)
     if inlined:
+        check_calls(model, path)
         called = measure(import_graph(model, path), directory)
         inline_functions(model, path)
-        lift_constants(model.graph)
+        check_file(model, path)
+        _normalise(model.graph)
     graph = import_graph(model, path)
     flat = measure(graph, directory)
     folded = fold_conditions(graph)
@@ -55,3 +59,8 @@ def simplify(model: onnx.ModelProto, path: Path) -> Simplified:
             pass_entry("fold-conditions", folded, flat, measure(graph, directory)),
         ),
     )
+
+
+def _normalise(graph: onnx.GraphProto) -> None:
+    make_names_unique(graph)
+    lift_constants(graph)

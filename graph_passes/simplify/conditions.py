@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.emitter import Names
+from graph_passes.order import tidy
 from graph_passes.walk import produced_by, replace_uses
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
@@ -10,14 +10,13 @@ BRANCHES = {True: "then_branch", False: "else_branch"}
 
 def fold_conditions(graph: gs.Graph) -> bool:
     """Replace every ``If`` with a constant condition by its branch, in bodies too; whether there was one."""
-    names = Names(graph)
-    folded = _fold(graph, names)
+    folded = _fold(graph)
     if folded:
-        graph.cleanup().toposort()
+        tidy(graph)
     return folded
 
 
-def _fold(part: gs.Graph, names: Names) -> bool:
+def _fold(part: gs.Graph) -> bool:
     """The same for ``part``, a graph or a body; what a branch brings along is looked at in its turn."""
     folded, waiting = False, list(part.nodes)
     while waiting:
@@ -25,9 +24,9 @@ def _fold(part: gs.Graph, names: Names) -> bool:
         condition = known_condition(node.inputs[0]) if node.op == "If" and node.domain in (None, "") else None
         if condition is None:
             for body in node.subgraphs():
-                folded |= _fold(body, names)
+                folded |= _fold(body)
         else:
-            waiting += _splice(part, node, condition, names)
+            waiting += _splice(part, node, condition)
             folded = True
     return folded
 
@@ -41,7 +40,7 @@ def known_condition(tensor: gs.Tensor) -> bool | None:
     return (not inner) if inner is not None and node is not None and node.op == "Not" else inner
 
 
-def _splice(part: gs.Graph, node: gs.Node, condition: bool, names: Names) -> list[gs.Node]:
+def _splice(part: gs.Graph, node: gs.Node, condition: bool) -> list[gs.Node]:
     """Put the nodes of the branch that ``node`` takes in its place; these nodes."""
     branch: gs.Graph = node.attrs[BRANCHES[condition]]
     results, given = list(node.outputs), list(branch.outputs)
@@ -50,10 +49,6 @@ def _splice(part: gs.Graph, node: gs.Node, condition: bool, names: Names) -> lis
     part.nodes = [other for other in part.nodes if other is not node]  # `remove` compares by value
     node.inputs.clear()
     node.outputs.clear()
-    for inner in nodes:  # branches may share names, a graph may not
-        inner.name = names.fresh(inner.name) if inner.name else ""
-        for tensor in inner.outputs:
-            tensor.name = names.fresh(tensor.name) if tensor.name else ""
     part.nodes.extend(nodes)
     for old, new in zip(results, given, strict=True):
         replace_uses(part, old, new)

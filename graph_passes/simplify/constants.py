@@ -1,24 +1,22 @@
 """One kind of constant: initialisers of the outermost graph. Constant nodes and the constants of bodies become such."""
 
-from collections import Counter
-
 import numpy as np
 import onnx
 
-from graph_passes.protos import every_graph, every_node
+from graph_passes.protos import every_graph
 
 
 def lift_constants(graph: onnx.GraphProto) -> None:
     """Make every constant of ``graph`` and of the bodies in it an initialiser of ``graph``, in place.
 
     Bodies may read what lies around them. graphsurgeon would write a constant that several bodies read once for each.
+    Names must be unique (`graph_passes.simplify.names`).
     """
     parts = list(every_graph(graph))
     for part in parts:
         _lift_nodes(part)
-    taken = _defined_names(parts)
     for body in parts[1:]:
-        _hoist(body, graph, taken)
+        _hoist(body, graph)
 
 
 def _lift_nodes(graph: onnx.GraphProto) -> None:
@@ -48,36 +46,14 @@ def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
     return onnx.numpy_helper.from_array(np.asarray(value, kinds[attribute.name]))
 
 
-def _defined_names(parts: list[onnx.GraphProto]) -> Counter[str]:
-    """How many graphs define a value of each name: branches of one ``If`` may share names, constants may not."""
-    names: Counter[str] = Counter()
-    for part in parts:
-        names.update(value.name for value in (*part.input, *part.initializer))
-        names.update(name for node in part.node for name in node.output)
-    return names
-
-
-def _hoist(body: onnx.GraphProto, graph: onnx.GraphProto, taken: Counter[str]) -> None:
+def _hoist(body: onnx.GraphProto, graph: onnx.GraphProto) -> None:
     """Move the initialisers of ``body`` into ``graph``; one that is a result of the body gets there by Identity."""
     results, inputs = {value.name for value in body.output}, {value.name for value in body.input}
     stay = [value for value in body.initializer if value.name in inputs]
     for value in (value for value in list(body.initializer) if value.name not in inputs):
-        old = value.name
-        if old in results:
-            value.name = _fresh(old, taken)
-            body.node.insert(0, onnx.helper.make_node("Identity", [value.name], [old]))
-        elif taken[old] > 1:
-            value.name = _fresh(old, taken)
-            for node in every_node(body):
-                node.input[:] = [value.name if name == old else name for name in node.input]
+        if value.name in results:
+            name, value.name = value.name, f"{value.name}.constant"
+            body.node.insert(0, onnx.helper.make_node("Identity", [value.name], [name]))
         graph.initializer.append(value)
     del body.initializer[:]
     body.initializer.extend(stay)
-
-
-def _fresh(name: str, taken: Counter[str]) -> str:
-    number = 2
-    while f"{name}_{number}" in taken:
-        number += 1
-    taken[f"{name}_{number}"] = 1
-    return f"{name}_{number}"

@@ -14,6 +14,9 @@ from moe_spec.experts_op import DOMAIN
 MOST_NODES = 1_000_000
 """A graph that is larger once its functions are inlined is refused: nested calls multiply."""
 
+DEEPEST = 100
+"""As deep may functions call each other."""
+
 FIRST_COMPARABLE = 13
 """From this opset on, ops changed their meaning (Softmax was the last) only where their inputs or attributes did."""
 
@@ -33,11 +36,9 @@ def inline_functions(model: onnx.ModelProto, path: Path) -> None:
     """Inline every function of ``model`` but those of `DOMAIN`, in place. Weights are not touched, wherever they lie.
 
     Raises:
-        UserError: functions that call themselves, that grow without measure, or that are written for an opset in which
-            an op means something else.
+        UserError: a function is written for an opset in which an op means something else.
     """
     functions = _foreign(model)
-    _check_size(model, functions, path)
     for function in functions.values():
         _adopt_opset(model, function, path)
     own = [function for function in model.functions if function.domain == DOMAIN]
@@ -63,8 +64,13 @@ def _called(node: onnx.NodeProto) -> Key:
     return node.domain, node.op_type
 
 
-def _check_size(model: onnx.ModelProto, functions: Mapping[Key, onnx.FunctionProto], path: Path) -> None:
-    """Refuse what does not end, or ends beyond `MOST_NODES`."""
+def check_calls(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse what cannot be inlined because it does not end, or ends beyond `MOST_NODES`.
+
+    Raises:
+        UserError: functions that call themselves, or that grow without measure.
+    """
+    functions = _foreign(model)
     sizes: dict[Key, int] = {}
     open_calls: list[Key] = []
 
@@ -74,6 +80,8 @@ def _check_size(model: onnx.ModelProto, functions: Mapping[Key, onnx.FunctionPro
     def size(key: Key) -> int:
         if key in open_calls:
             raise UserError(f"{path}: function {'.'.join(key)} calls itself", hint=_HINT)
+        if len(open_calls) > DEEPEST:
+            raise UserError(f"{path}: its functions call each other more than {DEEPEST} deep", hint=_HINT)
         if key not in sizes:
             open_calls.append(key)
             sizes[key] = size_of(_calls(functions[key]))

@@ -6,8 +6,8 @@ import onnx
 import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
-from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
+from graph_passes.order import sort_nodes
 from graph_passes.stored import ExternalValues
 from graph_passes.walk import constants
 from moe_spec.errors import UserError
@@ -23,8 +23,8 @@ def import_graph(model: onnx.ModelProto, path: Path) -> gs.Graph:
     """
     graph = gs.import_onnx(model)
     try:
-        graph.toposort()
-    except (OnnxGraphSurgeonException, RecursionError) as error:
+        sort_nodes(graph)
+    except ValueError as error:
         raise UserError(f"{path}: the graph cannot be put in order: {error}", hint=_MEND) from error
     for tensor in constants(graph):
         values = tensor._values
