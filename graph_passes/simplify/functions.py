@@ -1,7 +1,6 @@
 """Inline model-local functions, so that readers see ops. Only our own experts node stays what it is."""
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
