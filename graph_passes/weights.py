@@ -42,6 +42,8 @@ class Weight:
         swapped: whether the last two axes are swapped at the end.
         scales: of a quantised weight.
         zero_points: of a quantised weight, where they are not 0.
+        matmul_nbits: ``accuracy_level`` of the com.microsoft.MatMulNBits node that multiplies by it, so that another
+            is written for it; None where none does.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +56,12 @@ class Weight:
     swapped: bool = False
     scales: "Weight | None" = None
     zero_points: "Weight | None" = None
+    matmul_nbits: int | None = None
+
+    @property
+    def values(self) -> "Weight":
+        """A quantised weight without its scales and zero points: the numbers that are stored."""
+        return dataclasses.replace(self, scales=None, zero_points=None, matmul_nbits=None)
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +113,46 @@ class Weight:
         part = self._then(lambda array: array[(slice(None),) * stored + (chosen,)])
         part = dataclasses.replace(part, shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]))
         return part._with_parts(lambda inner: inner._half(axis, index, length, interleaved))
+
+    def cut(self, count: int, axis: int = 0) -> "Weight":
+        """``axis`` cut into ``count`` runs that become axis 0: (E N, M) along 0, or (N, E M) along 1, as (E, N, M).
+
+        Raises:
+            ValueError: the runs are not of one length, or a block of shared scales would be cut.
+        """
+        return self._cut(count, axis, self.shape[axis])
+
+    def _cut(self, count: int, axis: int, length: int) -> "Weight":
+        if self.shape[axis] == 1 and length > 1:
+            split = (*self.shape[:axis], 1, 1, *self.shape[axis + 1 :])
+        elif self.shape[axis] % count:
+            raise ValueError(f"{self.shape[axis]} rows or columns are not {count} runs of one length")
+        else:
+            split = (*self.shape[:axis], count, self.shape[axis] // count, *self.shape[axis + 1 :])
+        whole = dataclasses.replace(self, scales=None, zero_points=None)
+
+        def read(rows: Rows | None) -> Array:  # views: of a memory-mapped weight only the runs that are used are read
+            return select(np.moveaxis(whole.load().reshape(split), axis, 0), rows)
+
+        shape = (split[axis], *split[:axis], *split[axis + 1 :])
+        runs = Weight(shape, self.dtype, read, shape[0], scales=self.scales, zero_points=self.zero_points)
+        return runs._with_parts(lambda part: part._cut(count, axis, length))
+
+    def joined(self) -> "Weight":
+        """(E, N, M) as (E N, M)."""
+        experts, rows, columns = self.shape
+        flat = self.values.map((experts * rows, columns), lambda array: array.reshape(-1, columns), row_wise=True)
+        scales, zero_points = (None if part is None else part._joined(experts) for part in self._parts())
+        return dataclasses.replace(flat, scales=scales, zero_points=zero_points, matmul_nbits=self.matmul_nbits)
+
+    def _joined(self, experts: int) -> "Weight":
+        """Scales (E or 1, N, M) of a weight of ``experts``: repeated for each where they share them and have rows."""
+        if self.shape[:2] == (1, 1):
+            return self.one(0)
+        if self.shape[0] == experts:
+            return self.joined()
+        shape = (experts, *self.shape[1:])
+        return self.map(shape, lambda array: np.broadcast_to(array, shape)).joined()
 
     def map(self, shape: tuple[int, ...], transform: Callable[[Array], Array], *, row_wise: bool = False) -> "Weight":
         """``transform`` of this weight, of shape ``shape``, once it is read; no quantised weight.
@@ -201,7 +249,10 @@ def stack(weights: Sequence[Weight]) -> Weight:
         ValueError: shapes, dtypes or quantisation differ.
     """
     first = weights[0]
-    kinds = {(weight.shape, weight.dtype, weight.scales is None, weight.zero_points is None) for weight in weights}
+    kinds = {
+        (weight.shape, weight.dtype, weight.scales is None, weight.zero_points is None, weight.matmul_nbits)
+        for weight in weights
+    }
     if len(kinds) != 1:
         raise ValueError("experts have weights of different shapes or types")
 
@@ -217,6 +268,7 @@ def stack(weights: Sequence[Weight]) -> Weight:
         len(weights),
         scales=scales,
         zero_points=stack(zeros) if zeros else None,
+        matmul_nbits=first.matmul_nbits,
     )
 
 

@@ -1,0 +1,89 @@
+"""Reader for experts side by side in two-dimensional weights, as our own writer ``dense`` puts them.
+
+::
+
+    up = Gemm(x (T, H), W_up (H, E F)) + b_up (E F)
+    gated = Reshape(Reshape(act(up), (-1, E, F)) * gates (T, E, 1), (-1, E F))
+    out = MatMul(gated, W_down (E F, H)) + MatMul(gates, b_down (E, H))
+"""
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock
+from graph_passes.readers.axes import EXPERTS, HIDDEN, WIDTH, Axis
+from graph_passes.readers.batched_ffn import DOWN, Held, Layout, Product, is_down, read_block
+from graph_passes.readers.projection import read_weight
+from graph_passes.readers.weighing import MOVES
+from graph_passes.routers import Weights
+from graph_passes.walk import is_weight, produced_by, source
+from graph_passes.weights import Weight
+
+FORM = "dense"
+LOOKS_FOR = "product of gated channels of all experts with one matrix"
+
+STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
+"""Ops that a weight passes before it is multiplied."""
+
+
+class SideBySide:
+    """Weights (H, E F) and (E F, H), the experts one after the other."""
+
+    form = FORM
+    summed = "E"
+
+    def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
+        """A Gemm or MatMul by a matrix."""
+        if node.op not in ("Gemm", "MatMul") or not is_weight(source(node.inputs[1], STORED), 2):
+            return None
+        tensor, flipped = node.inputs[1], bool(node.attrs.get("transB", 0))
+        along = 0 if ends == DOWN else 1
+
+        def load(weights: Weights, experts: int) -> Weight:
+            weight = read_weight(tensor, weights)
+            stored = weight.swap() if weight.swapped else weight
+            if flipped != weight.swapped:  # (out, in) as it lies: cut what lies, swap the result
+                return stored.cut(experts, 1 - along).swap()
+            return stored.cut(experts, along)
+
+        wide = tuple(EXPERTS + end if end == WIDTH else end for end in ends)
+        return Product(node, node.inputs[0], Held(tensor, wide[::-1] if flipped else wide, load))
+
+    def bias(self, term: gs.Tensor, width: Axis, gates: gs.Tensor | None) -> Held | None:
+        """A constant (E F), or the gates' product with one (E, H)."""
+        if width == HIDDEN:
+            product = None if gates is None else produced_by(source(term), "MatMul")
+            shared = product is not None and source(product.inputs[0], MOVES) is source(gates, MOVES)
+            if not shared or not is_weight(product.inputs[1], 2):
+                return None
+            table = product.inputs[1]
+            return Held(table, (EXPERTS, HIDDEN), lambda weights, _: weights.of(table))
+        if not is_weight(term, 1):
+            return None
+        return Held(term, (EXPERTS + WIDTH,), lambda weights, experts: weights.of(term).cut(experts))
+
+
+LAYOUT: Layout = SideBySide()
+
+
+def anchors(graph: gs.Graph) -> list[gs.Node]:
+    """The products that read gated channels of experts."""
+    return [node for node in graph.nodes if _reads_gated(node) and is_down(LAYOUT, node)]
+
+
+def read(down: gs.Node, name: str, weights: Weights) -> MoEBlock:
+    """The block whose down projection is ``down``.
+
+    Raises:
+        FormError: with the first op that stands elsewhere than in this form.
+    """
+    return read_block(LAYOUT, down, name, weights)
+
+
+def _reads_gated(node: gs.Node) -> bool:
+    """Whether ``node`` reads channels that were taken apart by expert, gated, and put side by side again."""
+    flat = produced_by(node.inputs[0], "Reshape") if node.op in ("Gemm", "MatMul") else None
+    gated = None if flat is None else produced_by(source(flat.inputs[0], {"Cast"}), "Mul")
+    return gated is not None and any(
+        produced_by(source(this, {"Cast"}), "Reshape") and produced_by(source(other, {"Cast"}), "Unsqueeze", "Reshape")
+        for this, other in (gated.inputs, reversed(gated.inputs))
+    )

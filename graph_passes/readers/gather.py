@@ -1,0 +1,86 @@
+"""Reader for weights gathered by id for each token, as our own writer ``gather`` does.
+
+::
+
+    up = MatMul(x (T, 1, 1, H), Gather(W_up (E, H, F), ids (T, K))) + Unsqueeze(Gather(b_up (E, F), ids))
+    down = MatMul(act(up), Gather(W_down (E, F, H), ids)) + Unsqueeze(Gather(b_down (E, H), ids))
+    out = ReduceSum(down * weights (T, K, 1, 1), axes of K and 1)
+
+The ids may be flat (T K), each token K times.
+"""
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import MoEBlock
+from graph_passes.readers.axes import EXPERTS, Axis
+from graph_passes.readers.batched_ffn import Held, Layout, Product, is_down, read_block
+from graph_passes.readers.projection import read_weight
+from graph_passes.readers.weighing import MOVES
+from graph_passes.routers import Weights
+from graph_passes.walk import produced_by, source
+from graph_passes.weights import Weight
+
+FORM = "gather"
+LOOKS_FOR = "Gather of stacked expert weights"
+
+STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
+"""Ops that a weight passes before it is gathered."""
+
+
+class Gathered:
+    """Weights (E, in, out) or (E, out, in), of which MatMul reads those with the ids of a token."""
+
+    form = FORM
+    summed = "K"
+
+    def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
+        """A MatMul, of which one operand was gathered."""
+        if node.op != "MatMul":
+            return None
+        for side in (1, 0):
+            gather = _gather_of(node.inputs[side], 3)
+            if gather is None:
+                continue
+            kernel = _held(gather, ends[::-1] if side == 0 else ends, flipped=side == 0)
+            return Product(node, node.inputs[1 - side], kernel, ids=gather.inputs[1])
+        return None
+
+    def bias(self, term: gs.Tensor, width: Axis, gates: gs.Tensor | None) -> Held | None:
+        """Rows of (E, out), gathered likewise."""
+        gather = _gather_of(source(term, MOVES), 2)
+        return None if gather is None or gates is not None else _held(gather, (width,), flipped=False)
+
+
+LAYOUT: Layout = Gathered()
+
+
+def anchors(graph: gs.Graph) -> list[gs.Node]:
+    """The down projections."""
+    return [node for node in graph.nodes if is_down(LAYOUT, node)]
+
+
+def read(down: gs.Node, name: str, weights: Weights) -> MoEBlock:
+    """The block whose down projection is ``down``.
+
+    Raises:
+        FormError: with the first op that stands elsewhere than in this form.
+    """
+    return read_block(LAYOUT, down, name, weights)
+
+
+def _gather_of(tensor: gs.Tensor, rank: int) -> gs.Node | None:
+    gather = produced_by(source(tensor, {"Cast", "Identity"}), "Gather")
+    if gather is None or gather.attrs.get("axis", 0) != 0 or isinstance(gather.inputs[1], gs.Constant):
+        return None
+    stored = source(gather.inputs[0], STORED)
+    return gather if isinstance(stored, gs.Constant) and len(stored.shape) == rank else None
+
+
+def _held(gather: gs.Node, rest: tuple[Axis, ...], *, flipped: bool) -> Held:
+    table = gather.inputs[0]
+
+    def load(weights: Weights, _: int) -> Weight:
+        weight = read_weight(table, weights)
+        return weight.swap() if flipped else weight
+
+    return Held(table, (EXPERTS, *rest), load)

@@ -1,0 +1,84 @@
+"""Follow the outputs of all experts forward, through their gates, to the one sum that is the block's output."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import FormError
+from graph_passes.readers.axes import HIDDEN, TOKENS, AxisReader
+from graph_passes.walk import SHAPE_ONLY, produced_by, producer
+from graph_passes.weights import Weight
+
+MOVES = SHAPE_ONLY | {"Expand", "Transpose"}
+"""Ops that only put values elsewhere, or repeat them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighing:
+    """What happens to the outputs of all experts.
+
+    Attributes:
+        gates: what multiplies them; None where nothing did.
+        bias: what was added to them; None where nothing was.
+        sums: their sum over the experts, and what it is moved to afterwards; empty where they are not summed.
+    """
+
+    gates: gs.Tensor | None
+    bias: gs.Tensor | None
+    sums: tuple[gs.Tensor, ...]
+
+
+def follow(outputs: gs.Tensor, gates: gs.Tensor | None, is_bias: Callable[[gs.Tensor], bool]) -> Weighing:
+    """Where ``outputs`` of all experts go; ``gates`` where they were multiplied before.
+
+    Where ``outputs`` are summed already, ``follow`` finds their bias, and what they are moved to.
+    """
+    bias, summed, sums = None, False, [outputs]
+    for node, other in _path(outputs):
+        if node.op in MOVES:
+            sums.append(node.outputs[0])
+        elif node.op == "Add" and bias is None and other is not None and is_bias(other):
+            bias, sums = other, [node.outputs[0]]
+        elif summed:
+            break
+        elif node.op == "Mul" and gates is None and other is not None:
+            gates = other
+        elif node.op == "ReduceSum":
+            summed, sums = True, [node.outputs[0]]
+        elif node.op in ("Einsum", "MatMul") and gates is None and other is not None:
+            gates, summed, sums = other, True, [node.outputs[0]]
+        else:
+            break
+    return Weighing(gates, bias, tuple(sums))
+
+
+def _path(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor | None]]:
+    """The only consumer of ``tensor``, that one's, and so on; each with its other operand, where it has two.
+
+    Who asks for a shape only is not counted.
+    """
+    while len(consumers := [node for node in tensor.outputs if node.op != "Shape"]) == 1:
+        node = consumers[0]
+        others = [operand for operand in node.inputs if operand is not tensor]
+        yield node, others[0] if len(others) == len(node.inputs) - 1 == 1 else None
+        tensor = node.outputs[0]
+
+
+def sum_of(weighing: Weighing, axes: AxisReader, weight: Weight) -> gs.Tensor:
+    """The (T, H) value among ``weighing.sums``, in the dtype of the experts' ``weight`` where it is cast to that.
+
+    Raises:
+        FormError: none has these axes.
+    """
+    for index, tensor in enumerate(weighing.sums):
+        if axes.of(tensor) != (TOKENS, HIDDEN):
+            continue
+        after = weighing.sums[index + 1 : index + 2]
+        cast = produced_by(after[0], "Cast") if after else None
+        to = None if cast is None else onnx.helper.tensor_dtype_to_np_dtype(int(cast.attrs["to"]))
+        return after[0] if to == weight.float_dtype else tensor
+    last = weighing.sums[-1]
+    axes.expect(last, TOKENS, HIDDEN)
+    raise FormError("the experts' outputs are not summed", producer(last) or last)
