@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graph_passes.dequantize import dequantization
 from graph_passes.stored import constant
 from graph_passes.walk import every_node
 from graph_passes.weights import Weight, from_array
@@ -63,6 +64,12 @@ class Emitter:
         self._graph.nodes.append(node)
         return results[0] if outputs == 1 else results
 
+    def fused(self, domain: str, op: str, *inputs: gs.Tensor, label: str, **attributes: Any) -> gs.Variable:
+        """One node of another domain than ONNX's own, and its only output."""
+        result: gs.Variable = self.emit(op, *inputs, label=label, **attributes)
+        result.inputs[0].domain = domain
+        return result
+
     def ints(self, *values: int) -> gs.Constant:
         """An int64 constant of rank 1: axes, shapes."""
         return self.array("ints", np.asarray(values, np.int64))
@@ -71,13 +78,27 @@ class Emitter:
         """A small constant."""
         return gs.Constant(self.fresh(label), np.asarray(values))
 
-    def weight(self, label: str, weight: Weight) -> gs.Constant:
-        """A constant that stays on disk until the graph is saved."""
+    def weight(self, label: str, weight: Weight) -> gs.Tensor:
+        """A constant that stays on disk until the graph is saved; what dequantises it, where it is quantised.
+
+        Raises:
+            UserError: no standard op of this opset dequantises it.
+        """
+        if weight.scales is None:
+            return self.stored(label, weight)
+        parts = dequantization(weight, self.opset, f"weight {label} of layer {self._scope}")
+        inputs = [self.stored(label, parts.values), self.stored(f"{label}_scale", parts.scales)]
+        if parts.zero_points is not None:
+            inputs.append(self.stored(f"{label}_zero_point", parts.zero_points))
+        return self.emit("DequantizeLinear", *inputs, label=f"{label}_float", **parts.attributes)
+
+    def stored(self, label: str, weight: Weight) -> gs.Constant:
+        """A constant that stays on disk until the graph is saved, of a weight without scales."""
         return constant(self.fresh(label), weight)
 
     def number(self, value: float, like: Weight) -> gs.Constant:
-        """A scalar of ``like``'s dtype."""
-        return constant(self.fresh("number"), from_array(np.asarray(value, like.dtype)))
+        """A scalar of the dtype that ``like`` is computed with."""
+        return constant(self.fresh("number"), from_array(np.asarray(value, like.float_dtype)))
 
     def reshape(self, tensor: gs.Tensor, shape: Sequence[int], label: str) -> gs.Variable:
         """``tensor`` in ``shape``; one entry may be -1."""

@@ -27,6 +27,7 @@ from runtime.onnx_file import check_external_data
 from runtime.targets import ONNXRUNTIME, Target
 
 CPU = "CPUExecutionProvider"
+_FLOAT_ACTIVATIONS = "1"
 _SILENT = 4
 _EXTERNAL_FROM_BYTES = 1024
 _NUMPY = {"float": "float32", "double": "float64"}
@@ -129,6 +130,8 @@ class OnnxRuntimeBackend:
         options.graph_optimization_level = level
         options.log_severity_level = _SILENT
         options.intra_op_num_threads = self.threads
+        # a graph that dequantises weights asks for a product in float; by default activations become int8 for it
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT_ACTIVATIONS)
         return options
 
     def _load(self, path: Path, options: Any) -> Any:

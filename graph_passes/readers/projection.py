@@ -7,6 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
+from graph_passes.readers.quantized import read_dequantized, read_nbits
 from graph_passes.routers import Weights
 from graph_passes.walk import operand, produced_by, producer, scalar, source
 from graph_passes.weights import Weight
@@ -28,19 +29,14 @@ def read_linear(tensor: gs.Tensor, weights: Weights) -> Linear:
     Raises:
         FormError: it is none, or its matrix is no constant.
     """
-    tensor, bias = _strip_bias(source(tensor), weights)
+    tensor, added = _strip_bias(source(tensor), weights)
     node = producer(source(tensor))
-    if node is None or node.op not in ("Gemm", "MatMul"):
+    if node is None or node.op not in ("Gemm", "MatMul", "MatMulNBits"):
         raise FormError("a projection is no Gemm or MatMul", node or tensor)
-    weight = read_weight(node.inputs[1], weights)
-    if node.op == "Gemm":
-        if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")) or node.attrs.get("transA", 0):
-            raise FormError("a projection scales or transposes what it reads", node)
-        weight = weight.swap() if node.attrs.get("transB", 0) else weight
-        own = operand(node, 2)
-        if own is not None and bias is not None:
-            raise FormError("a projection adds two biases", node)
-        bias = bias if own is None else _vector(own, weights)
+    weight, own = _kernel(node, weights)
+    if own is not None and added is not None:
+        raise FormError("a projection adds two biases", node)
+    bias = added if own is None else own
     if len(weight.shape) != 2:
         raise FormError(f"a projection's weight has shape {list(weight.shape)}, expected a matrix", node)
     if bias is not None and bias.shape != weight.shape[1:]:
@@ -48,10 +44,23 @@ def read_linear(tensor: gs.Tensor, weights: Weights) -> Linear:
     return Linear(source(node.inputs[0], {"Identity"}), weight, bias, node)
 
 
+def _kernel(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:
+    """The matrix (in, out) that ``node`` multiplies by, and the bias that it adds itself."""
+    if node.op == "MatMulNBits":
+        return read_nbits(node, weights)
+    weight = read_weight(node.inputs[1], weights)
+    if node.op == "MatMul":
+        return weight, None
+    if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")) or node.attrs.get("transA", 0):
+        raise FormError("a projection scales or transposes what it reads", node)
+    bias = operand(node, 2)
+    return weight.swap() if node.attrs.get("transB", 0) else weight, None if bias is None else _vector(bias, weights)
+
+
 def read_weight(tensor: gs.Tensor, weights: Weights) -> Weight:
     """The constant behind ``tensor``, in ``tensor``'s axes; only its last two axes may have been swapped.
 
-    One matrix may be taken out of stacked ones, by Gather or Slice or as an output of Split.
+    It may be quantised. One matrix may be taken out of stacked ones, by Gather or Slice or as an output of Split.
 
     Raises:
         FormError: it is computed otherwise.
@@ -62,6 +71,8 @@ def read_weight(tensor: gs.Tensor, weights: Weights) -> Weight:
     match node.op:
         case "Identity":
             return read_weight(node.inputs[0], weights)
+        case "DequantizeLinear":
+            return read_dequantized(node, weights)
         case "Transpose":
             inner = read_weight(node.inputs[0], weights)
             rank = len(inner.shape)

@@ -11,13 +11,13 @@ weights of the K that the logits choose.
 
 import dataclasses
 
-import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, FormError, MoEBlock, Router
 from graph_passes.packing import unpacked
 from graph_passes.readers.contrib import DOMAIN, Projections, check_logits, experts_of, leading_axes, optional, sparse
+from graph_passes.readers.quantized import INTEGERS
 from graph_passes.routers import Weights, read_gates, read_logits
 from graph_passes.routers.assemble import Steps, assemble
 from graph_passes.routers.finish import Finish
@@ -33,7 +33,6 @@ FC1, FC2, FC3 = (2, 3, 4, 11), (5, 6, 7, 12), (8, 9, 10, 13)
 """Where weights, scales, bias and zero points of each projection stand."""
 
 ROUTER_WEIGHTS = 14
-INTEGERS = {4: ml_dtypes.uint4, 8: np.uint8}
 
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:

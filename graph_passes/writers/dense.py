@@ -28,7 +28,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     column = emitter.emit("Unsqueeze", gates, emitter.ints(2), label="gates_column")
     gated = emitter.reshape(emitter.emit("Mul", middle, column, label="gated"), (-1, count * width), "gated_flat")
     down_EFH = experts.down_EFH
-    out = linear(emitter, gated, _side_by_side(down_EFH), None, "experts.down", "down")
+    out = linear(emitter, gated, down_EFH.joined(), None, "experts.down", "down")
     if experts.down_bias_EH is not None:  # each expert's bias counts as much as its gate
         bias = emitter.emit(
             "MatMul", gates, emitter.weight("experts.down_bias", experts.down_bias_EH), label="down_bias"
@@ -41,10 +41,4 @@ def _wide(emitter: Emitter, x: gs.Tensor, weight: Weight, bias: Weight | None, l
     """``x (T, H) @ (H, E F)``: the experts side by side."""
     experts, _, width = weight.shape
     flat = None if bias is None else bias.map((experts * width,), np.ravel, row_wise=True)
-    return linear(emitter, x, _side_by_side(weight.swap()).swap(), flat, f"experts.{label}", label)
-
-
-def _side_by_side(weight: Weight) -> Weight:
-    """(E, N, M) as (E N, M)."""
-    experts, rows, columns = weight.shape
-    return weight.map((experts * rows, columns), lambda array: array.reshape(-1, columns), row_wise=True)
+    return linear(emitter, x, weight.swap().joined().swap(), flat, f"experts.{label}", label)

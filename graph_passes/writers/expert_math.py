@@ -1,5 +1,7 @@
 """The ops inside an expert, shared by every form: projections and the activation between them."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -7,11 +9,14 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import Experts
 from graph_passes.emitter import Emitter
 from graph_passes.weights import Weight
+from graph_passes.writers.nbits import matmul_nbits
 from moe_spec.experts_op import NO_LIMIT, Activation
 
 
 def linear(emitter: Emitter, x: gs.Tensor, weight: Weight, bias: Weight | None, name: str, label: str) -> gs.Tensor:
     """``x (rows, in) @ weight (in, out) + bias (out,)``; a weight that lies as (out, in) is not transposed."""
+    if weight.matmul_nbits is not None:
+        return matmul_nbits(emitter, x, weight, bias, name, label)
     kernel = emitter.weight(name, weight.swap() if weight.swapped else weight)
     if bias is None and not weight.swapped:
         return emitter.emit("MatMul", x, kernel, label=label)
@@ -85,9 +90,18 @@ def _tanh_gelu(emitter: Emitter, x: gs.Tensor, like: Weight) -> gs.Tensor:
     return emitter.emit("Mul", half, shifted, label="gelu")
 
 
+def scaled(weight: Weight, factor: float) -> Weight:
+    """``weight`` times ``factor``: the scales times ``factor`` where it is quantised."""
+    if factor == 1.0:
+        return weight
+    if weight.scales is not None:
+        return dataclasses.replace(weight, scales=scaled(weight.scales, factor))
+    return weight.map(weight.shape, lambda array: (array * array.dtype.type(factor)).astype(array.dtype), row_wise=True)
+
+
 def gate_dtype(emitter: Emitter, gates: gs.Tensor, experts: Experts) -> gs.Tensor:
     """float32 gates in the experts' dtype."""
-    if experts.up_EHF.dtype == np.float32:
+    if experts.up_EHF.float_dtype == np.float32:
         return gates
-    to = onnx.helper.np_dtype_to_tensor_dtype(experts.up_EHF.dtype)
+    to = onnx.helper.np_dtype_to_tensor_dtype(experts.up_EHF.float_dtype)
     return emitter.emit("Cast", gates, label="gates_cast", to=to)

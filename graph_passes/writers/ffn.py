@@ -6,8 +6,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock, Router
 from graph_passes.emitter import Emitter
-from graph_passes.weights import Weight
-from graph_passes.writers.expert_math import single_ffn
+from graph_passes.writers.expert_math import scaled, single_ffn
 from graph_passes.writers.routing import Routing
 
 NEGLIGIBLE_EPS = 1e-12
@@ -37,13 +36,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]
     down_bias = block.experts.down_bias_EH
     experts = dataclasses.replace(
         block.experts,
-        down_EFH=_scaled(block.experts.down_EFH, scale),
-        down_bias_EH=None if down_bias is None else _scaled(down_bias, scale),
+        down_EFH=scaled(block.experts.down_EFH, scale),
+        down_bias_EH=None if down_bias is None else scaled(down_bias, scale),
     )
     return single_ffn(emitter, block.hidden, experts, 0, "experts"), None
-
-
-def _scaled(weight: Weight, scale: float) -> Weight:
-    if scale == 1.0:
-        return weight
-    return weight.map(weight.shape, lambda array: (array * array.dtype.type(scale)).astype(array.dtype), row_wise=True)

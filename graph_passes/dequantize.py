@@ -1,0 +1,90 @@
+"""A quantised weight in standard ops: its bytes as they are, and the ``DequantizeLinear`` that gives their values.
+
+The operator knows one scale (since opset 13), one for each entry of one axis, and runs of values along one axis that
+share a scale while no other axis shares any (since opset 21). Scales of any other shape are repeated until they are
+one of these; values are never touched.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from graph_passes.weights import Array, Weight
+from moe_spec.errors import UserError
+
+SINCE = {"int8": 13, "uint8": 13, "float8_e4m3fn": 19, "float8_e5m2": 19, "int4": 21, "uint4": 21}
+"""The opset from which the operator takes a dtype."""
+
+BLOCKED_SINCE = 21
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """The inputs and attributes of the operator."""
+
+    values: Weight
+    scales: Weight
+    zero_points: Weight | None
+    attributes: Mapping[str, int]
+
+
+def dequantization(weight: Weight, opset: int, name: str) -> Dequantization:
+    """How to write the quantised ``weight``, called ``name``, in a graph of ``opset``.
+
+    Raises:
+        UserError: the operator of that opset cannot say it.
+    """
+    assert weight.scales is not None
+    lengths, shared = weight.shape, weight.scales.shape
+    varying = [axis for axis, length in enumerate(shared) if length > 1]
+    since = SINCE.get(weight.dtype.name)
+    if since is None or opset < since:
+        raise _refusal(name, weight, "in this type", since, opset)
+    if len(varying) <= 1:
+        return _one_axis(weight, varying)
+    if opset < BLOCKED_SINCE:
+        raise _refusal(name, weight, "with scales along two axes", BLOCKED_SINCE, opset)
+    axis = max(range(len(lengths)), key=lambda axis: (lengths[axis] // shared[axis], axis))
+    wanted = tuple(shared[other] if other == axis else length for other, length in enumerate(lengths))
+    return Dequantization(
+        weight.values,
+        repeated(weight.scales, wanted),
+        None if weight.zero_points is None else repeated(weight.zero_points, wanted),
+        {"axis": axis, "block_size": lengths[axis] // shared[axis]},
+    )
+
+
+def repeated(weight: Weight, shape: Sequence[int]) -> Weight:
+    """Scales or zero points with each entry repeated until they have ``shape``."""
+    if weight.shape == tuple(shape):
+        return weight
+    counts = [wanted // length for wanted, length in zip(shape, weight.shape, strict=True)]
+
+    def repeat(array: Array) -> Array:
+        for axis, count in enumerate(counts):
+            array = np.repeat(array, count, axis)
+        return array
+
+    return weight.map(tuple(shape), repeat)
+
+
+def _one_axis(weight: Weight, varying: Sequence[int]) -> Dequantization:
+    """One scale, or one for each entry of an axis."""
+    axis = varying[0] if varying else 0
+    wanted = tuple(length if varying and other == axis else 1 for other, length in enumerate(weight.shape))
+    flat = (weight.shape[axis],) if varying else ()
+    scales, zeros = (
+        None if part is None else repeated(part, wanted).map(flat, lambda array: array.reshape(flat))
+        for part in (weight.scales, weight.zero_points)
+    )
+    assert scales is not None
+    return Dequantization(weight.values, scales, zeros, {"axis": axis} if varying else {})
+
+
+def _refusal(name: str, weight: Weight, what: str, since: int | None, opset: int) -> UserError:
+    known = "no opset can" if since is None else f"opset {since} can, the graph has {opset}"
+    return UserError(
+        f"{name} is quantised to {weight.dtype.name}, which DequantizeLinear must read {what}: {known}",
+        hint="keep the form that the layer has, or convert the model to a newer opset first",
+    )

@@ -1,0 +1,93 @@
+"""Quantised weights as graphs hold them: constants behind ``DequantizeLinear`` or inside ``com.microsoft.MatMulNBits``.
+
+Values stay as they are stored; scales and zero points get the rank of the values (see ``Weight``).
+"""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import FormError
+from graph_passes.packing import unpacked
+from graph_passes.routers import Weights
+from graph_passes.walk import operand
+from graph_passes.weights import Weight, from_array
+
+INTEGERS = {4: ml_dtypes.uint4, 8: np.uint8}
+"""The dtype of what contrib ops store as so many bits; their zero point is the middle where none is given."""
+
+
+def read_dequantized(node: gs.Node, weights: Weights) -> Weight:
+    """The constant that a DequantizeLinear dequantises: for the whole tensor, along one axis, or in blocks.
+
+    Raises:
+        FormError: values, scales or zero points are computed, or do not fit together.
+    """
+    values, scales, zeros = (
+        None if (tensor := operand(node, index)) is None else weights.of(tensor) for index in range(3)
+    )
+    assert values is not None
+    assert scales is not None
+    axis, size = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    shape = _scales_shape(values.shape, scales.shape, axis % max(len(values.shape), 1), size)
+    if shape is None or (zeros is not None and zeros.shape != scales.shape):
+        raise FormError(f"scales {list(scales.shape)} do not fit values {list(values.shape)} along axis {axis}", node)
+    return dataclasses.replace(
+        values,
+        scales=_in_shape(scales, shape),
+        zero_points=None if zeros is None else _in_shape(zeros, shape),
+    )
+
+
+def read_nbits(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:
+    """The matrix (in, out) and the bias of a MatMulNBits node, which stores it as (out, blocks, bytes).
+
+    Raises:
+        FormError: a layout that cannot be written again.
+    """
+    inputs, outputs, bits, size = (int(node.attrs.get(key, 4)) for key in ("K", "N", "bits", "block_size"))
+    if bits not in INTEGERS or size < 1 or inputs % size or operand(node, 4) is not None:
+        raise FormError(f"MatMulNBits has {bits} bits, {inputs} inputs in blocks of {size}, or a group index", node)
+    blocks, stored = inputs // size, weights.of(node.inputs[1])
+    if stored.dtype != np.uint8 or stored.shape != (outputs, blocks, size * bits // 8):
+        raise FormError(f"MatMulNBits has weights {stored.dtype.name}{list(stored.shape)} for {outputs} outputs", node)
+    octets = stored.map((outputs, inputs * bits // 8), lambda rows: rows.reshape(len(rows), -1), row_wise=True)
+    values = unpacked(octets, INTEGERS[bits])
+    scales = _entries(node, weights.of(node.inputs[2]), (outputs, blocks))
+    given, bias = operand(node, 3), operand(node, 5)
+    zeros = from_array(np.full((1, 1), 2 ** (bits - 1)).astype(INTEGERS[bits]))
+    if given is not None:
+        packed = weights.of(given)
+        if packed.dtype != np.uint8:
+            raise FormError(f"MatMulNBits has zero points of type {packed.dtype.name}, expected uint8", node)
+        row = -(-blocks * bits // 8)
+        entries = unpacked(_entries(node, packed, (outputs, row)), INTEGERS[bits])
+        zeros = entries.map((outputs, blocks), lambda rows: rows[:, :blocks], row_wise=True)
+    level = int(node.attrs.get("accuracy_level", 0))
+    weight = dataclasses.replace(values, scales=scales, zero_points=zeros, matmul_nbits=level).swap()
+    return weight, None if bias is None else weights.of(bias)
+
+
+def _scales_shape(values: tuple[int, ...], scales: tuple[int, ...], axis: int, size: int) -> tuple[int, ...] | None:
+    """The scales' shape in the rank of the values; None where they do not fit."""
+    if math.prod(scales) == 1 and not size:
+        return (1,) * len(values)
+    if not size:
+        alone = tuple(length if index == axis else 1 for index, length in enumerate(values))
+        return alone if scales == (values[axis],) else None
+    blocks = tuple(length // size if index == axis else length for index, length in enumerate(values))
+    return blocks if scales == blocks and values[axis] % size == 0 else None
+
+
+def _in_shape(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    return weight if weight.shape == shape else weight.map(shape, lambda array: array.reshape(shape)).cached()
+
+
+def _entries(node: gs.Node, weight: Weight, shape: tuple[int, int]) -> Weight:
+    """Scales or zero points, which older models store flat."""
+    if math.prod(weight.shape) != math.prod(shape):
+        raise FormError(f"MatMulNBits has scales or zero points {list(weight.shape)}, expected {list(shape)}", node)
+    return _in_shape(weight, shape)
