@@ -1,20 +1,22 @@
 """Recognise routers, from whatever they hand to the experts: ids and weights, gates, or logits for a fused op.
 
-Readers of expert forms call one of the three functions here. One file an idea: `linear` (logits), `scores`, `groups`,
-`ranking`, `finish` (renormalisation and scale), `hits` (0/1 masks), `slots` and `gates` (how these are combined).
+Readers of expert forms call one of the functions here. One file an idea: `linear` (logits), `scores`, `groups`,
+`ranking`, `finish` (renormalisation and scale), `hits` (0/1 masks), `places` (capacity), `products` (factors of gates),
+`sparsemixer` and `rounds` (choices one by one), `slots` and `gates` (how all this is combined).
 """
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, Router, Slots
+from graph_passes.block import SCORE_FIRST, FormError, Router, Slots
 from graph_passes.routers.assemble import Steps, assemble
 from graph_passes.routers.finish import Finish
-from graph_passes.routers.gates import gate_steps
+from graph_passes.routers.gates import gate_steps, product_steps
 from graph_passes.routers.parameters import Weights, block_scope
+from graph_passes.routers.products import Product, factors
 from graph_passes.routers.slots import slot_steps
-from graph_passes.walk import source
+from graph_passes.walk import producer, source
 
-__all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_slots"]
+__all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_masked", "read_slots"]
 
 
 def read_slots(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:
@@ -34,6 +36,19 @@ def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:
     """
     steps, slots = gate_steps(gates_TE)
     return assemble(steps, weights_of, slots=slots, gates=gates_TE)
+
+
+def read_masked(mask: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:
+    """The router behind a 0/1 ``mask`` (T, E) or (T, K, E) and what multiplies it: weights (T, 1), (T, K), or (T, E).
+
+    Raises:
+        FormError: with the first thing that is no step of a known router.
+    """
+    node = producer(source(mask))
+    if node is None:
+        raise FormError("the mask of the chosen experts is not computed", mask)
+    steps, slots = product_steps(factors(mask) * Product(values=(source(weights),)), node)
+    return assemble(steps, weights_of, slots=slots)
 
 
 def read_logits(logits: gs.Tensor, *, top_k: int, renormalize: bool, weights_of: Weights) -> Router:

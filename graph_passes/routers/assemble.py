@@ -34,6 +34,31 @@ class Steps:
     capacity: Capacity | None = None
 
 
+def dropped(steps: Steps, capacity: Capacity | None, node: gs.Node) -> Steps:
+    """``steps``, then choices beyond ``capacity`` are dropped.
+
+    Raises:
+        FormError: some were dropped before.
+    """
+    if capacity is not None and steps.capacity is not None:
+        raise FormError("choices are dropped twice", node)
+    return steps if capacity is None else dataclasses.replace(steps, capacity=capacity)
+
+
+def finished(steps: Steps, finish: Finish, node: gs.Node) -> Steps:
+    """``steps``, then ``finish``.
+
+    Raises:
+        FormError: the weights are renormalised before and after some are dropped.
+    """
+    capacity, earlier = steps.capacity, steps.finish
+    if capacity is not None and finish.renormalize:
+        if earlier.renormalize:
+            raise FormError("the weights are renormalised twice", node)
+        capacity = dataclasses.replace(capacity, before_renormalisation=True)
+    return dataclasses.replace(steps, finish=finish.after(earlier, node), capacity=capacity)
+
+
 def assemble(
     steps: Steps, weights_of: Weights, *, slots: Slots | None = None, gates: gs.Tensor | None = None
 ) -> Router:

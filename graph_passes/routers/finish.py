@@ -64,14 +64,14 @@ def _step(tensor: gs.Tensor) -> tuple[gs.Tensor, Finish] | None:
     if divisor is not None:
         return node.inputs[0], Finish(scale=1.0 / divisor)
     numerator = source(node.inputs[0])
-    total, eps, clips = _strip_eps(node.inputs[1])
+    total, eps, clips = strip_eps(node.inputs[1])
     summed = produced_by(total, "ReduceSum", "ReduceL1")
-    if summed is None or source(summed.inputs[0]) is not numerator or not over_last_axis(summed):
+    if summed is None or source(summed.inputs[0]) is not numerator or not over_later_axis(summed):
         raise FormError("the weights are divided by something else than their sum", node)
     return numerator, Finish(renormalize=True, eps=eps, eps_clips=clips)
 
 
-def _strip_eps(total: gs.Tensor) -> tuple[gs.Tensor, float, bool]:
+def strip_eps(total: gs.Tensor) -> tuple[gs.Tensor, float, bool]:
     """(sum, eps, whether eps is its lower bound) of ``sum + eps``, ``Clip(sum, eps)`` or ``Max(sum, eps)``."""
     total = source(total, SPREAD)
     node = produced_by(total, "Add", "Max", "Clip")
@@ -86,8 +86,8 @@ def _strip_eps(total: gs.Tensor) -> tuple[gs.Tensor, float, bool]:
     return (total, 0.0, False) if parts is None else (source(parts[0], SPREAD), parts[1], node.op == "Max")
 
 
-def over_last_axis(reduction: gs.Node) -> bool:
+def over_later_axis(reduction: gs.Node) -> bool:
     """Whether a reduction leaves the first axis alone and reduces one axis: the experts or slots of a token."""
     axes = operand(reduction, 1)
-    given = axes.values.tolist() if isinstance(axes, gs.Constant) else reduction.attrs.get("axes")
+    given = axes.values.reshape(-1).tolist() if isinstance(axes, gs.Constant) else reduction.attrs.get("axes")
     return given is not None and len(given) == 1 and given[0] != 0

@@ -3,25 +3,26 @@
 Read backwards, the gates are scaled and renormalised (see `finish`) from::
 
     ScatterElements(zeros, ids, weights)
-    ReduceSum(weights (T, K, 1) where or times mask (T, K, E)) over the slots       see `hits` for the masks
-    scores times or where mask (T, E)                                               Switch Transformer
+    ReduceSum(weights (T, K, 1) times mask (T, K, E)) over the slots                see `hits` for the masks,
+    scores (T, E) or weight (T, 1) times mask (T, E)                                `products` for how they multiply
+    weight 1 times mask 1 plus weight 2 times mask 2                                see `rounds`
     Sigmoid or Softmax of ScatterElements(-inf, ids, values of TopK(logits))        Llama 4
     Softmax or Sigmoid of logits                                                    nothing is ranked: K = E
 """
-
-import dataclasses
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError, Slots
-from graph_passes.routers.assemble import Steps
+from graph_passes.routers.assemble import Steps, dropped, finished
 from graph_passes.routers.finish import read_finish
-from graph_passes.routers.groups import strip_groups
-from graph_passes.routers.hits import constant_value, ids_of, scattered_ids
+from graph_passes.routers.hits import scattered_ids
+from graph_passes.routers.places import capacity_of
+from graph_passes.routers.products import Product, factors
 from graph_passes.routers.ranking import read_ranking
-from graph_passes.routers.scores import SCORES, check_fill, read_scores, read_selection_bias
-from graph_passes.routers.slots import slot_steps
+from graph_passes.routers.rounds import Round, round_steps
+from graph_passes.routers.scores import SCORES, read_scores
+from graph_passes.routers.slots import is_over_experts, score_steps, slot_steps
 from graph_passes.walk import produced_by, producer, source
 
 
@@ -36,7 +37,7 @@ def gate_steps(gates: gs.Tensor) -> tuple[Steps, Slots | None]:
     if node is None:
         raise FormError("the gates are not computed from logits", base)
     steps, slots = _read_base(node)
-    return dataclasses.replace(steps, finish=finish.after(steps.finish, node)), slots
+    return finished(steps, finish, node), slots
 
 
 def _read_base(node: gs.Node) -> tuple[Steps, Slots | None]:
@@ -48,15 +49,33 @@ def _read_base(node: gs.Node) -> tuple[Steps, Slots | None]:
         if ids is None:
             raise FormError("the gates are not scattered into zeros along the experts", node)
         return slot_steps(ids, node.inputs[2]), Slots(ids, node.inputs[2])
-    masked = _masked(producer(source(node.inputs[0]))) if node.op == "ReduceSum" else _masked(node)
-    if masked is None:
+    if node.op == "Add":
+        return round_steps(tuple(_round(tensor) for tensor in node.inputs)), None
+    return product_steps(factors(node.outputs[0]), node)
+
+
+def product_steps(product: Product, node: gs.Node) -> tuple[Steps, Slots | None]:
+    """What is done with the logits behind the factors of gates, and the slots where they are behind them.
+
+    Raises:
+        FormError: with the first thing that is no step of a known router.
+    """
+    if len(product.values) != 1 or len(product.ids) != 1:
         raise FormError(f"{node.op} makes no gates of a known router", node)
-    values, mask = masked
-    ids = ids_of(mask)
-    assert ids is not None
-    if node.op == "ReduceSum":
-        return slot_steps(ids, values), Slots(ids, values)
-    return _masked_scores(values, ids)
+    (values,), (ids,) = product.values, product.ids
+    base, finish = read_finish(values)
+    if is_over_experts(base, ids):
+        steps, slots = score_steps(base, ids, finish), None
+    else:
+        steps, slots = slot_steps(ids, values), Slots(ids, values)
+    return dropped(steps, capacity_of(product.limits, node), node), slots
+
+
+def _round(tensor: gs.Tensor) -> Round:
+    product = factors(tensor)
+    if len(product.values) != 1 or len(product.ids) != 1:
+        raise FormError("a term of the gates is no weight times a one-hot mask", producer(source(tensor)))
+    return Round(product.ids[0], product.values[0], product.limits)
 
 
 def _plain(node: gs.Node) -> Steps:
@@ -72,43 +91,5 @@ def _scored_after_scatter(node: gs.Node, scatter: gs.Node) -> tuple[Steps, Slots
     ranking = None if ids is None else read_ranking(ids)
     if ranking is None or source(scatter.inputs[2]) is not ranking.values:
         raise FormError("the scores are not of the best logits scattered into -inf", scatter)
-    steps = Steps(SCORES[node.op], TOPK_FIRST, ranking.top_k, source(ranking.ranked), ranking.ranked, ranking.ranked)
-    return steps, None
-
-
-def _masked(node: gs.Node | None) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """(values, mask) where ``node`` is their product, or takes values where the mask is set and 0 elsewhere."""
-    if node is None or node.op not in ("Mul", "Where"):
-        return None
-    if node.op == "Where":
-        mask, values, other = node.inputs
-        return (values, mask) if ids_of(mask) is not None and constant_value(other) == 0.0 else None
-    for values, mask in (node.inputs, reversed(node.inputs)):
-        if ids_of(mask) is not None:
-            return values, mask
-    return None
-
-
-def _masked_scores(scores: gs.Tensor, ids: gs.Tensor) -> tuple[Steps, Slots | None]:
-    """``scores`` (T, E) at the chosen ids; or one weight a token (T, 1), spread by a one-hot mask."""
-    ranking = read_ranking(ids)
-    base, finish = read_finish(scores)
-    function = producer(base)
-    if function is None or function.op not in SCORES:
-        return slot_steps(ids, scores), Slots(ids, scores)
-    score, logits = read_scores(base)
-    choice, groups, fill = strip_groups(ranking.ranked)
-    bias = None if source(choice) is logits else read_selection_bias(choice, base)
-    check_fill(fill, bias, ranking.node)
-    steps = Steps(
-        score=score,
-        order=SCORE_FIRST,
-        top_k=ranking.top_k,
-        logits=logits,
-        choice=choice,
-        ranked=ranking.ranked,
-        finish=finish,
-        selection_bias=bias,
-        groups=groups,
-    )
-    return steps, None
+    logits = source(ranking.ranked)
+    return Steps(SCORES[node.op], TOPK_FIRST, ranking.top_k, logits, ranking.ranked, ranking.ranked), None

@@ -1,24 +1,29 @@
 """Read a router from the ids and weights of its K slots a token.
 
-Read backwards, the weights are scaled and renormalised (see `finish`) from::
+Read backwards, the weights are scaled, renormalised (see `finish`) and dropped beyond a capacity (see `places`) from::
 
     values of TopK(score(logits))               softmax or sigmoid, then top-k
     score(values of TopK(logits))               top-k, then softmax or sigmoid
     GatherElements(score(logits), ids)          where a selection bias or groups decide the ids
     ReduceMax(score(logits))                    top-1 by ArgMax, Switch Transformer (https://arxiv.org/abs/2101.03961)
 
-and the ids are the indices of that TopK or ArgMax. Casts and reshapes are stepped over.
+and the ids are the indices of that TopK or ArgMax; or two or more rounds stand side by side (see `sparsemixer` and
+`rounds`). Casts and reshapes are stepped over.
 """
 
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError
-from graph_passes.routers.assemble import Steps
-from graph_passes.routers.finish import over_last_axis, read_finish
+from graph_passes.routers.assemble import Steps, dropped, finished
+from graph_passes.routers.finish import Finish, over_later_axis, read_finish
 from graph_passes.routers.groups import strip_groups
+from graph_passes.routers.places import capacity_of
+from graph_passes.routers.products import factors
 from graph_passes.routers.ranking import Ranking, read_ranking
+from graph_passes.routers.rounds import Round, round_steps
 from graph_passes.routers.scores import SCORES, check_fill, read_scores, read_selection_bias
-from graph_passes.walk import producer, source
+from graph_passes.routers.sparsemixer import is_sparsemixer, sparsemixer_steps
+from graph_passes.walk import produced_by, producer, source
 
 
 def slot_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:
@@ -28,13 +33,78 @@ def slot_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:
         FormError: with the first thing that is no step of a known router.
     """
     base, finish = read_finish(weights)
+    node = producer(base)
+    if node is None:
+        raise FormError("the weights are not computed from logits", base)
+    product = factors(base)
+    if product.limits:
+        return _dropped_steps(ids, base, finish)
+    joined = produced_by(source(ids), "Concat")
+    if joined is not None and node.op == "Concat" and len(joined.inputs) == len(node.inputs):
+        return finished(_joined_steps(joined, node), finish, node)
+    return _ranked_steps(ids, base, finish)
+
+
+def _dropped_steps(ids: gs.Tensor, base: gs.Tensor, finish: Finish) -> Steps:
+    """Weights times a mask of those that found a place."""
+    node, product = producer(base), factors(base)
+    assert node is not None
+    masks = (*product.ids, *(limit.ids for limit in product.limits))
+    if len(product.values) != 1 or any(mask is not source(ids) for mask in masks):
+        raise FormError("weights are dropped by something else than the places of their experts", node)
+    steps = slot_steps(ids, product.values[0])
+    return finished(dropped(steps, capacity_of(product.limits, node), node), finish, node)
+
+
+def _joined_steps(ids: gs.Node, weights: gs.Node) -> Steps:
+    """Rounds of one choice each, side by side."""
+    if is_sparsemixer(weights):
+        return sparsemixer_steps(ids, weights)
+    if len(ids.inputs) != 2:
+        raise FormError("more than two choices are made one by one", ids)
+    pairs = zip(ids.inputs, weights.inputs, strict=True)
+    return round_steps(tuple(Round(source(one), source(weight)) for one, weight in pairs))
+
+
+def _ranked_steps(ids: gs.Tensor, base: gs.Tensor, finish: Finish) -> Steps:
+    ranking, node = read_ranking(ids), producer(base)
+    assert node is not None
+    if node.op in SCORES and ranking.values is not None and source(node.inputs[0]) is ranking.values:
+        choice, groups, _ = strip_groups(ranking.ranked)
+        logits = source(choice)
+        return Steps(SCORES[node.op], TOPK_FIRST, ranking.top_k, logits, choice, ranking.ranked, finish, groups=groups)
+    return score_steps(_scores_behind(node, ranking), ids, finish)
+
+
+def _scores_behind(node: gs.Node, ranking: Ranking) -> gs.Tensor:
+    """All scores, of which ``node`` hands over those of the chosen experts."""
+    if node is ranking.node and node.op == "TopK":
+        return strip_groups(ranking.ranked)[0]
+    if node.op == "GatherElements" and source(node.inputs[1]) is ranking.ids:
+        return source(node.inputs[0])
+    if node.op == "ReduceMax" and ranking.node.op == "ArgMax" and over_later_axis(node):
+        return source(node.inputs[0])
+    if node.op == "ReduceSum" and ranking.top_k == 1:
+        product = factors(node.outputs[0])
+        if len(product.values) == 1 and len(product.ids) == 1 and product.ids[0] is ranking.ids:
+            return product.values[0]
+    raise FormError("the weights are neither values of the TopK nor scores gathered by its ids", node)
+
+
+def score_steps(scores: gs.Tensor, ids: gs.Tensor, finish: Finish) -> Steps:
+    """What is done with the logits behind ``scores`` (T, E), of which those at ``ids`` are the weights.
+
+    Raises:
+        FormError: what is ranked is not made of the scores.
+    """
     ranking = read_ranking(ids)
+    score, logits = read_scores(scores)
     choice, groups, fill = strip_groups(ranking.ranked)
-    score, order, logits, bias = _read_base(base, ranking, choice)
+    bias = None if source(choice) is logits else read_selection_bias(choice, scores)  # the best logits score best
     check_fill(fill, bias, ranking.node)
     return Steps(
         score=score,
-        order=order,
+        order=SCORE_FIRST,
         top_k=ranking.top_k,
         logits=logits,
         choice=choice,
@@ -45,26 +115,8 @@ def slot_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:
     )
 
 
-def _read_base(base: gs.Tensor, ranking: Ranking, choice: gs.Tensor) -> tuple[str, str, gs.Tensor, gs.Constant | None]:
-    """(score, order, logits, selection bias) of weights that are ``base`` before renormalisation."""
-    node = producer(base)
-    if node is None:
-        raise FormError("the weights are not computed from logits", base)
-    if node.op in SCORES and ranking.values is not None and source(node.inputs[0]) is ranking.values:
-        return SCORES[node.op], TOPK_FIRST, source(choice), None
-    scores = _scores_behind(node, ranking, choice)
-    score, logits = read_scores(scores)
-    if ranking.values is None and source(choice) is logits:  # ArgMax of logits is ArgMax of scores
-        return score, SCORE_FIRST, logits, None
-    return score, SCORE_FIRST, logits, read_selection_bias(choice, scores)
-
-
-def _scores_behind(node: gs.Node, ranking: Ranking, choice: gs.Tensor) -> gs.Tensor:
-    """All scores, of which ``node`` hands over those of the chosen experts."""
-    if node is ranking.node and node.op == "TopK":
-        return choice
-    if node.op == "GatherElements" and source(node.inputs[1]) is ranking.ids:
-        return source(node.inputs[0])
-    if node.op == "ReduceMax" and ranking.node.op == "ArgMax" and over_last_axis(node):
-        return source(node.inputs[0])
-    raise FormError("the weights are neither values of the TopK nor scores gathered by its ids", node)
+def is_over_experts(scores: gs.Tensor, ids: gs.Tensor) -> bool:
+    """Whether ``scores`` are those of all experts, rather than of the best logits behind ``ids``."""
+    function = produced_by(source(scores), *SCORES)
+    values = read_ranking(ids).values
+    return function is not None and (values is None or source(function.inputs[0]) is not values)
