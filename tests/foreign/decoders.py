@@ -1,5 +1,6 @@
 """Tiny decoders of transformers, and their MoE blocks alone: eight experts, a layer or two, no cache."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,8 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
 def decoder(name: str, experts_implementation: str | None = None) -> PreTrainedModel:
     """The whole model; ``experts_implementation`` as transformers names it, None for its default."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    config = copy.deepcopy(CONFIGS[name])  # the experts implementation is written into it
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if experts_implementation is not None:
         model.set_experts_implementation(experts_implementation)
     randomised(model)
