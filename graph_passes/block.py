@@ -30,15 +30,20 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """How many tokens of a sequence an expert takes; later ones are dropped (their gate is 0).
+    """How many tokens of a sequence an expert takes; later ones are dropped: their weight is 0.
 
     Attributes:
-        tokens: the limit.
+        limit: scalar in the graph, int64: a constant, or computed from shapes.
         sequence: value (B, S, ...) whose first two axes say which tokens form a sequence; None where all do.
+        by_slot: all first choices take their places before any second choice (V-MoE, https://arxiv.org/abs/2106.05974;
+            GShard, https://arxiv.org/abs/2006.16668); else token by token.
+        before_renormalisation: whether the weights are divided by the sum of those that were not dropped.
     """
 
-    tokens: int
+    limit: gs.Tensor
     sequence: gs.Tensor | None = None
+    by_slot: bool = False
+    before_renormalisation: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Router:
             steps.insert(1, "selection bias")
         if self.groups is not None:
             steps.insert(-1, f"{self.groups.selected} of {self.groups.count} groups")
+        if self.capacity is not None:
+            steps.append("capacity")
         if self.renormalize:
             steps.append("renormalised")
         return ", ".join(steps)
