@@ -13,11 +13,20 @@ from types import ModuleType
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
-from graph_passes.readers import batched_mm, experts_node, moe, qmoe, stacked
+from graph_passes.readers import batched_mm, experts_node, grouped, moe, nonzero, qmoe, sorted_runs, stacked
 from graph_passes.readers.sites import Site, find_sites, projection_of
 from graph_passes.routers import Weights
 
-READERS: tuple[ModuleType, ...] = (experts_node, moe, qmoe, batched_mm, stacked)
+READERS: tuple[ModuleType, ...] = (
+    experts_node,
+    moe,
+    qmoe,
+    batched_mm,
+    grouped,
+    sorted_runs,
+    nonzero,
+    stacked,
+)
 """Most specific first: where two take the same block, the first has it."""
 
 

@@ -1,0 +1,218 @@
+"""Reader for experts that pick their tokens with NonZero and add what they compute where the tokens came from.
+
+::
+
+    tokens, slots = NonZero(one_hot(ids)[e])                    or NonZero(ids == e)
+    out = out.scatter_add(tokens, expert_e(hidden[tokens]) * weights[tokens, slots])
+
+as torch.onnx, old and new, writes the loop of Mixtral and DeepSeek: ScatterND, ScatterElements or Add of one, chained.
+Which expert a branch is, and that all is added up, is found out by trying it (see `Trial`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
+from graph_passes.readers.gathered import gather_of, gathered_from
+from graph_passes.readers.interpreter import Interpreter
+from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
+from graph_passes.readers.trial import Trial, fitted
+from graph_passes.routers import Weights, read_slots
+from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source
+from graph_passes.weights import Array
+
+FORM = "nonzero"
+LOOKS_FOR = "scatter of what experts computed for the tokens that NonZero found"
+
+SCATTERS = ("ScatterND", "ScatterElements")
+SUMS = ("Add", "Sum")
+ZEROS = ("ConstantOfShape", "Expand")
+"""What gives the zeros that the first expert's output is added to."""
+
+INDEX_OPS = SHAPE_ONLY | {"Concat", "Expand", "Gather", "Slice", "Split", "Transpose"}
+"""Between NonZero and the indices of a scatter."""
+MASK_OPS = INDEX_OPS | {"Greater", "Not"}
+"""Between ids and NonZero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One expert: ``output = ffn(x)``.
+
+    Attributes:
+        factors: the two sides of the product that weighs ``output`` or, where ``weights_on`` says so, gives ``x``.
+            Where it is known, the side with the weights stands last.
+    """
+
+    x: gs.Tensor
+    output: gs.Tensor
+    parts: ExpertParts
+    weights_on: str
+    factors: tuple[gs.Tensor, gs.Tensor]
+    scatter: gs.Node
+
+    def sides(self) -> list[tuple[gs.Tensor, gs.Tensor]]:
+        """What may be (tokens, weights), both gathered."""
+        if self.weights_on == ON_OUTPUT:
+            return [(self.x, self.factors[1])]
+        return [self.factors, self.factors[::-1]]
+
+
+def anchors(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes that give the whole sum: scatters by NonZero, and sums of these, that no other such node adds to."""
+    steps: dict[int, gs.Node] = {}
+    for node in graph.nodes:
+        if _is_step(node, steps):
+            steps[id(node.outputs[0])] = node
+    inner = {id(tensor) for node in steps.values() for tensor in _addends(node)}
+    return [node for output, node in steps.items() if output not in inner]
+
+
+def _is_step(node: gs.Node, steps: dict[int, gs.Node]) -> bool:
+    if node.op in SCATTERS:
+        return produced_by(source(node.inputs[1], INDEX_OPS), "NonZero") is not None
+    if node.op not in SUMS:
+        return False
+    partial = [id(tensor) in steps for tensor in node.inputs]
+    return any(partial) and all(
+        is_step or produced_by(tensor, *ZEROS) for is_step, tensor in zip(partial, node.inputs, strict=True)
+    )
+
+
+def _addends(node: gs.Node) -> list[gs.Tensor]:
+    return [node.inputs[0]] if node.op in SCATTERS else list(node.inputs)
+
+
+def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
+    """The block whose experts' outputs are added up in ``end``.
+
+    Raises:
+        FormError: with the first op that stands elsewhere than in this form, or the experts that are missing.
+    """
+    branches = [_read_branch(scatter, weights) for scatter in _scatters(end)]
+    first = branches[0]
+    ids = _ids(first.scatter)
+    router, hidden, gates = _read_router(first, ids, weights)
+    trial = Trial(router.weight_EH.shape[0], router.top_k, first.parts.up.weight.shape[0])
+    run = Interpreter(weights, trial.tokens)
+    run.give(ids, fitted(trial.ids_TK, ids))
+    run.give(gates, fitted(trial.weights_TK, gates))
+    run.give(hidden, trial.hidden_TH)
+    order = _try(branches, gates, end, trial, run)
+    return MoEBlock(
+        name=router.scope or name,
+        form=FORM,
+        hidden=hidden,
+        out=end.outputs[0],
+        router=router,
+        experts=stack_experts([branches[index].parts for index in order]),
+        keep=tuple(range(len(order))),
+        weights_on=first.weights_on,
+    )
+
+
+def _scatters(end: gs.Node) -> Iterator[gs.Node]:
+    """Every scatter that ``end`` adds up, itself included."""
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node.op in SCATTERS and produced_by(source(node.inputs[1], INDEX_OPS), "NonZero"):
+            yield node
+        waiting += [inner for tensor in _addends(node) if (inner := produced_by(tensor, *SCATTERS, *SUMS))]
+
+
+def _read_branch(scatter: gs.Node, weights: Weights) -> Branch:
+    value = _added(source(scatter.inputs[2], SHAPE_ONLY | {"Expand"}))
+    product = produced_by(value, "Mul")
+    sides = [] if product is None else [tuple(product.inputs), tuple(reversed(product.inputs))]
+    for side, gate in sides:
+        if gather_of(gate) is not None and gather_of(side) is None:
+            x, parts = read_ffn(source(side), weights)
+            return Branch(x, source(side), parts, ON_OUTPUT, (side, gate), scatter)
+    x, parts = read_ffn(value, weights)
+    weighed = produced_by(x, "Mul")
+    if weighed is None:
+        raise FormError("an expert's output is not multiplied with gathered weights", producer(value))
+    return Branch(x, value, parts, ON_INPUT, tuple(weighed.inputs), scatter)
+
+
+def _added(value: gs.Tensor) -> gs.Tensor:
+    """What is added to the rows that are read before they are written again."""
+    node = produced_by(value, "Add")
+    if node is None:
+        return value
+    for side, other in (node.inputs, reversed(node.inputs)):
+        read = gather_of(side)
+        if read is not None and not isinstance(read.inputs[0], gs.Constant):
+            return source(other)
+    return value
+
+
+def _read_router(branch: Branch, ids: gs.Tensor, weights: Weights) -> tuple[Router, gs.Tensor, gs.Tensor]:
+    """(router, hidden, weights) of ``branch``, whichever side of a product the weights are."""
+    refusal = None
+    for picked, gate in branch.sides():
+        picks = [gather_of(tensor) for tensor in (picked, gate)]
+        if picks[0] is None or picks[1] is None:
+            raise FormError("tokens and weights are not gathered", branch.parts.up.node)
+        hidden, gates = (gathered_from(pick) for pick in picks if pick is not None)
+        try:
+            return read_slots(ids, gates, weights), hidden, gates
+        except FormError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _ids(scatter: gs.Node) -> gs.Tensor:
+    """The router's ids, which NonZero compares."""
+    found = produced_by(source(scatter.inputs[1], INDEX_OPS), "NonZero")
+    assert found is not None
+    mask = source(found.inputs[0], MASK_OPS)
+    node = producer(mask)
+    if node is not None and node.op == "OneHot":
+        return source(node.inputs[0], {"Unsqueeze", "Cast"})
+    if node is None or node.op != "Equal":
+        raise FormError("NonZero does not look for the id of an expert", node or found)
+    compared = [
+        side for side in node.inputs if not isinstance(source(side), gs.Constant) and not produced_by(side, "Range")
+    ]
+    if len(compared) != 1:
+        raise FormError("ids are not compared with constants", node)
+    return source(compared[0], {"Unsqueeze", "Cast"})
+
+
+def _gate(branch: Branch, gates: gs.Tensor) -> gs.Tensor:
+    """The weights of ``branch``, gathered from ``gates``."""
+    for _, gate in branch.sides():
+        pick = gather_of(gate)
+        if pick is not None and gathered_from(pick) is gates:
+            return gate
+    raise FormError("the experts are weighed with different values", branch.scatter)
+
+
+def _try(branches: list[Branch], gates: gs.Tensor, end: gs.Node, trial: Trial, run: Interpreter) -> list[int]:
+    """For each expert the number of its branch.
+
+    Raises:
+        FormError: a branch reads or gives something else than its expert would, or an expert has no branch.
+    """
+    found: list[int] = []
+    wanted_TH: Array = np.zeros(())
+    for branch in branches:
+        gate = _gate(branch, gates)
+        on_input = branch.weights_on == ON_INPUT
+        slots = trial.slots(run.of(gate), producer(gate))
+        read = run.of(branch.x)
+        trial.require_tokens(read, slots, branch.parts.up.node, weighed=on_input)
+        found.append(trial.expert_of(slots, branch.parts.up.node))
+        rows = trial.outputs(len(slots), branch.parts.down.weight.shape[1])
+        run.give(branch.output, rows.reshape(*read.shape[:-1], -1))
+        wanted_TH = wanted_TH + trial.summed(slots, rows if on_input else rows * trial.weights_of(slots))
+    trial.require_all(found, end)
+    if not np.array_equal(run.of(end.outputs[0]), wanted_TH):
+        raise FormError("the experts' outputs are not added up token by token", end)
+    return [found.index(expert) for expert in range(len(found))]

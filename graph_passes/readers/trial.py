@@ -1,0 +1,132 @@
+"""A routing decision on which a reader tries a block: which token goes to which expert, and what comes back.
+
+Every expert is chosen, none twice by one token, and every weight and every hidden value is another number, so that what
+arrives somewhere tells where it came from.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.block import FormError
+from graph_passes.weights import Array
+
+
+class Trial:
+    """What a router of ``experts`` and ``top_k`` might decide about tokens of ``width`` channels.
+
+    Attributes:
+        ids_TK: expert ids; ``range(experts)`` for every token where ``in_order``.
+        weights_TK: distinct whole numbers.
+        hidden_TH: distinct whole numbers.
+    """
+
+    def __init__(self, experts: int, top_k: int, width: int, *, in_order: bool = False) -> None:
+        tokens = -(-experts // top_k) + 1
+        rng = np.random.default_rng(0)
+        rows = (np.arange(tokens * top_k) % experts).reshape(tokens, top_k)
+        self.ids_TK: Array = rows if in_order else rng.permuted(rng.permutation(rows), axis=1)
+        self.weights_TK: Array = 1.0 + rng.permutation(rows.size).reshape(rows.shape)
+        self.hidden_TH = numbered(tokens, width)
+        self._experts, self._top_k, self._rng = experts, top_k, rng
+        self._slot_of: Array = np.argsort(self.weights_TK.reshape(-1))
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.ids_TK)
+
+    def slots(self, weights: Array, node: gs.Node | None) -> Array:
+        """For each of ``weights`` (n,) which of the T K slots it belongs to.
+
+        Raises:
+            FormError: it is no weight of the router.
+        """
+        flat = weights.reshape(-1)
+        known = (flat >= 1) & (flat <= self.weights_TK.size) & (flat == np.floor(flat))
+        if not known.all():
+            raise FormError("an expert's output is weighed with something else than the router's weights", node)
+        return np.asarray(self._slot_of[flat.astype(np.int64) - 1])
+
+    def weights_of(self, slots: Array) -> Array:
+        """(n, 1) the weights of ``slots``."""
+        return np.asarray(self.weights_TK.reshape(-1, 1)[slots])
+
+    def expert_of(self, slots: Array, node: gs.Node | None) -> int:
+        """The one expert that all of ``slots`` chose.
+
+        Raises:
+            FormError: they chose several, or there are none.
+        """
+        chosen = sorted(set(self.ids_TK.reshape(-1)[slots].tolist()))
+        if len(chosen) != 1:
+            raise FormError(f"a branch takes the tokens of experts {chosen}, expected those of one expert", node)
+        return int(chosen[0])
+
+    def outputs(self, count: int, width: int) -> Array:
+        """(count, width) what an expert might give."""
+        return self._rng.integers(1, 100, (count, width)).astype(np.float64)
+
+    def summed(self, slots: Array, rows: Array) -> Array:
+        """(T, H) what ``rows`` (n, H) of ``slots`` (n,) give, added up by token."""
+        out_TH = np.zeros((self.tokens, rows.shape[-1]))
+        np.add.at(out_TH, slots // self._top_k, rows)
+        return out_TH
+
+    def require_tokens(self, rows: Array, slots: Array, node: gs.Node | None, *, weighed: bool = False) -> None:
+        """Refuse ``rows`` (..., H) that are not the hidden states of the tokens of ``slots`` (times their weights).
+
+        Raises:
+            FormError: they are others.
+        """
+        wanted = self.hidden_TH[slots // self._top_k] * (self.weights_of(slots) if weighed else 1.0)
+        if rows.size != wanted.size or not np.array_equal(rows.reshape(wanted.shape), wanted):
+            raise FormError("an expert does not read the tokens that it is weighed for", node)
+
+    def require_all(self, found: Sequence[int], node: gs.Node) -> None:
+        """Refuse branches of which not exactly one belongs to each expert.
+
+        Raises:
+            FormError: with the experts that are missing.
+        """
+        lost = sorted(set(range(self._experts)) - set(found))
+        if lost:
+            raise FormError(
+                f"the router chooses among {self._experts} experts, the graph computes experts {sorted(found)} only: "
+                f"the exporter lost {_listed(lost)}",
+                node,
+            )
+        if len(found) != self._experts:
+            raise FormError(f"{len(found)} branches compute {self._experts} experts", node)
+
+
+def fitted(values_TK: Array, tensor: gs.Tensor) -> Array:
+    """``values_TK`` with as many axes as ``tensor`` has, as far as the graph says."""
+    rank = 2 if tensor.shape is None else len(tensor.shape)
+    return values_TK.reshape((1,) * (rank - 2) + values_TK.shape) if rank >= 2 else values_TK.reshape(-1)
+
+
+def numbered(rows: int, width: int) -> Array:
+    """(rows, width) whole numbers from 1 on."""
+    return np.arange(1.0, rows * width + 1).reshape(rows, width)
+
+
+def rows_of(values: Array, table: Array, node: gs.Node | None) -> Array:
+    """Which rows of ``table``, made by `numbered`, stand in ``values`` (..., width).
+
+    Raises:
+        FormError: something else stands there.
+    """
+    width = table.shape[1]
+    flat = values.reshape(-1, width) if values.size % width == 0 else values.reshape(1, -1)
+    rows = ((flat[:, 0] - 1) // width).astype(np.int64)
+    inside = flat.shape[1] == width and bool(((rows >= 0) & (rows < len(table))).all())
+    if not inside or not np.array_equal(table[rows], flat):
+        raise FormError("an expert does not read whole rows of what it is given", node)
+    return np.asarray(rows)
+
+
+def _listed(experts: Iterable[int]) -> str:
+    numbers = [str(expert) for expert in experts]
+    return f"expert{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
