@@ -39,6 +39,12 @@ def packed(weight: Weight) -> Weight:
     return dataclasses.replace(octets, dtype=np.dtype(np.uint8))
 
 
+def fill(rows: Array, length: int) -> Array:
+    """``rows`` (..., n) with zeros up to ``length`` entries, so that they end where bytes end."""
+    missing = np.zeros((*rows.shape[:-1], length - rows.shape[-1]), rows.dtype)
+    return np.concatenate([rows, missing], axis=-1)
+
+
 def _split(octets: Array, dtype: np.dtype[np.generic]) -> Array:
     bits = bits_of(dtype)
     parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]

@@ -272,6 +272,24 @@ def stack(weights: Sequence[Weight]) -> Weight:
     )
 
 
+def alternate(first: Weight, second: Weight) -> Weight:
+    """(E, N, ...) twice as (E, 2 N, ...) whose axis 1 takes turns; quantised ones must have scales of one shape."""
+    assert first.shape == second.shape
+    assert (first.scales is None) == (second.scales is None)
+
+    def read(rows: Rows | None) -> Array:
+        chosen = tuple(range(first.shape[0])) if rows is None else rows
+        pair = [weight.values.take(chosen).load() for weight in (first, second)]
+        return np.stack(pair, axis=2).reshape(len(chosen), 2 * first.shape[1], *first.shape[2:])
+
+    mixed = Weight((first.shape[0], 2 * first.shape[1], *first.shape[2:]), first.dtype, read, first.shape[0])
+    scales, zero_points = (
+        None if mine is None or theirs is None else alternate(mine, theirs)
+        for mine, theirs in zip(first._parts(), second._parts(), strict=True)
+    )
+    return dataclasses.replace(mixed, scales=scales, zero_points=zero_points)
+
+
 def select(array: Array, rows: Rows | None) -> Array:
     """Rows of ``array``; a view where they are consecutive, so that a memory-mapped file is not copied."""
     if rows is None or array.ndim == 0:

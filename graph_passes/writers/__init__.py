@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from graph_passes.block import MoEBlock
-from graph_passes.writers import dense, ffn, gather, sorted_runs
+from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs
 
 WRITERS: Mapping[str, ModuleType] = {
     "dense": dense,
     "sorted": sorted_runs,
     "gather": gather,
     "ffn": ffn,
+    "moe": moe,
+    "qmoe": qmoe,
 }
 
 AUTO = "auto"

@@ -1,11 +1,10 @@
 """``com.microsoft.MatMulNBits`` again for weights that came from one: ``x (rows, in) @ weight``, bytes as they were."""
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.emitter import Emitter
-from graph_passes.packing import packed
-from graph_passes.weights import Array, Weight, bits_of
+from graph_passes.packing import fill, packed
+from graph_passes.weights import Weight, bits_of
 
 DOMAIN = "com.microsoft"
 
@@ -25,7 +24,7 @@ def matmul_nbits(
     if zeros is not None and zeros.shape == weight.scales.shape:
         each = 8 // bits
         padded = -(-blocks // each) * each
-        whole = _by_output(zeros).map((outputs, padded), lambda rows: _pad(rows, padded))
+        whole = _by_output(zeros).map((outputs, padded), lambda rows: fill(rows, padded))
         operands.append(emitter.stored(f"{name}_zero_point", packed(whole)))
     product = emitter.fused(
         DOMAIN,
@@ -44,8 +43,3 @@ def matmul_nbits(
 def _by_output(weight: Weight) -> Weight:
     """(in, out) as (out, in)."""
     return weight.swap() if weight.swapped else weight.map(weight.shape[::-1], lambda array: array.T)
-
-
-def _pad(rows: Array, length: int) -> Array:
-    missing = np.zeros((len(rows), length - rows.shape[1]), rows.dtype)
-    return np.concatenate([rows, missing], axis=1)
