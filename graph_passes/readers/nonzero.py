@@ -2,7 +2,7 @@
 
 ::
 
-    tokens, slots = NonZero(one_hot(ids)[e])                    or NonZero(ids == e)
+    tokens, slots = NonZero(one_hot(ids)[e])          NonZero(ids == e)         or tokens = NonZero(gates[:, e])
     out = out.scatter_add(tokens, expert_e(hidden[tokens]) * weights[tokens, slots])
 
 as torch.onnx, old and new, writes the loop of Mixtral and DeepSeek: ScatterND, ScatterElements or Add of one, chained.
@@ -16,11 +16,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
-from graph_passes.readers.gathered import gather_of, gathered_from
+from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
 from graph_passes.readers.trial import Trial, fitted
-from graph_passes.routers import Weights, read_slots
+from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source
 from graph_passes.weights import Array
 
@@ -35,7 +35,9 @@ ZEROS = ("ConstantOfShape", "Expand")
 INDEX_OPS = SHAPE_ONLY | {"Concat", "Expand", "Gather", "Slice", "Split", "Transpose"}
 """Between NonZero and the indices of a scatter."""
 MASK_OPS = INDEX_OPS | {"Greater", "Not"}
-"""Between ids and NonZero."""
+"""Between ids, or gates, and NonZero."""
+PICKS = AROUND | BEFORE | {"Gather", "GatherND", "Slice", "Split"}
+"""Between all weights and those of one expert's tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Branch:
         if self.weights_on == ON_OUTPUT:
             return [(self.x, self.factors[1])]
         return [self.factors, self.factors[::-1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A router and what it hands over: ids and weights as ``values``, or gates (T, E) as ``values`` alone."""
+
+    router: Router
+    hidden: gs.Tensor
+    ids: gs.Tensor | None
+    values: gs.Tensor
 
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:
@@ -94,18 +106,21 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
     """
     branches = [_read_branch(scatter, weights) for scatter in _scatters(end)]
     first = branches[0]
-    ids = _ids(first.scatter)
-    router, hidden, gates = _read_router(first, ids, weights)
+    routed = _read_router(first, weights)
+    router = routed.router
     trial = Trial(router.weight_EH.shape[0], router.top_k, first.parts.up.weight.shape[0])
     run = Interpreter(weights, trial.tokens)
-    run.give(ids, fitted(trial.ids_TK, ids))
-    run.give(gates, fitted(trial.weights_TK, gates))
-    run.give(hidden, trial.hidden_TH)
-    order = _try(branches, gates, end, trial, run)
+    run.give(routed.hidden, trial.hidden_TH)
+    if routed.ids is None:
+        run.give(routed.values, fitted(trial.gates_TE, routed.values))
+    else:
+        run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
+        run.give(routed.values, fitted(trial.weights_TK, routed.values))
+    order = _try(branches, routed.values, end, trial, run)
     return MoEBlock(
         name=router.scope or name,
         form=FORM,
-        hidden=hidden,
+        hidden=routed.hidden,
         out=end.outputs[0],
         router=router,
         experts=stack_experts([branches[index].parts for index in order]),
@@ -151,50 +166,49 @@ def _added(value: gs.Tensor) -> gs.Tensor:
     return value
 
 
-def _read_router(branch: Branch, ids: gs.Tensor, weights: Weights) -> tuple[Router, gs.Tensor, gs.Tensor]:
-    """(router, hidden, weights) of ``branch``, whichever side of a product the weights are."""
+def _read_router(branch: Branch, weights: Weights) -> Routed:
+    """Where the decisions come from that ``branch`` obeys, whichever side of a product the weights are."""
+    asked = _asked(branch.scatter)
     refusal = None
     for picked, gate in branch.sides():
-        picks = [gather_of(tensor) for tensor in (picked, gate)]
-        if picks[0] is None or picks[1] is None:
-            raise FormError("tokens and weights are not gathered", branch.parts.up.node)
-        hidden, gates = (gathered_from(pick) for pick in picks if pick is not None)
+        pick, values = gather_of(picked), source(gate, PICKS)
+        if pick is None:
+            raise FormError("an expert does not read gathered tokens", branch.parts.up.node)
         try:
-            return read_slots(ids, gates, weights), hidden, gates
+            if values is asked:
+                return Routed(read_gates(values, weights), gathered_from(pick), None, values)
+            return Routed(read_slots(asked, values, weights), gathered_from(pick), asked, values)
         except FormError as error:
             refusal = refusal or error
     assert refusal is not None
     raise refusal
 
 
-def _ids(scatter: gs.Node) -> gs.Tensor:
-    """The router's ids, which NonZero compares."""
+def _asked(scatter: gs.Node) -> gs.Tensor:
+    """What NonZero looks at: ids that are compared with that of an expert, or gates."""
     found = produced_by(source(scatter.inputs[1], INDEX_OPS), "NonZero")
     assert found is not None
     mask = source(found.inputs[0], MASK_OPS)
-    node = producer(mask)
-    if node is not None and node.op == "OneHot":
+    node = produced_by(mask, "Equal", "OneHot")
+    if node is None:
+        return mask
+    if node.op == "OneHot":
         return source(node.inputs[0], {"Unsqueeze", "Cast"})
-    if node is None or node.op != "Equal":
-        raise FormError("NonZero does not look for the id of an expert", node or found)
-    compared = [
-        side for side in node.inputs if not isinstance(source(side), gs.Constant) and not produced_by(side, "Range")
-    ]
-    if len(compared) != 1:
-        raise FormError("ids are not compared with constants", node)
-    return source(compared[0], {"Unsqueeze", "Cast"})
+    sides = [side for side in node.inputs if isinstance(source(side), gs.Variable) and not produced_by(side, "Range")]
+    if len(sides) != 1:
+        raise FormError("NonZero does not look for the id of an expert", node)
+    return source(sides[0], {"Unsqueeze", "Cast"})
 
 
-def _gate(branch: Branch, gates: gs.Tensor) -> gs.Tensor:
-    """The weights of ``branch``, gathered from ``gates``."""
+def _gate(branch: Branch, values: gs.Tensor) -> gs.Tensor:
+    """The weights of ``branch``, gathered from ``values``."""
     for _, gate in branch.sides():
-        pick = gather_of(gate)
-        if pick is not None and gathered_from(pick) is gates:
+        if source(gate, PICKS) is values:
             return gate
     raise FormError("the experts are weighed with different values", branch.scatter)
 
 
-def _try(branches: list[Branch], gates: gs.Tensor, end: gs.Node, trial: Trial, run: Interpreter) -> list[int]:
+def _try(branches: list[Branch], values: gs.Tensor, end: gs.Node, trial: Trial, run: Interpreter) -> list[int]:
     """For each expert the number of its branch.
 
     Raises:
@@ -203,7 +217,7 @@ def _try(branches: list[Branch], gates: gs.Tensor, end: gs.Node, trial: Trial, r
     found: list[int] = []
     wanted_TH: Array = np.zeros(())
     for branch in branches:
-        gate = _gate(branch, gates)
+        gate = _gate(branch, values)
         on_input = branch.weights_on == ON_INPUT
         slots = trial.slots(run.of(gate), producer(gate))
         read = run.of(branch.x)

@@ -99,15 +99,15 @@ def _row(node: gs.Node, weights: Weights) -> Weight | None:
             return None
         return stacked.one(int(index) % stacked.shape[0])
     cut = produced_by(node.inputs[0], "Split", "Slice")
-    if cut is None:
-        return None
-    stacked = read_weight(cut.inputs[0], weights)
+    stacked = read_weight(node.inputs[0] if cut is None else cut.inputs[0], weights)
     index = _place(cut, node.inputs[0], stacked.shape[0])
     return None if index is None or len(stacked.shape) < 2 else stacked.one(index)
 
 
-def _place(cut: gs.Node, part: gs.Tensor, experts: int) -> int | None:
-    """Which single row of axis 0 ``part`` is."""
+def _place(cut: gs.Node | None, part: gs.Tensor, experts: int) -> int | None:
+    """Which single row of axis 0 ``part`` is; the only one where nothing is cut."""
+    if cut is None:
+        return 0 if experts == 1 else None
     if cut.op == "Split":
         whole = len(cut.outputs) == experts and cut.attrs.get("axis", 0) == 0
         return next(index for index, output in enumerate(cut.outputs) if output is part) if whole else None

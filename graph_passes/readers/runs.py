@@ -157,7 +157,7 @@ def _read_experts(value: gs.Tensor, concat: gs.Node, weights: Weights) -> Found:
 
 def _sorted_ids(pick: gs.Node) -> gs.Tensor:
     """The router's ids, by whose order ``pick`` gathers weights."""
-    order = source(pick.inputs[1])
+    order = source(pick.inputs[1], SHAPE_ONLY | {"Concat", "Expand"})
     sort = produced_by(order, "TopK")
     if sort is None or sort.outputs[1] is not order:
         raise FormError("the weights are not gathered in the order of sorted ids", sort or pick)

@@ -33,6 +33,13 @@ class Trial:
         self._slot_of: Array = np.argsort(self.weights_TK.reshape(-1))
 
     @property
+    def gates_TE(self) -> Array:
+        """The weights where an expert is chosen, 0 where not."""
+        gates_TE = np.zeros((self.tokens, self._experts))
+        np.put_along_axis(gates_TE, self.ids_TK, self.weights_TK, axis=1)
+        return gates_TE
+
+    @property
     def tokens(self) -> int:
         """T."""
         return len(self.ids_TK)
