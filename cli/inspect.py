@@ -62,6 +62,7 @@ def _directory(path: Path) -> Description:
 
 def _onnx(path: Path) -> Description:
     from graph_passes.describe import inspect_model
+    from graph_passes.unreachable import summarise
 
     model = inspect_model(path)
     blocks = [_found(block) for block in model.blocks]
@@ -70,9 +71,20 @@ def _onnx(path: Path) -> Description:
     lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks)} MoE layers"]
     lines += [_row(block) for block in blocks]
     lines += [textwrap.indent(f"not recognised: {layer}", "  ") for layer in model.unrecognised]
+    unreachable = [item for found in model.findings for item in found.unreachable]
+    masked = [item for found in model.findings for item in found.not_proven]
+    lines += [f"  unreachable: {line}" for line in summarise(unreachable)]
+    lines += [f"  masked as it seems: {line}" for line in summarise(masked)]
     unrecognised = [dataclasses.asdict(layer) for layer in model.unrecognised]
-    payload = {"nodes": len(model.graph.nodes), "blocks": blocks, "unrecognised": unrecognised}
-    return "\n".join(lines), {**payload, "source_sha256": model.source_sha256}
+    payload = {
+        "nodes": len(model.graph.nodes),
+        "blocks": blocks,
+        "unrecognised": unrecognised,
+        "unreachable": [dataclasses.asdict(item) for item in unreachable],
+        "not_proven": [dataclasses.asdict(item) for item in masked],
+        "source_sha256": model.source_sha256,
+    }
+    return "\n".join(lines), payload
 
 
 def _found(block: "MoEBlock") -> Json:

@@ -32,6 +32,7 @@ def optimize(
     Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
     """
     from graph_passes.optimize import optimize as optimize_model
+    from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
     from runtime.onnxruntime_backend import OnnxRuntimeRunner
@@ -54,6 +55,9 @@ def optimize(
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
         for block in manifest.blocks
     ]
+    for head in ("unreachable", "not_proven"):
+        found = summarise(Unreachable(**entry) for entry in manifest.details[head])
+        rows += [f"  {head.replace('_', ' ')}: {line}" for line in found]
     rows += [textwrap.indent(f"left as it is: {layer}", "  ") for layer in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
     proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock, Unrecognised
 from graph_passes.model_file import load_model, model_path
 from graph_passes.readers import read_blocks
+from graph_passes.unreachable import Findings, find_unreachable
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
@@ -36,6 +37,7 @@ class Model:
         parent_sha256: hash of the manifest, or of the ONNX file where there is none.
         passes: what was done to the graph before it was read.
         reduced: whether what can never run is gone from the graph already.
+        findings: for each block, the experts that no input can choose.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Model:
     parent_sha256: str
     passes: tuple[PassEntry, ...]
     reduced: bool
+    findings: tuple[Findings, ...]
 
 
 def inspect_model(path: Path) -> Model:
@@ -64,7 +67,18 @@ def inspect_model(path: Path) -> Model:
     identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
     parent = identity if manifest is None else sha256_file(manifest_path)
     blocks = tuple(_with_ids(block, manifest) for block in reading.blocks)
-    return Model(file, graph, blocks, reading.unrecognised, manifest, identity, parent, loaded.passes, loaded.reduced)
+    return Model(
+        path=file,
+        graph=graph,
+        blocks=blocks,
+        unrecognised=reading.unrecognised,
+        manifest=manifest,
+        source_sha256=identity,
+        parent_sha256=parent,
+        passes=loaded.passes,
+        reduced=loaded.reduced,
+        findings=tuple(find_unreachable(block, file.parent) for block in blocks),
+    )
 
 
 def read_model(path: Path, *, allow_partial: bool = False) -> Model:

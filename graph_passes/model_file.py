@@ -155,6 +155,8 @@ def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
     locations = {_location(values.tensor) for values in stored if isinstance(values, ExternalValues)}
     for location in sorted(locations):
         original, link = inside(source, location, source / MODEL), inside(target, location, target / MODEL)
+        if link.exists():
+            continue
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(original.resolve(), link)

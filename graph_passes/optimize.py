@@ -12,13 +12,14 @@ from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versi
 from graph_passes.emitter import Emitter, Names
 from graph_passes.mask import save_masked
 from graph_passes.measure import Size, measure, pass_entry
-from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant
+from graph_passes.model_file import copy_weights, link_weights, load_graph, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
 from graph_passes.oracle import OracleEntry, check
 from graph_passes.order import sort_nodes, tidy
 from graph_passes.prune import match_layers
 from graph_passes.readers import read_blocks
 from graph_passes.rewrite import Decision, Written, carry_out, decide
+from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
@@ -74,15 +75,19 @@ def optimize(
     if plan is not None and not any_model:
         plan.require_model(model.source_sha256, str(source))
     layers = match_layers(plan, model.blocks)
-    decisions = [decide(block, layer, form, accepted) for block, layer in zip(model.blocks, layers, strict=True)]
+    findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
+    decisions = [
+        decide(block, layer if found is None else found.plan, form, accepted)
+        for block, layer, found in zip(model.blocks, layers, findings, strict=True)
+    ]
     before = measure(model.graph, model.path.parent)
     with new_directory(out) as staging:
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, on_progress)
         inputs, outputs = io_of(model.graph)
-        passes = _passes(model, decisions, before, staging, _is_new(model, written))
+        passes = _passes(model, decisions, findings, before, staging)
         entries = _observe(model, written, staging)
-        proof = _prove(model.path, plan, staging, runner, out.parent) if prove else []
+        proof = _prove(model, plan, staging, runner, out.parent) if prove else []
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
         manifest = Manifest(
@@ -99,6 +104,8 @@ def optimize(
             details={
                 "oracle": [dataclasses.asdict(entry) for entry in proof],
                 "left_alone": [str(layer) for layer in model.unrecognised],
+                "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
+                "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],
             },
         )
         manifest.save(staging)
@@ -113,7 +120,7 @@ def _check_form(form: str, accepted: Sequence[str] | None) -> None:
 
 
 def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: Progress | None) -> None:
-    if not _is_new(model, written):
+    if not _is_new(model, [item.rewritten for item in written]):
         copy_weights(model.path, staging)
         shutil.copyfile(model.path, staging / MODEL)
         return
@@ -121,9 +128,9 @@ def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: 
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
 
 
-def _is_new(model: Model, written: Sequence[Written]) -> bool:
+def _is_new(model: Model, rewritten: Sequence[bool]) -> bool:
     """Whether the file is written anew; a model in which nothing is to be done is copied byte for byte."""
-    return model.reduced or any(item.rewritten for item in written)
+    return model.reduced or any(rewritten)
 
 
 def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:
@@ -131,17 +138,24 @@ def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None
 
 
 def _passes(
-    model: Model, decisions: Sequence[Decision], before: Size, staging: Path, is_new: bool
+    model: Model, decisions: Sequence[Decision], findings: Sequence[Findings | None], before: Size, staging: Path
 ) -> tuple[PassEntry, ...]:
-    """What happened, in order: bytes go when experts are pruned, nodes when the form is written."""
-    after = measure(model.graph, staging)
-    dropped = sum(decision.read.nbytes - decision.pruned.nbytes for decision in decisions)
-    pruned = Size(before.nodes, before.bytes - dropped)
-    forms = any(decision.form is not None for decision in decisions)
-    own = pass_entry("prune-experts", dropped > 0, before, pruned), pass_entry("write-blocks", forms, pruned, after)
-    if is_new:
-        return (*model.passes, *own)
-    return tuple(pass_entry(entry.name, False, before, before) for entry in (*model.passes, *own))  # the file as it was
+    """What happened, in order: bytes go when experts do, nodes when forms are written."""
+    lost = [decision.read.nbytes - decision.pruned.nbytes for decision in decisions]
+    unreached = sum(size for size, found in zip(lost, findings, strict=True) if found is not None)
+    planned = sum(lost) - unreached
+    reached = Size(before.nodes, before.bytes - unreached)
+    kept = Size(before.nodes, reached.bytes - planned)
+    rewritten = [decision.form is not None for decision in decisions]
+    entries = (
+        *model.passes,
+        pass_entry("delete-unreachable", unreached > 0, before, reached),
+        pass_entry("prune-experts", planned > 0, reached, kept),
+        pass_entry("write-blocks", any(rewritten), kept, measure(model.graph, staging)),
+    )
+    if _is_new(model, rewritten):
+        return entries
+    return tuple(pass_entry(entry.name, False, before, before) for entry in entries)  # the file as it was
 
 
 def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[BlockEntry, ...]:
@@ -162,12 +176,18 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
     return tuple(entries)
 
 
-def _prove(
-    original: Path, plan: PruningPlan | None, candidate: Path, runner: Runner, scratch: Path
-) -> list[OracleEntry]:
+def _prove(model: Model, plan: PruningPlan | None, candidate: Path, runner: Runner, scratch: Path) -> list[OracleEntry]:
+    """Compare with the file itself where nothing was planned: what is unreachable needs no mask."""
+    original = model.path
     graph = load_graph(original)  # anew: the one that was read before has become the candidate
+    if plan is None:
+        return check(graph, original, candidate, runner)
     blocks = read_blocks(graph, original.parent).blocks
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as reference:
+        if model.reduced:  # the masked graph starts from what is left, so that is proven first
+            link_weights(graph, original.parent, Path(reference))
+            save_variant(graph, Path(reference) / MODEL)
+            check(graph, original, Path(reference), runner)
         save_masked(graph, Names(graph), blocks, match_layers(plan, blocks), original.parent, Path(reference))
         return check(graph, Path(reference), candidate, runner)
 

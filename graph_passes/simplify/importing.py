@@ -30,4 +30,5 @@ def import_graph(model: onnx.ModelProto, path: Path) -> gs.Graph:
         values = tensor._values
         if isinstance(values, LazyValues) and onnx.external_data_helper.uses_external_data(values.tensor):
             tensor._values = ExternalValues(values.tensor, path.parent)
+            tensor.data_location = None  # once it is looked at, it is an array in memory
     return graph

@@ -51,6 +51,7 @@ def test_the_manifest_describes_what_was_done(source, tmp_path):
     assert [(entry.name, entry.modified) for entry in manifest.passes] == [
         ("inline-functions", False),
         ("fold-conditions", False),
+        ("delete-unreachable", False),
         ("prune-experts", True),
         ("write-blocks", True),
     ]
