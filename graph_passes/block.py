@@ -102,6 +102,12 @@ class Router:
     eps_clips: bool = False
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether anything has to be ranked: not where all experts are selected and no order among them matters."""
+        experts = self.weight_EH.shape[0]
+        return self.top_k < experts or self.capacity is not None or (self.score == "sparsemixer" and experts > 1)
+
+    @property
     def kind(self) -> str:
         """The router in words, for people and manifests."""
         steps = [self.score, "top-k"] if self.order == SCORE_FIRST else ["top-k", self.score]

@@ -3,8 +3,14 @@
 -inf is added to their logits, which is what softmax and top-k see. Where a selection bias or groups decide (on scores
 of which the dropped ones are now 0, and 0 plus a bias can still win), `UNSELECTABLE` is added to what is ranked too.
 Nothing else changes, so what this graph computes is the definition of "these experts are gone".
+
+Where fewer experts are left than the router selects, it still selects K: dropped ones too, which have to count 0. A
+score of 0 does. Two kinds of routers need help, because they choose one by one and set to -inf what they have taken:
+among nothing but -inf, the second choice is the first again, or NaN. So they see `UNSELECTABLE`, of which a softmax
+is 0 as well. And the sparsemixer's softmax over the rivals of a dropped expert is not 0: its weight is set to 0.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +18,22 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import MoEBlock, Router, Slots
 from graph_passes.describe import entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.model_file import link_weights, save_variant
-from graph_passes.observe import mask_E, observe_routing, routing_of
+from graph_passes.observe import Mask, mask_E, observe_routing, routing_of
 from graph_passes.order import sort_nodes
 from graph_passes.prune import match_layers
-from graph_passes.walk import replace_reads
-from graph_passes.writers.routing import UNSELECTABLE
+from graph_passes.walk import producer, replace_reads
+from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
 from moe_spec.plan import LayerPlan, PruningPlan
+
+LOW_IN_HALF = -3e4
+"""`UNSELECTABLE` for float16: twice this is finite too, and a softmax of it is 0."""
 
 
 def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
@@ -40,11 +49,11 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
     layers = match_layers(plan, model.blocks)
     with new_directory(out) as staging:
         names = Names(model.graph)
-        save_masked(model.graph, names, model.blocks, layers, model.path.parent, staging)
+        masked = save_masked(model.graph, names, model.blocks, layers, model.path.parent, staging)
         inputs, outputs = io_of(model.graph)
         entries = tuple(
             _observe(model.graph, Emitter(model.graph, block.name, names), block, layer)
-            for block, layer in zip(model.blocks, layers, strict=True)
+            for block, layer in zip(masked, layers, strict=True)
         )
         sort_nodes(model.graph)
         save_variant(model.graph, staging / OBSERVED)
@@ -73,33 +82,83 @@ def save_masked(
     layers: Sequence[LayerPlan | None],
     source: Path,
     target: Path,
-) -> None:
-    """Mask ``graph`` in place and write it as ``target/model.onnx``, its weights linked from directory ``source``."""
+) -> list[MoEBlock]:
+    """Mask ``graph`` in place and write it as ``target/model.onnx``, its weights linked from directory ``source``.
+
+    Gives the blocks with the values that they have now.
+    """
     link_weights(graph, source, target)
-    for block, layer in zip(blocks, layers, strict=True):
-        if layer is not None:
-            mask_block(Emitter(graph, block.name, names), block, layer.dropped)
+    masked = [
+        block if layer is None else mask_block(Emitter(graph, block.name, names), block, layer.dropped)
+        for block, layer in zip(blocks, layers, strict=True)
+    ]
     sort_nodes(graph)
     save_variant(graph, target / MODEL)
+    return masked
 
 
-def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> None:
-    """Make the experts ``dropped`` of ``block`` unselectable, in place."""
+def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> MoEBlock:
+    """Make the experts ``dropped`` of ``block`` unselectable, in place; the block with the values that it has now."""
     if not dropped:
-        return
-    router = block.router
+        return block
+    emitter, router, experts = emitter.within("masked"), block.router, block.num_experts
+    logits, choice = router.logits, router.choice
     if router.selection_bias_E is not None or router.groups is not None:
-        _add(emitter, router.choice, mask_E(block.num_experts, dropped, UNSELECTABLE))
-    _add(emitter, router.logits, mask_E(block.num_experts, dropped, -np.inf))
+        choice = _add(emitter, choice, mask_E(experts, dropped, _finite(router)), _ranking(router))
+    value = _finite(router) if _chooses_one_by_one(router) else -np.inf
+    logits = _add(emitter, logits, mask_E(experts, dropped, value), list(logits.outputs))
+    now = {id(router.logits): logits, id(router.choice): choice}
+    slots = router.slots
+    if slots is not None and router.score == "sparsemixer" and experts - len(dropped) < router.top_k:
+        slots = Slots(slots.ids, _zero_dropped(emitter, slots, mask_E(experts, dropped, 1.0)))
+    ranked = now.get(id(router.ranked), router.ranked)
+    return dataclasses.replace(
+        block, router=dataclasses.replace(router, logits=logits, choice=choice, ranked=ranked, slots=slots)
+    )
 
 
-def _add(emitter: Emitter, tensor: gs.Tensor, mask: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
-    """Let everything but the gather of weights read ``tensor + mask``; an output of the graph stays what it was."""
-    untouched = [node for node in tensor.outputs if node.op == "GatherElements"]
-    inner = emitter.within("masked")
-    typed = inner.emit("CastLike", inner.array("mask", mask), tensor, label="typed_mask")
-    masked = inner.emit("Add", tensor, typed, label="sum")
-    replace_reads(tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *untouched])
+def _finite(router: Router) -> float:
+    """What makes an expert unselectable without being -inf, in the router's dtype."""
+    return LOW_IN_HALF if router.weight_EH.dtype == np.float16 else UNSELECTABLE
+
+
+def _chooses_one_by_one(router: Router) -> bool:
+    return router.top_k > 1 and any(node.op == "ArgMax" for node in router.ranked.outputs)
+
+
+def _ranking(router: Router) -> list[gs.Node]:
+    """The readers of ``router.choice`` that lead to the choice, rather than to the weights."""
+    if router.choice is router.ranked:
+        return [node for node in router.choice.outputs if node.op in ("TopK", "ArgMax", "QMoE")]
+    leading: dict[int, gs.Node] = {}
+    front = [producer(router.ranked)]
+    while front:
+        node = front.pop()
+        if node is not None and id(node) not in leading and node.op != "Shape":
+            leading[id(node)] = node
+            ends = (router.choice, router.logits)
+            front.extend(producer(tensor) for tensor in node.inputs if all(tensor is not end for end in ends))
+    return [node for node in router.choice.outputs if id(node) in leading]
+
+
+def _add(emitter: Emitter, tensor: gs.Tensor, mask: Mask, readers: Sequence[gs.Node]) -> gs.Variable:
+    """``tensor + mask``, which ``readers`` read from now on; an output of the graph stays what it was."""
+    others = [node for node in tensor.outputs if all(node is not reader for reader in readers)]
+    typed = emitter.emit("CastLike", emitter.array("mask", mask), tensor, label="typed_mask")
+    masked: gs.Variable = emitter.emit("Add", tensor, typed, label="sum")
+    replace_reads(tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *others])
+    return masked
+
+
+def _zero_dropped(emitter: Emitter, slots: Slots, dropped: Mask) -> gs.Variable:
+    """The weights, 0 where the expert is a dropped one."""
+    of_slots = emitter.emit("Gather", emitter.array("kept", 1 - dropped), slots.ids, label="kept_slots", axis=0)
+    shape = emitter.emit("Shape", slots.weights, label="weights_shape")
+    shaped = emitter.emit("Reshape", of_slots, shape, label="kept_shaped")
+    typed = emitter.emit("CastLike", shaped, slots.weights, label="kept_typed")
+    weights: gs.Variable = emitter.emit("Mul", slots.weights, typed, label="weights")
+    replace_reads(slots.weights, weights, except_by=[shape.inputs[0], typed.inputs[0], weights.inputs[0]])
+    return weights
 
 
 def _observe(graph: gs.Graph, emitter: Emitter, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:

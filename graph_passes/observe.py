@@ -1,5 +1,6 @@
 """Router tensors as extra outputs, in one shape whatever the form: for calibration and for parity."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +8,11 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
 from graph_passes.emitter import FLOAT, Emitter
-from graph_passes.writers.routing import Routing, gates_of
+from graph_passes.writers.routing import Routing, gates_of, routing_on
 
 OBSERVED = "observed"
+
+Mask = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 def observe_routing(
@@ -21,6 +24,8 @@ def observe_routing(
     ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``.
     """
     emitter = emitter.within(OBSERVED)
+    if routing.fused is not None:
+        routing = routing_on(emitter, routing.fused, routing.ranked_TE)
     gates = gates_of(emitter, _in_float32(emitter, routing), experts)
     scores = emitter.emit("Cast", routing.ranked_TE, label="ranked", to=FLOAT)
     if excluded:
@@ -28,22 +33,25 @@ def observe_routing(
     return _output(graph, emitter, gates, "gates"), _output(graph, emitter, scores, "scores")
 
 
-def routing_of(emitter: Emitter, block: MoEBlock) -> Routing | None:
-    """What the router of ``block`` hands over in the graph as it stands; None where no value says so."""
-    router = block.router
+def routing_of(emitter: Emitter, block: MoEBlock) -> Routing:
+    """What the router of ``block`` hands over in the graph as it stands.
+
+    Where the graph has it as a whole nowhere (a fused op routes by itself; a dispatch spreads it over the places of
+    the experts), the router is computed once more from its logits.
+    """
+    router, rows = block.router, emitter.within("rows")
+    ranked = rows.reshape(router.ranked, (-1, block.num_experts), "ranked")
     if router.gates is not None:
-        return Routing(router.ranked, gates_TE=router.gates)
-    if router.slots is None:
-        return None
-    producer = router.slots.ids.inputs[0]
-    ranked = producer.inputs[0] if producer.op == "TopK" else router.ranked  # a mask may stand in between by now
-    slots = (router.slots.ids, router.slots.weights)
-    rows = emitter.within("slots")  # batched_mm hands its weights over as (T K, 1)
-    ids, weights = (rows.reshape(values, (-1, router.top_k), "rows") for values in slots)
-    return Routing(ranked, ids_TK=ids, weights_TK=weights)
+        return Routing(ranked, gates_TE=rows.reshape(router.gates, (-1, block.num_experts), "gates"))
+    if router.slots is not None and router.capacity is None:
+        slots = (router.slots.ids, router.slots.weights)  # batched_mm hands its weights over as (T K, 1)
+        ids, weights = (rows.reshape(values, (-1, router.top_k), "slots") for values in slots)
+        return Routing(ranked, ids_TK=ids, weights_TK=weights)
+    logits = rows.reshape(router.logits, (-1, block.num_experts), "logits")
+    return routing_on(rows, router, rows.emit("Cast", logits, label="logits_float", to=FLOAT))
 
 
-def mask_E(experts: int, excluded: Sequence[int], value: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def mask_E(experts: int, excluded: Sequence[int], value: float) -> Mask:
     """(E,) float32: ``value`` for the experts in ``excluded``, 0 for the others.
 
     >>> mask_E(3, [1], -np.inf)
@@ -55,10 +63,11 @@ def mask_E(experts: int, excluded: Sequence[int], value: float) -> np.ndarray[tu
 
 
 def _in_float32(emitter: Emitter, routing: Routing) -> Routing:
-    if routing.weights_TK is None:
-        return routing
+    if routing.gates_TE is not None:
+        gates = emitter.emit("Cast", routing.gates_TE, label="gates_float", to=FLOAT)
+        return dataclasses.replace(routing, gates_TE=gates)
     weights = emitter.emit("Cast", routing.weights_TK, label="weights", to=FLOAT)
-    return Routing(routing.ranked_TE, ids_TK=routing.ids_TK, weights_TK=weights)
+    return dataclasses.replace(routing, weights_TK=weights)
 
 
 def _output(graph: gs.Graph, emitter: Emitter, tensor: gs.Tensor, label: str) -> str:

@@ -92,5 +92,13 @@ def assemble(
         gates=gates,
         scope=linear.scope,
         jitter_eps=steps.jitter_eps,
-        capacity=steps.capacity,
+        capacity=_rooted(steps, linear.hidden),
     )
+
+
+def _rooted(steps: Steps, hidden: gs.Tensor) -> Capacity | None:
+    """The capacity, whose sequences are told by what the router reads instead of by what it ranks."""
+    capacity = steps.capacity
+    if capacity is None or capacity.sequence is not steps.ranked:
+        return capacity
+    return dataclasses.replace(capacity, sequence=hidden)

@@ -4,30 +4,34 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock, Router
+from graph_passes.block import ON_INPUT, MoEBlock, Router
 from graph_passes.emitter import Emitter
 from graph_passes.writers.expert_math import scaled, single_ffn
-from graph_passes.writers.routing import Routing
-
-NEGLIGIBLE_EPS = 1e-12
+from graph_passes.writers.routing import NEGLIGIBLE_EPS, Routing, sums_to_one
 
 
 def why_not(block: MoEBlock) -> str | None:
     """Why this form cannot express ``block``; None where it can."""
     if block.num_experts != 1:
         return f"it has {block.num_experts} experts, a plain FFN is one"
+    if block.router.capacity is not None:
+        return "its expert drops tokens beyond its capacity"
     if not gate_is_one(block.router):
         return f"the gate of a {block.router.kind} router with one expert is not 1"
+    if block.weights_on == ON_INPUT and block.router.scale != 1.0:
+        return "its router scales what the expert reads"
     return None
 
 
 def gate_is_one(router: Router) -> bool:
     """Whether the one selected expert's weight is 1 (times ``scale``) for every input.
 
-    A softmax over one logit is 1. A renormalised sigmoid is s / (s + eps), which is 1 as long as eps is negligible
-    beside s. A sigmoid that is not renormalised stays what it is.
+    A softmax over one logit is 1, and so is a sparsemixer's. A renormalised sigmoid is s / (s + eps), which is 1 as
+    long as eps is negligible beside s. A sigmoid that is not renormalised stays what it is.
     """
-    return router.score == "softmax" or (router.renormalize and router.eps <= NEGLIGIBLE_EPS)
+    if not router.renormalize:
+        return router.score != "sigmoid"
+    return sums_to_one(router) or router.eps <= NEGLIGIBLE_EPS
 
 
 def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]:

@@ -10,40 +10,49 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import TOPK_FIRST, MoEBlock, Router
-from graph_passes.emitter import BOOL, FLOAT, INT64, Emitter
+from graph_passes.emitter import FLOAT, Emitter
+from graph_passes.walk import SHAPE_ONLY, produced_by, source
 from graph_passes.weights import Weight
+from graph_passes.writers.capacity import within_capacity
+from graph_passes.writers.groups import exclude_groups
+from graph_passes.writers.sparsemixer import sparsemixer
 
-UNSELECTABLE = -1e30
-"""Finite, so that a group of which one expert is left still ranks above a group of which none is."""
+NEGLIGIBLE_EPS = 1e-12
+"""Beside a sum of 1, and beside every score that decides anything."""
+
+RESHAPES = SHAPE_ONLY - {"Cast"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What a router hands over: ``gates_TE``, or ``ids_TK`` and ``weights_TK``; and ``ranked_TE``, what top-k ranks."""
+    """What a router hands over: ``gates_TE``, or ``ids_TK`` and ``weights_TK``; and ``ranked_TE``, what top-k ranks.
+
+    Or neither, where the op that reads ``ranked_TE`` makes of it what ``fused`` makes of its logits.
+    """
 
     ranked_TE: gs.Tensor
     gates_TE: gs.Tensor | None = None
     ids_TK: gs.Tensor | None = None
     weights_TK: gs.Tensor | None = None
+    fused: Router | None = None
 
 
 def emit_routing(emitter: Emitter, block: MoEBlock) -> Routing:
-    """Nodes for the router of ``block``."""
-    router = block.router
-    logits = _linear(emitter, router)
+    """Nodes for the router of ``block``, from what it reads."""
+    return routing_on(emitter, block.router, emit_logits(emitter, block))
+
+
+def routing_on(emitter: Emitter, router: Router, logits: gs.Tensor) -> Routing:
+    """Nodes for ``router`` on ``logits`` (T, E) float32, biases and masks included."""
+    if router.is_ranked:
+        ranked, values, ids = _choose(emitter, router, logits)
+        return Routing(ranked, ids_TK=ids, weights_TK=_finish(emitter, router, values, ids))
+    choice = scores = _score(emitter, router, logits)
     if router.order == TOPK_FIRST:
-        return _topk_first(emitter, router, logits)
-    scores = emitter.emit(router.score.capitalize(), logits, label="scores", **_axis(router.score))
-    choice = scores
-    if router.selection_bias_E is not None:
-        choice = emitter.emit("Add", scores, emitter.weight("selection_bias", router.selection_bias_E), label="choice")
-    if router.top_k == router.weight_EH.shape[0]:
-        return Routing(choice, gates_TE=_finish(emitter, router, scores))
-    ranked = choice if router.groups is None else _exclude_groups(emitter, router, choice)
-    values, ids = _topk(emitter, ranked, router.top_k, "top_k")
-    if ranked is not scores:
-        values = emitter.emit("GatherElements", scores, ids, label="selected", axis=1)
-    return Routing(ranked, ids_TK=ids, weights_TK=_finish(emitter, router, values))
+        choice = logits
+    elif router.selection_bias_E is not None:
+        choice = _biased(emitter, router, scores)
+    return Routing(choice, gates_TE=_finish(emitter, router, scores, None))
 
 
 def gates_of(emitter: Emitter, routing: Routing, experts: int) -> gs.Tensor:
@@ -66,82 +75,103 @@ def slots_of(emitter: Emitter, routing: Routing, experts: int) -> tuple[gs.Tenso
     return ids, routing.gates_TE
 
 
-def _linear(emitter: Emitter, router: Router) -> gs.Tensor:
+def emit_logits(emitter: Emitter, block: MoEBlock) -> gs.Tensor:
+    """(T, E) float32: the projection of what the router reads, biases and masks included."""
+    router = block.router
     experts, hidden = router.weight_EH.shape
     kernel = _float32(router.weight_EH).map((hidden, experts), lambda rows: np.ascontiguousarray(rows.T))
-    x = emitter.emit("Cast", router.hidden, label="hidden_float", to=FLOAT) if _is_half(router) else router.hidden
-    logits = emitter.emit("MatMul", x, emitter.weight("router.weight", kernel), label="logits")
+    logits = emitter.emit("MatMul", _hidden(emitter, block), emitter.weight("router.weight", kernel), label="logits")
     if router.bias_E is None:
         return logits
     return emitter.emit("Add", logits, emitter.weight("router.bias", _float32(router.bias_E)), label="biased_logits")
 
 
-def _is_half(router: Router) -> bool:
-    return router.weight_EH.dtype != np.float32
+def _hidden(emitter: Emitter, block: MoEBlock) -> gs.Tensor:
+    """(T, H) float32 what the router reads: the experts' own input, where it is that but for its shape and type."""
+    router = block.router
+    read, shared = source(router.hidden, RESHAPES), source(block.hidden, RESHAPES)
+    cast = produced_by(read, "Cast")
+    if read is shared or (cast is not None and source(cast.inputs[0], RESHAPES) is shared):
+        x = block.hidden
+    else:
+        x = emitter.reshape(router.hidden, (-1, router.weight_EH.shape[1]), "router_hidden")
+    if cast is None and router.weight_EH.dtype == np.float32:
+        return x
+    return emitter.emit("Cast", x, label="hidden_float", to=FLOAT)
 
 
 def _float32(weight: Weight) -> Weight:
     return weight.astype(np.float32)
 
 
-def _axis(score: str) -> dict[str, int]:
-    return {"axis": -1} if score == "softmax" else {}
+def _score(emitter: Emitter, router: Router, logits: gs.Tensor) -> gs.Tensor:
+    """Scores of all logits; the sparsemixer's only expert has no rival, so its score is a softmax's."""
+    if router.score == "sigmoid":
+        return emitter.emit("Sigmoid", logits, label="scores")
+    return emitter.emit("Softmax", logits, label="scores", axis=-1)
 
 
-def _topk(emitter: Emitter, ranked: gs.Tensor, count: int, label: str) -> tuple[gs.Tensor, gs.Tensor]:
-    values, ids = emitter.emit("TopK", ranked, emitter.ints(count), label=label, outputs=2, axis=-1)
+def _choose(emitter: Emitter, router: Router, logits: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+    """(what is ranked (T, E), scores (T, K) of the chosen, their ids (T, K))."""
+    if router.score == "sparsemixer":
+        return logits, *sparsemixer(emitter, router, logits)
+    if router.order == TOPK_FIRST:
+        ranked = logits if router.groups is None else exclude_groups(emitter, router, logits)
+        best, ids = _topk(emitter, ranked, router.top_k)
+        return ranked, _score(emitter, router, best), ids
+    scores = _score(emitter, router, logits)
+    ranked = choice = scores if router.selection_bias_E is None else _biased(emitter, router, scores)
+    if router.groups is not None:
+        ranked = exclude_groups(emitter, router, choice)
+    values, ids = _topk(emitter, ranked, router.top_k)
+    if ranked is not scores:
+        values = emitter.emit("GatherElements", scores, ids, label="selected", axis=1)
+    return ranked, values, ids
+
+
+def _biased(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
+    assert router.selection_bias_E is not None
+    return emitter.emit("Add", scores, emitter.weight("selection_bias", router.selection_bias_E), label="choice")
+
+
+def _topk(emitter: Emitter, ranked: gs.Tensor, count: int) -> tuple[gs.Tensor, gs.Tensor]:
+    values, ids = emitter.emit("TopK", ranked, emitter.ints(count), label="top_k", outputs=2, axis=-1)
     return values, ids
 
 
-def _topk_first(emitter: Emitter, router: Router, logits: gs.Tensor) -> Routing:
-    if router.top_k == router.weight_EH.shape[0]:
-        scores = emitter.emit(router.score.capitalize(), logits, label="scores", **_axis(router.score))
-        return Routing(logits, gates_TE=_scale(emitter, router, scores))
-    values, ids = _topk(emitter, logits, router.top_k, "top_k")
-    scores = emitter.emit(router.score.capitalize(), values, label="scores", **_axis(router.score))
-    return Routing(logits, ids_TK=ids, weights_TK=_scale(emitter, router, scores))
+def _finish(emitter: Emitter, router: Router, values: gs.Tensor, ids: gs.Tensor | None) -> gs.Tensor:
+    """Renormalise, drop what finds no place, and scale."""
+    capacity = router.capacity
+    if capacity is None or ids is None:
+        return _scale(emitter, router, _renormalize(emitter, router, values))
+    inside = within_capacity(emitter, capacity, ids, router.weight_EH.shape[0], router.top_k)
+    if not capacity.before_renormalisation:
+        values = _renormalize(emitter, router, values)
+    values = emitter.emit("Mul", values, inside, label="kept")
+    if capacity.before_renormalisation:
+        values = _renormalize(emitter, router, values)
+    return _scale(emitter, router, values)
 
 
-def _finish(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
-    """Renormalise and scale; a softmax over all that is left sums to 1 already."""
-    sums_to_one = router.score == "softmax" and router.top_k == router.weight_EH.shape[0]
-    if router.renormalize and not sums_to_one:
-        total = emitter.emit("ReduceSum", scores, emitter.ints(-1), label="total", keepdims=1)
-        if router.eps:
-            total = emitter.emit("Add", total, emitter.array("eps", np.float32(router.eps)), label="total_eps")
-        scores = emitter.emit("Div", scores, total, label="renormalized")
-    return _scale(emitter, router, scores)
+def _renormalize(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
+    if not router.renormalize or sums_to_one(router):
+        return scores
+    total = emitter.emit("ReduceSum", scores, emitter.ints(-1), label="total", keepdims=1)
+    if router.eps:
+        eps = emitter.array("eps", np.float32(router.eps))
+        total = emitter.emit("Max" if router.eps_clips else "Add", total, eps, label="total_eps")
+    return emitter.emit("Div", scores, total, label="renormalized")
+
+
+def sums_to_one(router: Router) -> bool:
+    """Whether renormalising changes nothing: a softmax over all that is selected sums to 1 already."""
+    whole = router.order == TOPK_FIRST or router.top_k == router.weight_EH.shape[0]
+    dropped = router.capacity is not None and router.capacity.before_renormalisation
+    negligible = router.eps <= (1.0 if router.eps_clips else NEGLIGIBLE_EPS)
+    return router.score == "softmax" and whole and negligible and not dropped
 
 
 def _scale(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
     if router.scale == 1.0:
         return scores
     return emitter.emit("Mul", scores, emitter.array("scale", np.float32(router.scale)), label="scaled")
-
-
-def _exclude_groups(emitter: Emitter, router: Router, choice: gs.Tensor) -> gs.Tensor:
-    """``choice`` with -inf where an expert's group was not selected; groups may hold different numbers of experts."""
-    assert router.groups is not None
-    count, experts = router.groups.count, len(router.group_of)
-    members = [[expert for expert in range(experts) if router.group_of[expert] == group] for group in range(count)]
-    width = max(router.groups.scored_by, *(len(group) for group in members))
-    missing = experts  # the column of fillers that is appended to choice
-    table = [group + [missing] * (width - len(group)) for group in members]
-    first = emitter.emit("Slice", choice, *(emitter.ints(number) for number in (0, 1, 1)), label="first_column")
-    nothing = emitter.emit("Mul", first, emitter.array("zero", np.float32(0)), label="zero_column")
-    filler = emitter.emit("Add", nothing, emitter.array("unselectable", np.float32(UNSELECTABLE)), label="filler")
-    padded = emitter.emit("Concat", choice, filler, label="padded", axis=1)
-    flat = emitter.emit(
-        "Gather", padded, emitter.array("members", np.asarray(table).reshape(-1)), label="grouped", axis=1
-    )
-    grouped = emitter.reshape(flat, (-1, count, width), "groups")
-    best, _ = _topk(emitter, grouped, router.groups.scored_by, "best_of_group")
-    group_scores = emitter.emit("ReduceSum", best, emitter.ints(-1), label="group_scores", keepdims=0)
-    _, selected = _topk(emitter, group_scores, router.groups.selected, "selected_groups")
-    column = emitter.emit("Unsqueeze", selected, emitter.ints(2), label="selected_column")
-    own = emitter.array("group_of", np.asarray(router.group_of))
-    hit = emitter.emit("Equal", column, own, label="group_hit")
-    hits = emitter.emit("Cast", hit, label="group_hit_number", to=INT64)
-    selectable = emitter.emit("ReduceSum", hits, emitter.ints(1), label="group_selectable", keepdims=0)
-    allowed = emitter.emit("Cast", selectable, label="allowed", to=BOOL)
-    return emitter.emit("Where", allowed, choice, emitter.array("excluded", np.float32(-np.inf)), label="ranked")
