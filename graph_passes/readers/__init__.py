@@ -6,6 +6,7 @@ block or a ``FormError``. A reader never changes the graph. What no reader takes
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,18 @@ def _try_all(graph: gs.Graph, order: Mapping[int, int], weights: Weights) -> tup
             failures.append(_Failure(position, result))
         else:
             blocks.setdefault(id(result.out), result)
-    return list(blocks.values()), failures
+    return _named_apart(list(blocks.values())), failures
+
+
+def _named_apart(blocks: Sequence[MoEBlock]) -> list[MoEBlock]:
+    """Layers that share all weights have the name of one: the second is called ``<name>_2``."""
+    counts: Counter[str] = Counter()
+    named = []
+    for block in blocks:
+        counts[block.name] += 1
+        number = counts[block.name]
+        named.append(block if number == 1 else dataclasses.replace(block, name=f"{block.name}_{number}"))
+    return named
 
 
 def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEBlock | Refusal:
