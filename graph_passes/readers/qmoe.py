@@ -14,15 +14,11 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, FormError, MoEBlock, Router
+from graph_passes.block import FormError, MoEBlock, Router
 from graph_passes.packing import unpacked
 from graph_passes.readers.contrib import DOMAIN, Projections, check_logits, experts_of, leading_axes, optional, sparse
 from graph_passes.readers.quantized import INTEGERS
-from graph_passes.routers import Weights, read_gates, read_logits
-from graph_passes.routers.assemble import Steps, assemble
-from graph_passes.routers.finish import Finish
-from graph_passes.routers.groups import strip_groups
-from graph_passes.routers.scores import check_fill, read_scores, read_selection_bias
+from graph_passes.routers import Weights, read_gates, read_logits, read_ranked
 from graph_passes.walk import operand, source
 from graph_passes.weights import Array, Weight, from_array
 
@@ -123,14 +119,7 @@ def _gates(node: gs.Node, gates: Router, top_k: int, renormalize: bool) -> Route
 
 def _scores(node: gs.Node, scores: gs.Tensor, top_k: int, renormalize: bool, weights: Weights) -> Router:
     """noaux_tc (https://arxiv.org/abs/2412.19437): ranked with a bias and within groups, weighed without."""
-    ranked = node.inputs[1]
-    choice, groups, fill = strip_groups(ranked)
-    score, logits = read_scores(scores)
-    bias = read_selection_bias(choice, scores)
-    check_fill(fill, bias, node)
-    finish = Finish(renormalize=renormalize)
-    steps = Steps(score, SCORE_FIRST, top_k, logits, choice, ranked, finish, selection_bias=bias, groups=groups)
-    return assemble(steps, weights)
+    return read_ranked(node.inputs[1], scores, top_k=top_k, renormalize=renormalize, weights_of=weights)
 
 
 def _column(rows: Array) -> Array:

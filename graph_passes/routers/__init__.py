@@ -13,10 +13,10 @@ from graph_passes.routers.finish import Finish
 from graph_passes.routers.gates import gate_steps, product_steps
 from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.routers.products import Product, factors
-from graph_passes.routers.slots import slot_steps
+from graph_passes.routers.slots import restricted_steps, slot_steps
 from graph_passes.walk import producer, source
 
-__all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_masked", "read_slots"]
+__all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_masked", "read_ranked", "read_slots"]
 
 
 def read_slots(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:
@@ -59,3 +59,12 @@ def read_logits(logits: gs.Tensor, *, top_k: int, renormalize: bool, weights_of:
     """
     steps = Steps("softmax", SCORE_FIRST, top_k, source(logits), logits, logits, Finish(renormalize=renormalize))
     return assemble(steps, weights_of)
+
+
+def read_ranked(ranked: gs.Tensor, scores: gs.Tensor, *, top_k: int, renormalize: bool, weights_of: Weights) -> Router:
+    """The router of an op that takes what is to be ``ranked`` (T, E) and the ``scores`` (T, E) that weigh the best.
+
+    Raises:
+        FormError: what is ranked is not made of the scores, or they of no constant projection.
+    """
+    return assemble(restricted_steps(ranked, scores, top_k, Finish(renormalize=renormalize)), weights_of)

@@ -19,6 +19,7 @@ class Steps:
     Attributes:
         top_k: None where nothing is ranked, so that all experts are taken.
         selection_bias: as it lies in the graph.
+        group_of: the group of each expert where the graph has a table; else they are runs of one length.
     """
 
     score: str
@@ -30,6 +31,7 @@ class Steps:
     finish: Finish = AS_IT_STANDS
     selection_bias: gs.Constant | None = None
     groups: Groups | None = None
+    group_of: tuple[int, ...] = ()
     jitter_eps: float = 0.0
     capacity: Capacity | None = None
 
@@ -69,8 +71,6 @@ def assemble(
     """
     linear = read_linear(steps.logits, weights_of)
     experts, groups, bias = linear.weight_EH.shape[0], steps.groups, steps.selection_bias
-    if groups is not None and (groups.count < 1 or experts % groups.count):
-        raise FormError(f"{experts} experts are no {groups.count} groups of one size", producer(steps.ranked))
     return Router(
         weight_EH=linear.weight_EH,
         bias_E=linear.bias_E,
@@ -83,7 +83,7 @@ def assemble(
         eps_clips=steps.finish.eps_clips,
         scale=steps.finish.scale,
         groups=groups,
-        group_of=() if groups is None else tuple(expert // (experts // groups.count) for expert in range(experts)),
+        group_of=() if groups is None else _groups_of(steps, groups, experts),
         hidden=linear.hidden,
         logits=steps.logits,
         choice=steps.choice,
@@ -94,6 +94,14 @@ def assemble(
         jitter_eps=steps.jitter_eps,
         capacity=_rooted(steps, linear.hidden),
     )
+
+
+def _groups_of(steps: Steps, groups: Groups, experts: int) -> tuple[int, ...]:
+    if len(steps.group_of) == experts and all(0 <= group < groups.count for group in steps.group_of):
+        return steps.group_of
+    if steps.group_of or groups.count < 1 or experts % groups.count:
+        raise FormError(f"{experts} experts are no {groups.count} groups of one size", producer(steps.ranked))
+    return tuple(expert // (experts // groups.count) for expert in range(experts))
 
 
 def _rooted(steps: Steps, hidden: gs.Tensor) -> Capacity | None:

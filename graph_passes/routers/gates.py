@@ -22,7 +22,7 @@ from graph_passes.routers.products import Product, factors
 from graph_passes.routers.ranking import read_ranking
 from graph_passes.routers.rounds import Round, round_steps
 from graph_passes.routers.scores import SCORES, read_scores
-from graph_passes.routers.slots import is_over_experts, score_steps, slot_steps
+from graph_passes.routers.slots import is_over_experts, restricted_steps, slot_steps
 from graph_passes.walk import produced_by, producer, source
 
 
@@ -65,7 +65,8 @@ def product_steps(product: Product, node: gs.Node) -> tuple[Steps, Slots | None]
     (values,), (ids,) = product.values, product.ids
     base, finish = read_finish(values)
     if is_over_experts(base, ids):
-        steps, slots = score_steps(base, ids, finish), None
+        ranking = read_ranking(ids)
+        steps, slots = restricted_steps(ranking.ranked, base, ranking.top_k, finish), None
     else:
         steps, slots = slot_steps(ids, values), Slots(ids, values)
     return dropped(steps, capacity_of(product.limits, node), node), slots

@@ -6,8 +6,11 @@
     score of a group = ReduceSum(TopK(choice of the group, 2))      DeepSeek-V3, https://arxiv.org/abs/2412.19437
                      = ReduceMax(choice of the group)               DeepSeek-V2, https://arxiv.org/abs/2405.04434
 
-DeepSeek-V2 excludes with 0, which is below every softmax or sigmoid score but not below a score plus a bias.
+Our own writer has a table of the experts of each group, which may be of different sizes. DeepSeek-V2 excludes with 0,
+which is below every softmax or sigmoid score but not below a score plus a bias.
 """
+
+import dataclasses
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,28 +24,71 @@ MASKING = SHAPE_ONLY | {"Not", "Expand", "Greater", "Equal"}
 """Ops between the selected groups and the mask over experts."""
 
 
-def strip_groups(ranked: gs.Tensor) -> tuple[gs.Tensor, Groups | None, float]:
-    """What is ranked before experts of other groups were excluded; the groups; what excluded experts were set to.
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """What restricts a choice to the best groups.
+
+    Attributes:
+        choice: (T, E) what is ranked before experts of other groups are excluded.
+        groups: None where all experts may be chosen.
+        group_of: the group of each expert, where a table says so; else they are runs of one length.
+        fill: what excluded experts are ranked as.
+        where: what excludes them.
+    """
+
+    choice: gs.Tensor
+    groups: Groups | None = None
+    group_of: tuple[int, ...] = ()
+    fill: float = -np.inf
+    where: gs.Node | None = None
+
+
+def read_groups(ranked: gs.Tensor) -> Grouping:
+    """What is ranked before experts of other groups were excluded, and how.
 
     Raises:
         FormError: a Where stands there that does something else.
     """
     where = produced_by(source(ranked), "Where")
     if where is None:
-        return ranked, None, -np.inf
+        return Grouping(ranked)
     fills = [scalar(source(tensor, {"Cast", "CastLike"})) for tensor in where.inputs[1:]]
     excluded = next((index for index, fill in enumerate(fills) if fill in (-np.inf, 0.0)), None)
-    if excluded is None:
+    fill = None if excluded is None else fills[excluded]
+    if excluded is None or fill is None:
         raise FormError("a Where before the TopK does not exclude experts with -inf or 0", where)
     choice = where.inputs[2 - excluded]
-    scatter = produced_by(source(where.inputs[0], MASKING), "ScatterElements", "ScatterND")
-    best = None if scatter is None else produced_by(source(scatter.inputs[1]), "TopK")
-    if best is None:
+    found = _selected(where)
+    best = None if found is None else produced_by(source(found[0]), "TopK")
+    if found is None or best is None:
         raise FormError("a Where before the TopK is not fed by a TopK over groups", where)
     count, scored_by = _read_scoring(best, choice)
-    fill = fills[excluded]
-    assert fill is not None
-    return choice, Groups(count, top_k_of(best), scored_by), fill
+    return Grouping(choice, Groups(count, top_k_of(best), scored_by), found[1], fill, where)
+
+
+def _selected(where: gs.Node) -> tuple[gs.Tensor, tuple[int, ...]] | None:
+    """(ids of the selected groups, the group of each expert if a table says so)."""
+    mask = source(where.inputs[0], MASKING)
+    scatter = produced_by(mask, "ScatterElements", "ScatterND")
+    if scatter is not None:
+        return scatter.inputs[1], ()
+    counted = produced_by(mask, "ReduceSum")
+    equal = None if counted is None else produced_by(source(counted.inputs[0]), "Equal")
+    if equal is None or not isinstance(equal.inputs[1], gs.Constant):
+        return None
+    return equal.inputs[0], tuple(int(group) for group in equal.inputs[1].values.reshape(-1))
+
+
+def check_fill(grouping: Grouping, bias: gs.Constant | None) -> None:
+    """Refuse groups whose other experts are set to 0 where 0 is not below every score.
+
+    Raises:
+        FormError: with the reason.
+    """
+    if grouping.fill != -np.inf and bias is not None:
+        raise FormError(
+            "experts of other groups are ranked as 0, which a score plus a bias can be below", grouping.where
+        )
 
 
 def _read_scoring(best: gs.Node, choice: gs.Tensor) -> tuple[int, int]:
@@ -53,13 +99,20 @@ def _read_scoring(best: gs.Node, choice: gs.Tensor) -> tuple[int, int]:
     members, scored_by = scoring.inputs[0], 1
     if scoring.op == "ReduceSum":
         pair = produced_by(members, "TopK")
-        if pair is None or top_k_of(pair) != 2:
+        if pair is None or top_k_of(pair) not in (1, 2):
             raise FormError("groups are not scored by the sum of their two best experts", scoring)
-        members, scored_by = pair.inputs[0], 2
+        members, scored_by = pair.inputs[0], top_k_of(pair)
     reshape = produced_by(members, "Reshape")
-    if reshape is None or source(reshape.inputs[0]) is not source(choice):
+    if reshape is None or _ungrouped(reshape.inputs[0]) is not source(choice):
         raise FormError("groups are not runs of what is ranked", scoring)
     shape = operand(reshape, 1)
     if not isinstance(shape, gs.Constant) or len(shape.values) < 3:
         raise FormError("the number of groups is no constant", reshape)
     return int(shape.values[-2]), scored_by
+
+
+def _ungrouped(members: gs.Tensor) -> gs.Tensor:
+    """What ``members`` was before our own writer gathered it by a table, padded by one column."""
+    gather = produced_by(source(members), "Gather")
+    padded = None if gather is None else produced_by(gather.inputs[0], "Concat")
+    return source(members if padded is None else padded.inputs[0])

@@ -1,6 +1,5 @@
 """Read the score that a router makes of its logits, and the bias that only the choice sees."""
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
@@ -39,13 +38,3 @@ def read_selection_bias(choice: gs.Tensor, scores: gs.Tensor) -> gs.Constant | N
             if source(added.inputs[this]) is source(scores) and isinstance(bias, gs.Constant):
                 return bias
     raise FormError("what is ranked is not the scores plus a constant bias", producer(source(choice)))
-
-
-def check_fill(fill: float, bias: gs.Constant | None, node: gs.Node) -> None:
-    """Refuse groups whose other experts are set to 0 where 0 is not below every score.
-
-    Raises:
-        FormError: with the reason.
-    """
-    if fill != -np.inf and bias is not None:
-        raise FormError("experts of other groups are ranked as 0, which a score plus a bias can fall below", node)

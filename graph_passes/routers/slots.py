@@ -11,17 +11,19 @@ and the ids are the indices of that TopK or ArgMax; or two or more rounds stand 
 `rounds`). Casts and reshapes are stepped over.
 """
 
+import dataclasses
+
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError
 from graph_passes.routers.assemble import Steps, dropped, finished
 from graph_passes.routers.finish import Finish, over_later_axis, read_finish
-from graph_passes.routers.groups import strip_groups
+from graph_passes.routers.groups import Grouping, check_fill, read_groups
 from graph_passes.routers.places import capacity_of
 from graph_passes.routers.products import factors
 from graph_passes.routers.ranking import Ranking, read_ranking
 from graph_passes.routers.rounds import Round, round_steps
-from graph_passes.routers.scores import SCORES, check_fill, read_scores, read_selection_bias
+from graph_passes.routers.scores import SCORES, read_scores, read_selection_bias
 from graph_passes.routers.sparsemixer import is_sparsemixer, sparsemixer_steps
 from graph_passes.walk import produced_by, producer, source
 
@@ -70,16 +72,16 @@ def _ranked_steps(ids: gs.Tensor, base: gs.Tensor, finish: Finish) -> Steps:
     ranking, node = read_ranking(ids), producer(base)
     assert node is not None
     if node.op in SCORES and ranking.values is not None and source(node.inputs[0]) is ranking.values:
-        choice, groups, _ = strip_groups(ranking.ranked)
-        logits = source(choice)
-        return Steps(SCORES[node.op], TOPK_FIRST, ranking.top_k, logits, choice, ranking.ranked, finish, groups=groups)
-    return score_steps(_scores_behind(node, ranking), ids, finish)
+        grouping = read_groups(ranking.ranked)
+        steps = _steps(ranking.ranked, grouping, ranking.top_k, finish, SCORES[node.op], source(grouping.choice))
+        return dataclasses.replace(steps, order=TOPK_FIRST)
+    return restricted_steps(ranking.ranked, _scores_behind(node, ranking), ranking.top_k, finish)
 
 
 def _scores_behind(node: gs.Node, ranking: Ranking) -> gs.Tensor:
     """All scores, of which ``node`` hands over those of the chosen experts."""
     if node is ranking.node and node.op == "TopK":
-        return strip_groups(ranking.ranked)[0]
+        return read_groups(ranking.ranked).choice
     if node.op == "GatherElements" and source(node.inputs[1]) is ranking.ids:
         return source(node.inputs[0])
     if node.op == "ReduceMax" and ranking.node.op == "ArgMax" and over_later_axis(node):
@@ -91,27 +93,31 @@ def _scores_behind(node: gs.Node, ranking: Ranking) -> gs.Tensor:
     raise FormError("the weights are neither values of the TopK nor scores gathered by its ids", node)
 
 
-def score_steps(scores: gs.Tensor, ids: gs.Tensor, finish: Finish) -> Steps:
-    """What is done with the logits behind ``scores`` (T, E), of which those at ``ids`` are the weights.
+def restricted_steps(ranked: gs.Tensor, scores: gs.Tensor, top_k: int, finish: Finish) -> Steps:
+    """What is done with the logits behind ``scores`` (T, E), of which those of the best ``ranked`` are the weights.
 
     Raises:
         FormError: what is ranked is not made of the scores.
     """
-    ranking = read_ranking(ids)
     score, logits = read_scores(scores)
-    choice, groups, fill = strip_groups(ranking.ranked)
-    bias = None if source(choice) is logits else read_selection_bias(choice, scores)  # the best logits score best
-    check_fill(fill, bias, ranking.node)
+    grouping = read_groups(ranked)
+    ranks_logits = source(grouping.choice) is logits  # the best logits score best
+    bias = None if ranks_logits else read_selection_bias(grouping.choice, scores)
+    check_fill(grouping, bias)
+    return dataclasses.replace(_steps(ranked, grouping, top_k, finish, score, logits), selection_bias=bias)
+
+
+def _steps(ranked: gs.Tensor, grouping: Grouping, top_k: int, finish: Finish, score: str, logits: gs.Tensor) -> Steps:
     return Steps(
         score=score,
         order=SCORE_FIRST,
-        top_k=ranking.top_k,
+        top_k=top_k,
         logits=logits,
-        choice=choice,
-        ranked=ranking.ranked,
+        choice=grouping.choice,
+        ranked=ranked,
         finish=finish,
-        selection_bias=bias,
-        groups=groups,
+        groups=grouping.groups,
+        group_of=grouping.group_of,
     )
 
 
