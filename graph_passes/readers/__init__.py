@@ -14,7 +14,20 @@ from types import ModuleType
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
-from graph_passes.readers import batched_mm, experts_node, grouped, moe, nonzero, qmoe, sorted_runs, stacked
+from graph_passes.readers import (
+    batched_mm,
+    dense,
+    experts_node,
+    gather,
+    grouped,
+    masked_loop,
+    moe,
+    nonzero,
+    qmoe,
+    sorted_runs,
+    stacked,
+    trt_moe,
+)
 from graph_passes.readers.sites import Site, find_sites, projection_of
 from graph_passes.routers import Weights
 
@@ -22,11 +35,15 @@ READERS: tuple[ModuleType, ...] = (
     experts_node,
     moe,
     qmoe,
+    trt_moe,
     batched_mm,
     grouped,
     sorted_runs,
     nonzero,
     stacked,
+    masked_loop,
+    dense,
+    gather,
 )
 """Most specific first: where two take the same block, the first has it."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.walk import operand, producer
+from graph_passes.walk import operand, producer, source
 
 Axis = tuple[str, ...]
 Axes = tuple[Axis, ...]
@@ -39,12 +39,13 @@ PARTS = frozenset({"SequenceAt", "Slice", "Split", "SplitToSequence"})
 class AxisReader:
     """Works out the axes of values from those of a few that are known.
 
-    ``summed`` is the name that a sum may do away with.
+    ``summed`` is the axis that a sum may do away with.
     """
 
-    def __init__(self, summed: str) -> None:
-        self._summed = summed
+    def __init__(self, summed: Axis) -> None:
+        self._summed = summed[0]
         self._sizes: dict[str, int] = {}
+        self._told: dict[int, Axes] = {}
         self._known: dict[int, Axes] = {}
 
     def size(self, axis: Axis, length: int) -> None:
@@ -53,7 +54,7 @@ class AxisReader:
 
     def know(self, tensor: gs.Tensor, *axes: Axis) -> None:
         """``tensor`` has these axes."""
-        self._known[id(tensor)] = axes
+        self._told[id(tensor)] = axes
 
     def of(self, tensor: gs.Tensor) -> Axes:
         """The axes of ``tensor``.
@@ -62,8 +63,14 @@ class AxisReader:
             FormError: an op puts an axis where it does not belong, or is none that an expert has.
         """
         if id(tensor) not in self._known:
-            self._known[id(tensor)] = self._work_out(tensor)
+            told = self._told.get(id(tensor))
+            axes = self._work_out(tensor) if told is None else told
+            self._known[id(tensor)] = tuple(self._without_ones(axis) for axis in axes)
         return self._known[id(tensor)]
+
+    def _without_ones(self, axis: Axis) -> Axis:
+        """The same axis where a name, such as that of a single expert, is of length 1."""
+        return tuple(name for name in axis if self._sizes.get(name) != 1)
 
     def expect(self, tensor: gs.Tensor, *axes: Axis) -> None:
         """Refuse a value that has other axes.
@@ -72,7 +79,7 @@ class AxisReader:
             FormError: with the axes that it has.
         """
         found = self.of(tensor)
-        if found != axes:
+        if found != tuple(self._without_ones(axis) for axis in axes):
             raise FormError(f"a value has the axes {text(found)}, expected {text(axes)}", producer(tensor) or tensor)
 
     def _work_out(self, tensor: gs.Tensor) -> Axes:
@@ -110,14 +117,14 @@ class AxisReader:
 
     def _unsqueeze(self, node: gs.Node) -> Axes:
         axes = self.of(node.inputs[0])
-        places = _axes_of(node)
+        places = axes_of(node)
         rank = len(axes) + len(places)
         new, old = {place % rank for place in places}, iter(axes)
         return tuple(ONE if index in new else next(old) for index in range(rank))
 
     def _squeeze(self, node: gs.Node) -> Axes:
         axes = self.of(node.inputs[0])
-        places = {place % len(axes) for place in _axes_of(node)} or {i for i, axis in enumerate(axes) if axis == ONE}
+        places = {place % len(axes) for place in axes_of(node)} or {i for i, axis in enumerate(axes) if axis == ONE}
         if any(axes[place] != ONE for place in places):
             raise FormError(f"Squeeze takes an axis of {text(axes)} that is not of length 1", node)
         return tuple(axis for index, axis in enumerate(axes) if index not in places)
@@ -128,7 +135,7 @@ class AxisReader:
         return tuple(axes[index] for index in perm)
 
     def _expand(self, node: gs.Node) -> Axes:
-        """Repeated for what is summed; as before where the shape is computed: what it meets expands it anyway."""
+        """Repeated for what is summed; as before where that is not known: what it meets expands it anyway."""
         axes = self.of(node.inputs[0])
         try:
             shape = self._numbers(node.inputs[1])
@@ -144,7 +151,7 @@ class AxisReader:
         return tuple(self._repeated(node, axis, count) for axis, count in zip(axes, repeats, strict=True))
 
     def _repeated(self, node: gs.Node, axis: Axis, count: int) -> Axis:
-        if count == 1:
+        if count in (1, -1):
             return axis
         wanted = self._sizes[self._summed]
         if count != wanted:
@@ -179,7 +186,7 @@ class AxisReader:
         """Take names from the front of ``names`` until their lengths multiply to ``size``."""
         taken: list[str] = []
         product = 1
-        while names and (product < size or self._sizes.get(names[0]) == 1) and names[0] in self._sizes:
+        while names and product < size and names[0] in self._sizes:
             product *= self._sizes[names[0]]
             taken.append(names.pop(0))
         return tuple(taken) if product == size else _UNDEALT
@@ -225,6 +232,15 @@ class AxisReader:
             raise FormError("Gather takes from another axis than the experts'", node)
         return (*self.of(node.inputs[1]), *self.of(node.inputs[0])[1:])
 
+    def _gather_elements(self, node: gs.Node) -> Axes:
+        """K experts of each token, by ids that are the same for all channels."""
+        axes, ids = self.of(node.inputs[0]), self.of(source(node.inputs[1], {"Expand"}))
+        along = node.attrs.get("axis", 0) % len(axes)
+        wanted = tuple(SLOTS if index == along else axis for index, axis in enumerate(axes))
+        if axes[along] != EXPERTS or len(ids) != len(axes) or _joined(node, [wanted, ids]) != wanted:
+            raise FormError(f"GatherElements takes from the axes {text(axes)} by ids {text(ids)}", node)
+        return wanted
+
     def _gemm(self, node: gs.Node) -> Axes:
         left, right = (self.of(tensor) for tensor in node.inputs[:2])
         left = left[::-1] if node.attrs.get("transA", 0) else left
@@ -252,7 +268,7 @@ class AxisReader:
 
     def _reduce_sum(self, node: gs.Node) -> Axes:
         axes = self.of(node.inputs[0])
-        places = {place % len(axes) for place in _axes_of(node)}
+        places = {place % len(axes) for place in axes_of(node)}
         if not places or any(axes[place] not in ((self._summed,), ONE) for place in places):
             raise FormError(f"ReduceSum sums the axes {text(axes)} over another than {self._summed}", node)
         if node.attrs.get("keepdims", 1):
@@ -264,6 +280,7 @@ _RULES: Mapping[str, Callable[[AxisReader, gs.Node], Axes]] = {
     "Einsum": AxisReader._einsum,
     "Expand": AxisReader._expand,
     "Gather": AxisReader._gather,
+    "GatherElements": AxisReader._gather_elements,
     "Gemm": AxisReader._gemm,
     "MatMul": AxisReader._matmul,
     "ReduceSum": AxisReader._reduce_sum,
@@ -309,7 +326,7 @@ def text(axes: Iterable[Axis]) -> str:
     return f"({', '.join('*'.join(axis) or '1' for axis in axes)})"
 
 
-def _axes_of(node: gs.Node) -> list[int]:
+def axes_of(node: gs.Node) -> list[int]:
     """The ``axes`` of a node: an attribute until opset 12, an input since."""
     if "axes" in node.attrs:
         return [int(axis) for axis in node.attrs["axes"]]

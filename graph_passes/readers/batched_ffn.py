@@ -30,8 +30,8 @@ from graph_passes.readers.axes import (
     AxisReader,
 )
 from graph_passes.readers.layout import EXPERTS_SCOPE
-from graph_passes.readers.weighing import MOVES, follow, sum_of
-from graph_passes.routers import Weights, read_gates, read_slots
+from graph_passes.readers.weighing import MOVES, follow, route, sum_of
+from graph_passes.routers import Weights
 from graph_passes.walk import produced_by, producer, source
 from graph_passes.weights import Weight
 
@@ -75,11 +75,9 @@ class Layout(Protocol):
 
     Attributes:
         form: its name.
-        summed: the axis that the sum over the experts of a token does away with.
     """
 
     form: str
-    summed: str
 
     def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
         """``node`` as a product that reads and gives the axes ``ends`` of each expert; None where it is none."""
@@ -147,12 +145,13 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     bias = None if weighing.bias is None else layout.bias(weighing.bias, HIDDEN, gates)
     ffn = _read_ffn(layout, result, Projection(down, bias))
     weights_on, gates, x = ON_OUTPUT, weighing.gates, ffn.up.product.x
-    axes = AxisReader(layout.summed)
+    ids = down.ids or weighing.ids
+    axes = AxisReader(EXPERTS if ids is None else SLOTS)
     if gates is None:
         weights_on = ON_INPUT
-        router, x = _gates_on_input(down, x, axes, weights)
+        router, x = _gates_on_input(node, x, axes, weights)
     else:
-        router = _route(down, gates, axes, weights)
+        router = route(gates, ids, axes, weights)
     hidden = _hidden_of(x, router)
     experts = _experts(ffn, router.weight_EH.shape[0], weights)
     if weights_on == ON_INPUT and (experts.up_bias_EF or experts.gate_bias_EF or experts.down_bias_EH):
@@ -180,8 +179,8 @@ def _gates_before(layout: Layout, x: gs.Tensor) -> tuple[gs.Tensor | None, gs.Te
     node = produced_by(source(x, MOVES), "Mul")
     if node is not None:
         for this, other in (node.inputs, reversed(node.inputs)):
-            computed = not isinstance(other, gs.Constant) and not reaches_product(layout, other)
-            if computed and reaches_product(layout, this):
+            gates = produced_by(source(other, {"Cast"}), "Unsqueeze") or not reaches_product(layout, other)
+            if gates and not isinstance(other, gs.Constant) and reaches_product(layout, this):
                 return other, this
     return None, x
 
@@ -216,32 +215,14 @@ def _gates_on_input(down: Product, x: gs.Tensor, axes: AxisReader, weights: Weig
     """(router, what its gates multiply) of experts that read gated tokens (Llama 4)."""
     node = produced_by(source(x, MOVES), "Mul")
     if node is None:
-        raise FormError("nothing multiplies the experts by gates", down.node)
+        raise FormError("nothing multiplies the experts by gates", down)
     failures = []
     for this, other in (node.inputs, reversed(node.inputs)):
         try:
-            return _route(down, other, axes, weights), this
+            return route(other, None, axes, weights), this
         except FormError as error:
             failures.append(error)
     raise failures[0]
-
-
-def _route(down: Product, gates: gs.Tensor, axes: AxisReader, weights: Weights) -> Router:
-    """The router behind ``gates``, which are (T, E), or (T, K) beside ids, before they are moved to their place.
-
-    Raises:
-        FormError: they are none of a known router.
-    """
-    base = source(gates, MOVES - {"Squeeze"})
-    if down.ids is None:
-        axes.know(base, TOKENS, EXPERTS)
-        return read_gates(base, weights)
-    ids = source(down.ids, MOVES - {"Squeeze"})
-    axes.know(base, TOKENS, SLOTS)
-    axes.know(ids, TOKENS, SLOTS)
-    router = read_slots(ids, base, weights)
-    axes.size(SLOTS, router.top_k)
-    return router
 
 
 def _hidden_of(x: gs.Tensor, router: Router) -> gs.Tensor:

@@ -29,7 +29,6 @@ class SideBySide:
     """Weights (H, E F) and (E F, H), the experts one after the other."""
 
     form = FORM
-    summed = "E"
 
     def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
         """A Gemm or MatMul by a matrix."""
@@ -51,12 +50,7 @@ class SideBySide:
     def bias(self, term: gs.Tensor, width: Axis, gates: gs.Tensor | None) -> Held | None:
         """A constant (E F), or the gates' product with one (E, H)."""
         if width == HIDDEN:
-            product = None if gates is None else produced_by(source(term), "MatMul")
-            shared = product is not None and source(product.inputs[0], MOVES) is source(gates, MOVES)
-            if not shared or not is_weight(product.inputs[1], 2):
-                return None
-            table = product.inputs[1]
-            return Held(table, (EXPERTS, HIDDEN), lambda weights, _: weights.of(table))
+            return None if gates is None else _gated_bias(term, gates)
         if not is_weight(term, 1):
             return None
         return Held(term, (EXPERTS + WIDTH,), lambda weights, experts: weights.of(term).cut(experts))
@@ -77,6 +71,16 @@ def read(down: gs.Node, name: str, weights: Weights) -> MoEBlock:
         FormError: with the first op that stands elsewhere than in this form.
     """
     return read_block(LAYOUT, down, name, weights)
+
+
+def _gated_bias(term: gs.Tensor, gates: gs.Tensor) -> Held | None:
+    product = produced_by(source(term), "MatMul")
+    if product is None or source(product.inputs[0], MOVES) is not source(gates, MOVES):
+        return None
+    table = product.inputs[1]
+    if not is_weight(table, 2):
+        return None
+    return Held(table, (EXPERTS, HIDDEN), lambda weights, _: weights.of(table))
 
 
 def _reads_gated(node: gs.Node) -> bool:

@@ -31,7 +31,6 @@ class Gathered:
     """Weights (E, in, out) or (E, out, in), of which MatMul reads those with the ids of a token."""
 
     form = FORM
-    summed = "K"
 
     def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
         """A MatMul, of which one operand was gathered."""

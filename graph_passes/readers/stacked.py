@@ -28,7 +28,6 @@ class Stacked:
     """Weights (E, in, out) or (E, out, in) as operands of MatMul or Einsum."""
 
     form = FORM
-    summed = "E"
 
     def product(self, node: gs.Node, ends: tuple[Axis, Axis]) -> Product | None:
         """A MatMul or Einsum, of which one operand is a stacked weight."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.readers.axes import HIDDEN, TOKENS, AxisReader
-from graph_passes.walk import SHAPE_ONLY, produced_by, producer
+from graph_passes.block import FormError, Router
+from graph_passes.readers.axes import EXPERTS, HIDDEN, ONE, SLOTS, TOKENS, AxisReader
+from graph_passes.routers import Weights, read_gates, read_slots
+from graph_passes.routers.hits import is_counting
+from graph_passes.walk import SHAPE_ONLY, producer, source
 from graph_passes.weights import Weight
 
 MOVES = SHAPE_ONLY | {"Expand", "Transpose"}
@@ -21,11 +23,13 @@ class Weighing:
 
     Attributes:
         gates: what multiplies them; None where nothing did.
+        ids: by which those of K experts were picked before; None where all were taken.
         bias: what was added to them; None where nothing was.
         sums: their sum over the experts, and what it is moved to afterwards; empty where they are not summed.
     """
 
     gates: gs.Tensor | None
+    ids: gs.Tensor | None
     bias: gs.Tensor | None
     sums: tuple[gs.Tensor, ...]
 
@@ -35,7 +39,7 @@ def follow(outputs: gs.Tensor, gates: gs.Tensor | None, is_bias: Callable[[gs.Te
 
     Where ``outputs`` are summed already, ``follow`` finds their bias, and what they are moved to.
     """
-    bias, summed, sums = None, False, [outputs]
+    bias, ids, summed, sums = None, None, False, [outputs]
     for node, other in _path(outputs):
         if node.op in MOVES:
             sums.append(node.outputs[0])
@@ -43,6 +47,8 @@ def follow(outputs: gs.Tensor, gates: gs.Tensor | None, is_bias: Callable[[gs.Te
             bias, sums = other, [node.outputs[0]]
         elif summed:
             break
+        elif node.op == "GatherElements" and gates is None and other is node.inputs[1]:
+            ids = other
         elif node.op == "Mul" and gates is None and other is not None:
             gates = other
         elif node.op == "ReduceSum":
@@ -51,7 +57,7 @@ def follow(outputs: gs.Tensor, gates: gs.Tensor | None, is_bias: Callable[[gs.Te
             gates, summed, sums = other, True, [node.outputs[0]]
         else:
             break
-    return Weighing(gates, bias, tuple(sums))
+    return Weighing(gates, ids, bias, tuple(sums))
 
 
 def _path(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor | None]]:
@@ -66,19 +72,43 @@ def _path(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor | None]]:
         tensor = node.outputs[0]
 
 
+def route(gates: gs.Tensor, ids: gs.Tensor | None, axes: AxisReader, weights: Weights) -> Router:
+    """The router behind ``gates``, which are (T, E), or (T, K) beside ``ids``, before they are moved to their place.
+
+    Raises:
+        FormError: they are none of a known router.
+    """
+    base = source(gates, MOVES - {"Squeeze"})
+    if ids is None:
+        axes.know(base, TOKENS, EXPERTS)
+        return read_gates(base, weights)
+    ids = source(ids, MOVES - {"Squeeze"})
+    all_in_order = isinstance(ids, gs.Constant) and is_counting(ids)  # nothing is ranked
+    axes.know(base, TOKENS, SLOTS)
+    axes.know(ids, ONE if all_in_order else TOKENS, SLOTS)
+    router = read_gates(base, weights) if all_in_order else read_slots(ids, base, weights)
+    axes.size(SLOTS, router.top_k)
+    return router
+
+
 def sum_of(weighing: Weighing, axes: AxisReader, weight: Weight) -> gs.Tensor:
     """The (T, H) value among ``weighing.sums``, in the dtype of the experts' ``weight`` where it is cast to that.
 
     Raises:
         FormError: none has these axes.
     """
-    for index, tensor in enumerate(weighing.sums):
-        if axes.of(tensor) != (TOKENS, HIDDEN):
-            continue
-        after = weighing.sums[index + 1 : index + 2]
-        cast = produced_by(after[0], "Cast") if after else None
-        to = None if cast is None else onnx.helper.tensor_dtype_to_np_dtype(int(cast.attrs["to"]))
-        return after[0] if to == weight.float_dtype else tensor
+    for tensor in weighing.sums:
+        if axes.of(tensor) == (TOKENS, HIDDEN):
+            return in_dtype_of(weight, tensor)
     last = weighing.sums[-1]
     axes.expect(last, TOKENS, HIDDEN)
     raise FormError("the experts' outputs are not summed", producer(last) or last)
+
+
+def in_dtype_of(weight: Weight, tensor: gs.Tensor) -> gs.Tensor:
+    """``tensor``; or what it is cast to, where nothing else reads it and ``weight`` is computed with that dtype."""
+    cast = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    if cast is None or cast.op != "Cast":
+        return tensor
+    to = onnx.helper.tensor_dtype_to_np_dtype(int(cast.attrs["to"]))
+    return cast.outputs[0] if to == weight.float_dtype else tensor

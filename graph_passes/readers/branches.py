@@ -1,0 +1,99 @@
+"""Find where the branches of experts come together, in one walk over a graph."""
+
+import dataclasses
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.readers.axes import ELEMENTWISE, PARTS
+from graph_passes.readers.columns import PROJECTIONS, column_of, is_projected
+from graph_passes.readers.weighing import MOVES, follow
+from graph_passes.routers.hits import constant_value
+from graph_passes.walk import produced_by, source
+
+SUMS = frozenset({"ReduceSum", "Einsum", "MatMul"})
+CASTS = frozenset({"Cast", "Identity"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What is computed for one expert alone; ``projected`` where that passed a weight."""
+
+    expert: int
+    projected: bool
+
+
+def branch_sums(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes in which all branches of a block are joined: the last Add or Sum, or a Concat.
+
+    Only what was multiplied by the gate of one expert and by weights is a branch, so that other sums are left alone.
+    """
+    marks: dict[int, Mark] = {}
+    joins: dict[int, gs.Node] = {}
+    for node in graph.nodes:
+        if _joins(node, marks, joins) or _stacks(node, marks):
+            joins[id(node.outputs[0])] = node
+        elif (mark := _mark(node, marks)) is not None:
+            marks.update((id(output), mark) for output in node.outputs)
+    inner = {id(source(tensor, CASTS)) for node in joins.values() for tensor in node.inputs}
+    return [node for output, node in joins.items() if output not in inner]
+
+
+def terms_of(total: gs.Node) -> list[gs.Tensor]:
+    """What Adds and Sums add up to the output of ``total``, but zeros."""
+    terms, front = [], [total]
+    while front:
+        for tensor in front.pop().inputs:
+            term = source(tensor, CASTS)
+            node = produced_by(term, "Add", "Sum")
+            if node is not None and not any(isinstance(operand, gs.Constant) for operand in node.inputs):
+                front.append(node)
+            elif constant_value(term) != 0.0:
+                terms.append(term)
+    return terms
+
+
+def _joins(node: gs.Node, marks: dict[int, Mark], joins: dict[int, gs.Node]) -> bool:
+    """Whether ``node`` adds branches of different experts, or sums of such, and nothing else."""
+    if node.op not in ("Add", "Sum"):
+        return False
+    operands = [source(tensor, CASTS) for tensor in node.inputs]
+    found = [marks.get(id(tensor)) for tensor in operands]
+    experts = {mark.expert for mark in found if mark is not None and mark.projected}
+    sums = sum(id(tensor) in joins for tensor in operands)
+    if not experts and not sums:
+        return False
+    others = [tensor for tensor, mark in zip(operands, found, strict=True) if mark is None and id(tensor) not in joins]
+    return all(constant_value(tensor) == 0.0 for tensor in others) and len(experts) + sums + len(others) > 1
+
+
+def _stacks(node: gs.Node, marks: dict[int, Mark]) -> bool:
+    """Whether ``node`` puts branches of different experts side by side, or outputs of FFNs that are weighed there."""
+    if node.op != "Concat":
+        return False
+    found = [marks.get(id(tensor)) for tensor in node.inputs]
+    experts = {mark.expert for mark in found if mark is not None and mark.projected}
+    return len(experts) == len(node.inputs) or _is_weighed_stack(node)
+
+
+def _is_weighed_stack(concat: gs.Node) -> bool:
+    """Whether outputs of projections are stacked, multiplied by something, and summed."""
+    parts = [produced_by(tensor, "Unsqueeze") for tensor in concat.inputs]
+    if len(parts) < 2 or not all(part is not None and is_projected(part.inputs[0]) for part in parts):
+        return False
+    weighing = follow(concat.outputs[0], None, lambda _: False)
+    return weighing.gates is not None and produced_by(weighing.sums[0], *SUMS) is not None
+
+
+def _mark(node: gs.Node, marks: dict[int, Mark]) -> Mark | None:
+    if node.op not in ELEMENTWISE | PARTS | MOVES | PROJECTIONS:
+        return None
+    own = {mark for tensor in node.inputs if (mark := marks.get(id(tensor))) is not None}
+    if len(own) == 1:
+        mark = own.pop()
+        return Mark(mark.expert, mark.projected or node.op in PROJECTIONS)
+    if node.op == "Mul" and not own:
+        for gate, value in (node.inputs, reversed(node.inputs)):
+            column = column_of(gate)
+            if column is not None:
+                return Mark(column.expert, is_projected(value))
+    return None
