@@ -21,7 +21,7 @@ from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
 from graph_passes.readers.trial import Trial, fitted
 from graph_passes.routers import Weights, read_gates, read_slots
-from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source
+from graph_passes.walk import SHAPE_ONLY, is_weight, produced_by, producer, source
 from graph_passes.weights import Array
 
 FORM = "nonzero"
@@ -104,7 +104,9 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
     Raises:
         FormError: with the first op that stands elsewhere than in this form, or the experts that are missing.
     """
-    branches = [_read_branch(scatter, weights) for scatter in _scatters(end)]
+    scatters = list(_scatters(end))
+    _refuse_hit_experts(scatters)
+    branches = [_read_branch(scatter, weights) for scatter in scatters]
     first = branches[0]
     routed = _read_router(first, weights)
     router = routed.router
@@ -152,6 +154,31 @@ def _read_branch(scatter: gs.Node, weights: Weights) -> Branch:
     if weighed is None:
         raise FormError("an expert's output is not multiplied with gathered weights", producer(value))
     return Branch(x, value, parts, ON_INPUT, tuple(weighed.inputs), scatter)
+
+
+def _refuse_hit_experts(scatters: list[gs.Node]) -> None:
+    """Refuse branches that look up which expert they are, as a tracer leaves ``for e in those that were hit``.
+
+    Raises:
+        FormError: with the number of branches, which is the number of experts that the example happened to hit.
+    """
+    for weight in _kernels(scatters[0]):
+        pick = produced_by(source(weight, {"Transpose"}), "Gather")
+        if pick is not None and is_weight(pick.inputs[0], 3) and isinstance(pick.inputs[1], gs.Variable):
+            raise FormError(
+                f"{len(scatters)} branches compute whichever of {pick.inputs[0].shape[0]} experts are hit: "
+                "the exporter kept as many as its example hit",
+                pick,
+            )
+
+
+def _kernels(scatter: gs.Node) -> list[gs.Tensor]:
+    """What the last product before ``scatter`` multiplies by, on either side of the weights."""
+    value = _added(source(scatter.inputs[2], SHAPE_ONLY | {"Expand"}))
+    weighed = produced_by(value, "Mul")
+    sides = [value] if weighed is None else weighed.inputs
+    products = [produced_by(source(side), "MatMul", "Gemm") for side in sides]
+    return [product.inputs[1] for product in products if product is not None]
 
 
 def _added(value: gs.Tensor) -> gs.Tensor:
