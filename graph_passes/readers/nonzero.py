@@ -20,6 +20,7 @@ from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_fr
 from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
 from graph_passes.readers.trial import Trial, fitted
+from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import SHAPE_ONLY, is_weight, produced_by, producer, source
 from graph_passes.weights import Array
@@ -119,13 +120,14 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
         run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
         run.give(routed.values, fitted(trial.weights_TK, routed.values))
     order = _try(branches, routed.values, end, trial, run)
+    experts = stack_experts([branches[index].parts for index in order])
     return MoEBlock(
         name=router.scope or name,
         form=FORM,
         hidden=routed.hidden,
-        out=end.outputs[0],
+        out=in_dtype_of(experts.down_EFH, end.outputs[0]),
         router=router,
-        experts=stack_experts([branches[index].parts for index in order]),
+        experts=experts,
         keep=tuple(range(len(order))),
         weights_on=first.weights_on,
     )

@@ -24,6 +24,7 @@ from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
 from graph_passes.readers.single_expert import ExpertParts, stack_experts
 from graph_passes.readers.trial import Trial, fitted
+from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import SHAPE_ONLY, produced_by, producer, sink, source
 
@@ -125,7 +126,8 @@ def read(concat: gs.Node, form: str, name: str, weights: Weights) -> MoEBlock:
     slots = trial.slots(run.of(gate), picks[1])
     trial.require_tokens(run.of(tokens), slots, picks[0])
     orders = [layer.order(slots, trial, run) for layer in found.layers]
-    out = _summed(product)
+    experts = stack_experts(found.parts(orders))
+    out = in_dtype_of(experts.down_EFH, _summed(product))
     rows = trial.outputs(len(slots), found.layers[-1].outputs)
     run.give(value, rows)
     if not np.array_equal(run.of(out), trial.summed(slots, rows * trial.weights_of(slots))):
@@ -136,7 +138,7 @@ def read(concat: gs.Node, form: str, name: str, weights: Weights) -> MoEBlock:
         hidden=hidden,
         out=out,
         router=router,
-        experts=stack_experts(found.parts(orders)),
+        experts=experts,
         keep=tuple(range(len(orders[0]))),
     )
 
@@ -180,7 +182,7 @@ def _summed(product: gs.Node) -> gs.Tensor:
             raise FormError("the weighed outputs are not summed over the slots of a token", producer(tensor))
         tensor = following.outputs[0]
         if following.op in SUMS:
-            return sink(tensor, {"Cast"})
+            return tensor
 
 
 def _reads_rows(node: gs.Node, tensor: gs.Tensor) -> bool:
