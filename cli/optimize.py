@@ -20,7 +20,11 @@ def optimize(
     target: Annotated[
         str | None, typer.Option(help="Device that the result is for; without it only what loses experts is rewritten.")
     ] = None,
-    form: Annotated[str, typer.Option(help="auto, dense, sorted, gather or ffn.")] = "auto",
+    form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
+    bits: Annotated[int | None, typer.Option(help="Quantise the experts to 4 or 8 bits.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128; without it all of an output channel.")
+    ] = None,
     clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
     any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
@@ -32,6 +36,7 @@ def optimize(
     Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
     """
     from graph_passes.optimize import optimize as optimize_model
+    from graph_passes.quantize import Quantization
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
@@ -47,6 +52,7 @@ def optimize(
             plan=None if plan is None else PruningPlan.load(plan, clamp_top_k=clamp_top_k),
             form=form,
             accepted=accepted,
+            quantization=None if bits is None else Quantization.checked(bits, block_size),
             any_model=any_model,
             prove=prove,
             allow_partial=allow_partial,
@@ -61,6 +67,9 @@ def optimize(
     rows += [textwrap.indent(f"left as it is: {layer}", "  ") for layer in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
     proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
+    error = manifest.details["quantization_error"]
+    if error is not None:
+        proof += f" beside the rounded experts; quantising changes outputs by up to {error:.1e} of their range"
     changed = "" if manifest.modified else "; nothing had to change"
     payload = {"modified": manifest.modified, **manifest.to_json()}
     console.result("\n".join([f"{output}: {proof}{changed}", *rows]), payload, as_json)

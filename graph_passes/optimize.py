@@ -3,21 +3,20 @@
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
-from graph_passes.mask import save_masked
 from graph_passes.measure import Size, measure, pass_entry
-from graph_passes.model_file import copy_weights, link_weights, load_graph, save_graph, save_variant
+from graph_passes.model_file import copy_weights, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
-from graph_passes.oracle import OracleEntry, check
 from graph_passes.order import sort_nodes, tidy
+from graph_passes.proof import Proof, Work
+from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
-from graph_passes.readers import read_blocks
+from graph_passes.quantize import Quantization
 from graph_passes.rewrite import Decision, Written, carry_out, decide
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
@@ -43,6 +42,7 @@ def optimize(
     plan: PruningPlan | None = None,
     form: str = AUTO,
     accepted: Sequence[str] | None = None,
+    quantization: Quantization | None = None,
     any_model: bool = False,
     prove: bool = True,
     allow_partial: bool = False,
@@ -60,6 +60,7 @@ def optimize(
         form: one of ``FORMS``; ``auto`` chooses for each layer among ``accepted``.
         accepted: the forms that the target takes, which also limit ``form``; None: no target in view, so that only
             what loses experts is written anew.
+        quantization: how the experts are quantised; None leaves them what they are.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
@@ -76,9 +77,9 @@ def optimize(
         plan.require_model(model.source_sha256, str(source))
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
+    layers = [layer if found is None else found.plan for layer, found in zip(layers, findings, strict=True)]
     decisions = [
-        decide(block, layer if found is None else found.plan, form, accepted)
-        for block, layer, found in zip(model.blocks, layers, findings, strict=True)
+        decide(block, layer, form, accepted, quantization) for block, layer in zip(model.blocks, layers, strict=True)
     ]
     before = measure(model.graph, model.path.parent)
     with new_directory(out) as staging:
@@ -87,7 +88,8 @@ def optimize(
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
         entries = _observe(model, written, staging)
-        proof = _prove(model, plan, staging, runner, out.parent) if prove else []
+        work = Work(model, plan, layers, quantization)
+        proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
         manifest = Manifest(
@@ -102,7 +104,9 @@ def optimize(
             passes=passes,
             tools=tool_versions(),
             details={
-                "oracle": [dataclasses.asdict(entry) for entry in proof],
+                "oracle": [dataclasses.asdict(entry) for entry in proof.oracle],
+                "quantization": None if quantization is None else dataclasses.asdict(quantization),
+                "quantization_error": proof.quantization_error,
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
                 "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],
@@ -174,22 +178,6 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
     sort_nodes(model.graph)
     save_variant(model.graph, staging / OBSERVED)
     return tuple(entries)
-
-
-def _prove(model: Model, plan: PruningPlan | None, candidate: Path, runner: Runner, scratch: Path) -> list[OracleEntry]:
-    """Compare with the file itself where nothing was planned: what is unreachable needs no mask."""
-    original = model.path
-    graph = load_graph(original)  # anew: the one that was read before has become the candidate
-    if plan is None:
-        return check(graph, original, candidate, runner)
-    blocks = read_blocks(graph, original.parent).blocks
-    with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as reference:
-        if model.reduced:  # the masked graph starts from what is left, so that is proven first
-            link_weights(graph, original.parent, Path(reference))
-            save_variant(graph, Path(reference) / MODEL)
-            check(graph, original, Path(reference), runner)
-        save_masked(graph, Names(graph), blocks, match_layers(plan, blocks), original.parent, Path(reference))
-        return check(graph, Path(reference), candidate, runner)
 
 
 def _write_config(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:

@@ -12,6 +12,8 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.emitter import Emitter, Names
 from graph_passes.prune import prune_block
+from graph_passes.quantize import Quantization, quantized
+from graph_passes.quantize import why_not as why_not_quantized
 from graph_passes.walk import replace_uses
 from graph_passes.writers import AUTO, WRITERS, choose_form, why_not
 from graph_passes.writers.routing import Routing
@@ -43,14 +45,24 @@ class Written:
     rewritten: bool
 
 
-def decide(block: MoEBlock, layer: LayerPlan | None, form: str, accepted: Sequence[str] | None) -> Decision:
+def decide(
+    block: MoEBlock,
+    layer: LayerPlan | None,
+    form: str,
+    accepted: Sequence[str] | None,
+    how: Quantization | None = None,
+) -> Decision:
     """What happens to ``block`` under ``layer`` (None: all experts stay), ``form`` and the forms a target accepts.
 
+    ``how`` says how its experts are quantised; None: they stay what they are.
+
     Raises:
-        UserError: the plan does not fit the block, or the form cannot express it.
+        UserError: the plan does not fit the block, its experts cannot be quantised, or the form cannot express it.
     """
     pruned = block if layer is None else prune_block(block, layer)
-    untouched = pruned.num_experts == block.num_experts
+    untouched = pruned.num_experts == block.num_experts and how is None
+    if how is not None:
+        pruned = _quantize(pruned, how)
     if form == AUTO and accepted is None and untouched:
         return Decision(block, block, None)
     chosen = choose_form(pruned, tuple(WRITERS) if accepted is None else accepted) if form == AUTO else form
@@ -62,6 +74,16 @@ def decide(block: MoEBlock, layer: LayerPlan | None, form: str, accepted: Sequen
             f"form {chosen} cannot express layer {block.name}: {reason}", hint="use --form auto, or another form"
         )
     return Decision(block, pruned, chosen)
+
+
+def _quantize(block: MoEBlock, how: Quantization) -> MoEBlock:
+    reason = why_not_quantized(block.experts, how)
+    if reason is not None:
+        raise UserError(
+            f"layer {block.name} cannot be quantised to {how.bits} bits: {reason}",
+            hint="leave --bits out, or choose another --block-size",
+        )
+    return dataclasses.replace(block, experts=quantized(block.experts, how))
 
 
 def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:

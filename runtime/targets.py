@@ -7,7 +7,7 @@ from moe_spec.errors import UserError, did_you_mean
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
 
-_ALL_FORMS = ("sorted", "dense", "gather", "ffn", "experts")
+_ALL_FORMS = ("sorted", "dense", "gather", "ffn", "experts", "moe", "qmoe")
 _STATIC_FORMS = ("dense", "gather", "ffn")  # TensorRT takes no data-dependent shapes on every kernel
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -52,7 +52,8 @@ TARGETS: tuple[Target, ...] = (
     Target("h100", ("sm90", "h200"), TENSORRT, "9.0", _STATIC_FORMS, _FLOATS | _FP8, "built on the device"),
     Target("jetson-orin", ("sm87",), TENSORRT, "8.7", _STATIC_FORMS, _FLOATS, "built on the device"),
     Target(
-        "jetson-thor", ("sm110",), TENSORRT, "11.0", _STATIC_FORMS, _FLOATS | _FP8 | _FP4, "built on the device"
+        "jetson-thor", ("sm110",), TENSORRT, "11.0", (*_STATIC_FORMS, "trt_moe"), _FLOATS | _FP8 | _FP4,
+        "built on the device",
     ),
 )  # fmt: skip
 

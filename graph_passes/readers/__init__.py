@@ -28,7 +28,8 @@ from graph_passes.readers import (
     stacked,
     trt_moe,
 )
-from graph_passes.readers.sites import Site, find_sites, projection_of
+from graph_passes.readers.bodies import Body, find_bodies
+from graph_passes.readers.sites import Site, find_sites, projection_before
 from graph_passes.routers import Weights
 
 READERS: tuple[ModuleType, ...] = (
@@ -68,8 +69,8 @@ def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
     """Every MoE block of ``graph`` (in topological order), whose weights lie in ``directory``."""
     order = {id(node): index for index, node in enumerate(graph.nodes)}
     blocks, failures = _try_all(graph, order, Weights(directory))
-    sites = find_sites(graph, order)
-    return Reading(tuple(blocks), tuple(_unrecognised(blocks, failures, sites, order)))
+    sites, bodies = find_sites(graph, order), find_bodies(graph, order)
+    return Reading(tuple(blocks), tuple(_unrecognised(blocks, failures, sites, bodies, order)))
 
 
 def _try_all(graph: gs.Graph, order: Mapping[int, int], weights: Weights) -> tuple[list[MoEBlock], list[_Failure]]:
@@ -120,13 +121,17 @@ def _check_agreement(block: MoEBlock, node: gs.Node) -> None:
 
 
 def _unrecognised(
-    blocks: Sequence[MoEBlock], failures: Sequence[_Failure], sites: Sequence[Site], order: Mapping[int, int]
+    blocks: Sequence[MoEBlock],
+    failures: Sequence[_Failure],
+    sites: Sequence[Site],
+    bodies: Sequence[Body],
+    order: Mapping[int, int],
 ) -> list[Unrecognised]:
     """Routers that lead into no block, each with what every reader said of the nodes up to the next router.
 
     A failure that belongs to no router, and to no block that another reader took, stands for a layer of its own.
     """
-    projections = [projection_of(block.router.logits) for block in blocks]
+    projections = [projection_before(block.router.logits) for block in blocks]
     spans = [
         (order[id(projection)], order[id(block.out.inputs[0])])
         for block, projection in zip(blocks, projections, strict=True)
@@ -139,10 +144,13 @@ def _unrecognised(
     for site, end in zip(sites, ends, strict=False):
         own = [item for item in open_failures if site.position <= item.position < end]
         if id(site.projection) not in claimed:
-            found.append(_site_refused(site, [item.refusal for item in own]))
+            inner = [body.refusal for body in bodies if site.position <= body.position < end]
+            found.append(_site_refused(site, [*(item.refusal for item in own), *inner]))
+            bodies = [body for body in bodies if body.refusal not in inner]
             open_failures = [item for item in open_failures if item not in own]
-    alone = [Unrecognised(f"at {item.refusal.node}", item.refusal.node, (item.refusal,)) for item in open_failures]
-    return [*found, *alone]
+    certain = [body.refusal for body in bodies if body.routes]
+    alone = [*(item.refusal for item in open_failures), *certain]
+    return [*found, *(Unrecognised(f"at {refusal.node}", refusal.node, (refusal,)) for refusal in alone)]
 
 
 def _site_refused(site: Site, refusals: Sequence[Refusal]) -> Unrecognised:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from graph_passes.block import MoEBlock
-from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs
+from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs, trt_moe
 
 WRITERS: Mapping[str, ModuleType] = {
     "dense": dense,
@@ -16,6 +16,7 @@ WRITERS: Mapping[str, ModuleType] = {
     "ffn": ffn,
     "moe": moe,
     "qmoe": qmoe,
+    "trt_moe": trt_moe,
 }
 
 AUTO = "auto"

@@ -197,7 +197,7 @@ def test_weights_that_are_cut_are_refused(zoo, tmp_path):
         (
             ("--form", "dence"),
             "unknown form 'dence'",
-            "did you mean 'dense'? known: auto, dense, ffn, gather, sorted",
+            "did you mean 'dense'? known: auto, dense, ffn, gather, moe, qmoe, sorted, trt_moe",
         ),
         (
             ("--form", "sorted", "--target", "sm89"),
