@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from tests.graph_passes.block_models.builder import Builder
+from tests.graph_passes.block_models.quantize import Quantized, quantize
 from tests.graph_passes.block_models.spec import Spec
 from tests.graph_passes.block_models.tensors import matrices, vectors
 
@@ -16,7 +17,7 @@ class Block:
 
     Attributes:
         name: path of the layer.
-        tensors: `tensors.weights` of the layer.
+        tensors: `tensors.drawn` for the layer.
         x: (T, H) or (B, S, H), as the layer gets it.
         hidden: the same as (T, H).
     """
@@ -35,6 +36,11 @@ class Block:
     def matrices(self) -> dict[str, np.ndarray]:
         """(E, out, in) by the projection's name."""
         return matrices(self.spec, self.tensors)
+
+    @functools.cached_property
+    def quantized(self) -> dict[str, Quantized]:
+        """The same as it is stored."""
+        return {part: quantize(self.spec, matrix) for part, matrix in matrices(self.spec, self.tensors).items()}
 
     @functools.cached_property
     def vectors(self) -> dict[str, np.ndarray]:

@@ -24,18 +24,26 @@ class Builder:
     Attributes:
         nodes: in the order in which they were asked for.
         initializers: by name. Equal small constants are one initialiser, however many nodes read them.
-        weights: what was asked for with `weight`, by name.
+        outputs: values besides the last that the graph gives.
+        weights: what was asked for with `weight`, by the name that was asked for.
+        formals: what they are called here, in the same order.
     """
 
     def __init__(self, spec: Spec, *, is_function: bool = False) -> None:
         self.spec = spec
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.outputs: list[onnx.ValueInfoProto] = []
         self.weights: dict[str, np.ndarray] = {}
         self._is_function = is_function
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._written: dict[bytes, list[str]] = {}
         self._renamed: dict[str, str] = {}
         self._taken: Counter[str] = Counter()
+
+    @property
+    def formals(self) -> list[str]:
+        return list(self._renamed.values())
 
     @property
     def element_type(self) -> int:
@@ -49,11 +57,19 @@ class Builder:
     def ops(
         self, op_type: str, *operands: Operand, out: Sequence[str], domain: str = "", **attributes: Any
     ) -> list[str]:
-        """The outputs of a new node, named like ``out``, with a number where that is taken."""
+        """The outputs of a new node, named like ``out``, with a number where that is taken.
+
+        A node that is there already is not written again: exporters' optimisers eliminate common subexpressions.
+        """
         inputs = [self._input(operand) for operand in operands]
-        outputs = [self.fresh(name) for name in out]
-        self.nodes.append(helper.make_node(op_type, inputs, outputs, domain=domain, **attributes))
-        return outputs
+        node = helper.make_node(op_type, inputs, [], domain=domain, **attributes)
+        key = node.SerializeToString(deterministic=True)
+        if key in self._written and not self.spec.unoptimised:
+            return self._written[key]
+        self._written[key] = [self.fresh(name) for name in out]
+        node.output[:] = self._written[key]
+        self.nodes.append(node)
+        return self._written[key]
 
     def constant(self, value: np.ndarray | np.generic | Sequence[int]) -> str:
         """A small constant."""

@@ -6,6 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from moe_spec.experts_op import NO_LIMIT
+from tests.graph_passes.block_models import parameters
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
 from tests.graph_passes.block_models.builder import Builder
@@ -13,25 +14,16 @@ from tests.graph_passes.block_models.builder import Builder
 
 def one_expert(block: Block, x: str, expert: int) -> str:
     """``experts[expert](x)`` (rows, H) of (rows, H), its matrices one by one."""
-    projected = [_project(block, x, part, expert) for part in block.matrices if part != "down_proj"]
-    return _project(block, middle(block.b, projected, rank=2), "down_proj", expert)
-
-
-def _project(block: Block, x: str, part: str, expert: int) -> str:
-    bias = block.vectors[part][expert] if block.vectors else None
-    return torch.linear(block.b, x, block.parameter(f"{expert}.{part}"), block.matrices[part][expert], bias)
+    projected = [parameters.project(block, x, part, expert) for part in block.matrices if part != "down_proj"]
+    return parameters.project(block, middle(block.b, projected, rank=2), "down_proj", expert)
 
 
 def stacked_matmul(block: Block, x: str) -> str:
     """All experts (E, rows, H) on ``x`` (E, rows, H) or (1, rows, H)."""
 
     def project(value: str, part: str) -> str:
-        matrix, name = block.matrices[part], block.parameter(part)
-        if block.spec.transposed:
-            stored = block.b.weight(name, matrix.transpose(0, 2, 1))
-        else:
-            stored = torch.transposed(block.b, name, matrix)
-        return _biased(block, block.b.op("MatMul", value, stored, out="bmm"), part, [1])
+        product = block.b.op("MatMul", value, parameters.stacked(block, part, transposed=True), out="bmm")
+        return _biased(block, product, part, [1])
 
     projected = [project(x, part) for part in block.matrices if part != "down_proj"]
     return project(middle(block.b, projected, rank=3), "down_proj")
@@ -41,11 +33,9 @@ def stacked_einsum(block: Block, x: str, read: str, inner: str, out: str, bias_a
     """All experts with Einsum: the axes of ``x``, of what is between the projections, and of what comes out."""
 
     def project(value: str, part: str, source: str, target: str) -> str:
-        matrix, axes = block.matrices[part], f"e{target[-1]}{source[-1]}"
-        if block.spec.transposed:
-            matrix, axes = matrix.transpose(0, 2, 1), f"e{source[-1]}{target[-1]}"
-        stored = block.b.weight(block.parameter(part), matrix)
-        product = block.b.op("Einsum", value, stored, equation=f"{source},{axes}->{target}")
+        matrix = parameters.stacked(block, part, transposed=block.spec.transposed)
+        axes = f"{source[-1]}{target[-1]}" if block.spec.transposed else f"{target[-1]}{source[-1]}"
+        product = block.b.op("Einsum", value, matrix, equation=f"{source},e{axes}->{target}")
         return _biased(block, product, part, bias_axes)
 
     projected = [project(x, part, read, inner) for part in block.matrices if part != "down_proj"]
@@ -56,7 +46,7 @@ def _biased(block: Block, product: str, part: str, axes: Sequence[int]) -> str:
     """Plus the bias (E, out), with ``axes`` inserted."""
     if not block.vectors:
         return product
-    bias = block.b.weight(block.parameter(f"{part}_bias"), block.vectors[part])
+    bias = parameters.stacked_bias(block, part)
     return block.b.op("Add", product, block.b.op("Unsqueeze", bias, axes) if axes else bias)
 
 

@@ -6,7 +6,17 @@ from typing import Any
 import numpy as np
 
 from moe_spec.feasibility import Groups
-from tests.graph_passes.block_models.forms import batched_mm, dispatch, experts, grouped, masked_loop, nonzero, stacked
+from tests.graph_passes.block_models.forms import (
+    batched_mm,
+    dispatch,
+    experts,
+    fused,
+    grouped,
+    masked_loop,
+    nonzero,
+    stacked,
+)
+from tests.graph_passes.block_models.spec import Spec
 
 FORMS = {
     "experts": experts.emit,
@@ -16,8 +26,18 @@ FORMS = {
     "masked_loop": masked_loop.emit,
     "nonzero": nonzero.emit,
     "dispatch": dispatch.emit,
+    "moe": fused.emit_moe,
+    "qmoe": fused.emit_qmoe,
+    "trt_moe": fused.emit_trt_moe,
 }
 FORM_NAMES = tuple(FORMS)
+
+FORM_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "moe": {"interleaved": True},
+    "qmoe": {"interleaved": True, "quantization": "int4", "hidden": 32, "width": 64},
+    "trt_moe": {"separate": True},
+}
+"""What a form asks of the experts."""
 
 SWITCH = {"selection": "argmax", "top_k": 1, "gates": "mask", "hit": "gates"}
 NLLB = {
@@ -38,7 +58,8 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
     "topk_first": {"topk_first": True, "router_bias": True},
     "topk_first_scattered": {"topk_first": True, "gates": "minus_inf"},
     "sigmoid": {"score": "sigmoid"},
-    "sigmoid_bias": {"score": "sigmoid", "selection_bias": True, "renormalize": True, "eps": 1e-6},
+    "sigmoid_bias": {"score": "sigmoid", "selection_bias": True, "renormalize": True},
+    "sigmoid_bias_eps": {"score": "sigmoid", "selection_bias": True, "renormalize": True, "eps": 1e-6},
     "sigmoid_bias_groups": {
         "score": "sigmoid",
         "selection_bias": True,
@@ -61,4 +82,9 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         "tiled": True,
     },
 }
-"""Fields of `Spec` for each kind of router in the field; with it the gates that its dense forms use."""
+"""Fields of `Spec` for each kind of router in the field, and how its dense forms make their gates."""
+
+
+def spec_of(form: str, router: str = "softmax", **fields: Any) -> Spec:
+    """A block of this form and router kind; ``fields`` go before theirs."""
+    return Spec(form=form, **{**FORM_FIELDS.get(form, {}), **ROUTERS[router], **fields})

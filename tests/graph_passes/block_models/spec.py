@@ -64,6 +64,7 @@ class Spec:
         layers: blocks in a row, each added to what it reads where there are several.
         tied: they share all weights.
         in_function: the block is a model-local function.
+        returns_logits: the logits (T, E) of each layer are outputs too, ``logits``, ``logits_1`` ...
     """
 
     experts: int = 8
@@ -120,6 +121,7 @@ class Spec:
     layers: int = 1
     tied: bool = False
     in_function: bool = False
+    returns_logits: bool = False
 
     @property
     def op(self) -> ExpertsOp:

@@ -3,13 +3,27 @@
 import ml_dtypes
 import numpy as np
 
+from tests.graph_passes.block_models.quantize import quantize
 from tests.graph_passes.block_models.spec import Spec
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def weights(spec: Spec, layer: int = 0) -> dict[str, np.ndarray]:
-    """Random weights in transformers' layout."""
+    """Random weights in transformers' layout; where they are quantised, what the stored ones stand for."""
+    tensors = drawn(spec, layer)
+    if spec.quantization is None:
+        return tensors
+    parts = {part: quantize(spec, matrix).dequantized() for part, matrix in matrices(spec, tensors).items()}
+    down = parts.pop("down_proj")
+    up = _joined(spec, list(parts.values()))
+    if spec.transposed:
+        up, down = up.transpose(0, 2, 1), down.transpose(0, 2, 1)
+    return tensors | {"up": up, "down": down}
+
+
+def drawn(spec: Spec, layer: int) -> dict[str, np.ndarray]:
+    """The weights before they are quantised."""
     rng = np.random.default_rng(spec.seed if spec.tied else spec.seed + layer)
     E, H, F = spec.experts, spec.hidden, spec.width * (2 if spec.gated else 1)
 
@@ -50,3 +64,13 @@ def _projections(spec: Spec, up: np.ndarray) -> dict[str, np.ndarray]:
         return {"gate_up_proj": up}
     gate, value = (up[:, 0::2], up[:, 1::2]) if spec.op.interleaved else np.split(up, 2, axis=1)
     return {"gate_proj": gate, "up_proj": value}
+
+
+def _joined(spec: Spec, parts: list[np.ndarray]) -> np.ndarray:
+    """(E, out, in) of gate and up as one matrix."""
+    if len(parts) == 1:
+        return parts[0]
+    if not spec.op.interleaved:
+        return np.concatenate(parts, axis=1)
+    joined = np.stack(parts, axis=2)
+    return joined.reshape(joined.shape[0], -1, joined.shape[3])

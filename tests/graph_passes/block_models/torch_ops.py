@@ -82,10 +82,13 @@ def one_hot(b: Builder, ids: str, classes: int) -> str:
 
 
 def zeros_like(b: Builder, x: str, element_type: int) -> str:
+    """Zeros of the given type in the shape of ``x``."""
     shape = b.op("Shape", x, start=0)
-    if b.spec.unoptimised:
-        return b.op("Expand", b.op("CastLike", np.asarray(0), x), shape, out="zeros_like")
-    return b.op("Expand", b.scalar(0, element_type), shape, out="zeros_like")
+    if not b.spec.unoptimised:
+        return b.op("Expand", b.scalar(0, element_type), shape, out="zeros_like")
+    same = b.spec.dtype == "float32"
+    zero = b.op("CastLike", np.asarray(0), x) if same else b.op("Cast", np.asarray(0), to=element_type)
+    return b.op("Expand", zero, shape, out="zeros_like")
 
 
 def reshape(b: Builder, x: str, shape: list[int]) -> str:

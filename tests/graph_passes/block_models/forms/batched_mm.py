@@ -1,6 +1,6 @@
 """transformers' ``batched_mm``: the weights of its expert gathered for each (token, slot)."""
 
-from tests.graph_passes.block_models import ffn, routers
+from tests.graph_passes.block_models import ffn, parameters, routers
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
 
@@ -20,14 +20,13 @@ def emit(block: Block) -> str:
 
 
 def _project(block: Block, x: str, ids: str, part: str) -> str:
-    spec, b, matrix = block.spec, block.b, block.matrices[part]
-    stored = matrix.transpose(0, 2, 1) if spec.transposed else matrix
-    gathered = torch.index(b, b.weight(block.parameter(part), stored), 3, ids)
+    spec, b = block.spec, block.b
+    gathered = torch.index(b, parameters.stacked(block, part, transposed=spec.transposed), 3, ids)
     axis = 1 if spec.transposed else -1
     column = b.op("Unsqueeze", x, [axis])
     product = b.op("MatMul", *((column, gathered) if spec.transposed else (gathered, column)), out="bmm")
     result = b.op("Squeeze", product, [axis])
     if not block.vectors:
         return result
-    bias = torch.index(b, b.weight(block.parameter(f"{part}_bias"), block.vectors[part]), 2, ids)
-    return b.op("Add", result, bias)
+    biased = b.op("Add", result, torch.index(b, parameters.stacked_bias(block, part), 2, ids))
+    return b.op("Squeeze", b.op("Unsqueeze", biased, [axis]), [axis])  # added in place to a view of the product

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from onnx import TensorProto
 
-from tests.graph_passes.block_models import ffn, routers
+from tests.graph_passes.block_models import ffn, parameters, routers
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
 from tests.graph_passes.block_models.builder import Builder
@@ -65,11 +65,8 @@ def _split(b: Builder, x: str) -> list[str]:
 
 
 def _project(block: Block, x: str, sorted_ids: str, runs: list[str], part: str) -> str:
-    spec, b, matrix = block.spec, block.b, block.matrices[part]
-    if spec.transposed:
-        stored = b.weight(block.parameter(part), matrix.transpose(0, 2, 1))
-    else:
-        stored = torch.transposed(b, block.parameter(part), matrix)
+    b = block.b
+    stored = parameters.stacked(block, part, transposed=True)
     products = [
         b.op("MatMul", b.op("Gather", x, rows, axis=0), b.op("Squeeze", piece, [0]))
         for rows, piece in zip(runs, _split(b, stored), strict=True)
@@ -77,8 +74,7 @@ def _project(block: Block, x: str, sorted_ids: str, runs: list[str], part: str) 
     result = b.op("Concat", *products, out="grouped_mm_fallback", axis=0)
     if not block.vectors:
         return result
-    bias = b.weight(block.parameter(f"{part}_bias"), block.vectors[part])
-    return b.op("Add", result, torch.index(b, bias, 2, sorted_ids))
+    return b.op("Add", result, torch.index(b, parameters.stacked_bias(block, part), 2, sorted_ids))
 
 
 def _inverse(b: Builder, order: str, flat: str) -> str:

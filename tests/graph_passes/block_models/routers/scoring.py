@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
@@ -27,7 +28,12 @@ def logits(block: Block, *, by_sequence: bool = False) -> str:
         hidden, weight, bias = torch.to_float(b, hidden), weight.astype(np.float32), bias.astype(np.float32)
     name, added = f"{block.name}.gate", bias if spec.router_bias else None
     product = torch.linear(b, hidden, name, weight, added, rank=rank, out="logits")
-    return torch.to_float(b, product) if spec.router_cast == "logits" else product
+    result = torch.to_float(b, product) if spec.router_cast == "logits" else product
+    if spec.returns_logits:
+        kind = b.element_type if spec.router_cast == "scores" else TensorProto.FLOAT
+        lengths = ["tokens"] if rank == 2 else ["batch", "sequence"]
+        b.outputs.append(helper.make_tensor_value_info(result, kind, [*lengths, spec.experts]))
+    return result
 
 
 def scores(block: Block, values: str, out: str = "scores") -> str:

@@ -47,17 +47,22 @@ def best(b: Builder, values: str, count: int, out: tuple[str, str] = ("best", "i
 
 def select(block: Block, scored: str) -> tuple[str, str]:
     """Ids and scores of the K best by scores (T, E), a selection bias and groups."""
+    choice, ranked = ranking(block, scored)
+    values, ids = best(block.b, ranked, block.spec.top_k)
+    if ranked == scored or (choice == scored and block.spec.group_fill == 0):
+        return ids, values
+    return ids, block.b.op("GatherElements", scored, ids, out="selected", axis=1)
+
+
+def ranking(block: Block, scored: str) -> tuple[str, str]:
+    """(T, E): the scores plus the selection bias, and what of that is ranked once groups have excluded some."""
     spec, b = block.spec, block.b
     choice = scored
     if spec.selection_bias:
         bias = block.tensors["selection_bias"].astype(np.float32)
         stored = bias[None] if spec.bias_row else bias
         choice = b.op("Add", scored, b.weight(f"{block.name}.gate.e_score_correction_bias", stored), out="choice")
-    ranked = choice if spec.groups is None else _only_best_groups(block, choice)
-    values, ids = best(b, ranked, spec.top_k)
-    if ranked == scored or (choice == scored and spec.group_fill == 0):
-        return ids, values
-    return ids, b.op("GatherElements", scored, ids, out="selected", axis=1)
+    return choice, choice if spec.groups is None else _only_best_groups(block, choice)
 
 
 def _only_best_groups(block: Block, choice: str) -> str:
@@ -82,6 +87,6 @@ def _only_best_groups(block: Block, choice: str) -> str:
 def _scattered_ones(b: Builder, like: str, ids: str) -> str:
     """1 at ``ids`` of the last axis, 0 elsewhere; float32 in the shape of ``like`` (T, n)."""
     one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1])
-    ones = b.op("ConstantOfShape", b.op("Shape", ids, start=0), value=one)
     zeros = torch.zeros_like(b, like, TensorProto.FLOAT)
+    ones = b.op("ConstantOfShape", b.op("Shape", ids, start=0), value=one)
     return b.op("ScatterElements", zeros, ids, ones, out="scatter", axis=1, reduction="none")
