@@ -17,6 +17,7 @@ from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place
 from graph_passes.readers import (
     batched_mm,
     dense,
+    dispatch,
     experts_node,
     gather,
     grouped,
@@ -41,6 +42,7 @@ READERS: tuple[ModuleType, ...] = (
     grouped,
     sorted_runs,
     nonzero,
+    dispatch,
     stacked,
     masked_loop,
     dense,

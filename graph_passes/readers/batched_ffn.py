@@ -143,7 +143,7 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     gates, result = _gates_before(layout, down.x)
     weighing = follow(node.outputs[0], gates, lambda term: layout.bias(term, HIDDEN, gates) is not None)
     bias = None if weighing.bias is None else layout.bias(weighing.bias, HIDDEN, gates)
-    ffn = _read_ffn(layout, result, Projection(down, bias))
+    ffn = read_ffn(layout, result, Projection(down, bias))
     weights_on, gates, x = ON_OUTPUT, weighing.gates, ffn.up.product.x
     ids = down.ids or weighing.ids
     axes = AxisReader(EXPERTS if ids is None else SLOTS)
@@ -153,7 +153,7 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     else:
         router = route(gates, ids, axes, weights)
     hidden = _hidden_of(x, router)
-    experts = _experts(ffn, router.weight_EH.shape[0], weights)
+    experts = experts_of(ffn, router.weight_EH.shape[0], weights)
     if weights_on == ON_INPUT and (experts.up_bias_EF or experts.gate_bias_EF or experts.down_bias_EH):
         raise FormError("the weights multiply the input of experts that have biases", node)
     axes.size(EXPERTS, router.weight_EH.shape[0])
@@ -185,7 +185,7 @@ def _gates_before(layout: Layout, x: gs.Tensor) -> tuple[gs.Tensor | None, gs.Te
     return None, x
 
 
-def _read_ffn(layout: Layout, result: gs.Tensor, down: Projection) -> Ffn:
+def read_ffn(layout: Layout, result: gs.Tensor, down: Projection) -> Ffn:
     """The FFN whose down projection reads ``result``, before any gates."""
     middle = read_activation(result)
     up = _read_projection(layout, middle.projection)
@@ -238,7 +238,7 @@ def _hidden_of(x: gs.Tensor, router: Router) -> gs.Tensor:
     return x
 
 
-def _experts(ffn: Ffn, count: int, weights: Weights) -> Experts:
+def experts_of(ffn: Ffn, count: int, weights: Weights) -> Experts:
     try:
         up, gate, down = (
             None if part is None else part.product.kernel.load(weights, count) for part in (ffn.up, ffn.gate, ffn.down)
