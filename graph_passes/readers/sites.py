@@ -1,7 +1,7 @@
 """Where a graph routes: every top-k or argmax that ranks some function of a projection by a constant matrix."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -46,25 +46,25 @@ def find_sites(graph: gs.Graph, order: Mapping[int, int]) -> list[Site]:
         ids = RANKING.get(node.op)
         if ids is None or not node.outputs[ids].outputs:
             continue
-        projection = _projection_before(node.inputs[0])
+        projection = projection_before(node.inputs[0])
         if projection is not None and id(projection) not in found:
             layer = block_scope(projection.inputs[1].name) or f"at {place_of(node)}"
             found[id(projection)] = Site(order[id(projection)], projection, node, layer)
     return sorted(found.values(), key=lambda site: site.position)
 
 
-def projection_of(logits: gs.Tensor) -> gs.Node | None:
-    """The Gemm or MatMul behind the logits of a router, biases and masks stepped over."""
-    return _projection_before(logits)
+def _is_matrix(tensor: gs.Tensor) -> bool:
+    return is_weight(tensor, 2)
 
 
-def _projection_before(tensor: gs.Tensor) -> gs.Node | None:
+def projection_before(tensor: gs.Tensor, is_kernel: Callable[[gs.Tensor], bool] = _is_matrix) -> gs.Node | None:
+    """The Gemm or MatMul behind logits, biases and masks stepped over; ``is_kernel`` says what it multiplies by."""
     front, seen = [source(tensor)], 0
     while front and seen < FURTHEST_ROUTER:
         node, seen = producer(front.pop()), seen + 1
         if node is None:
             continue
-        if node.op in ("Gemm", "MatMul") and is_weight(_kernel(node), 2):
+        if node.op in ("Gemm", "MatMul") and is_kernel(_kernel(node)):
             return node
         if node.op in SHAPE_ONLY | ELEMENTWISE:
             front.extend(node.inputs)
