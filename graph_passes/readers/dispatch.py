@@ -12,11 +12,13 @@ Switch Transformer (https://arxiv.org/abs/2101.03961), GShard (https://arxiv.org
 
 import dataclasses
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError, MoEBlock, Router
-from graph_passes.readers.axes import EXPERTS, HIDDEN, TOKENS, WIDTH, AxisReader, subscripts
+from graph_passes.readers.axes import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH, AxisReader, subscripts
 from graph_passes.readers.batched_ffn import DOWN, Projection, experts_of, read_ffn
+from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.single_expert import read_ffn as read_single
 from graph_passes.readers.single_expert import stack_experts
 from graph_passes.readers.stacked import LAYOUT
@@ -81,7 +83,10 @@ def _combines(einsum: gs.Node) -> bool:
     except FormError:
         return False
     summed = (set(terms[0]) & set(terms[1])) - set(result)
-    return len(summed) == 2 and any(_is_placed(tensor) for tensor in einsum.inputs)
+    try:
+        return len(summed) == 2 and any(_is_placed(tensor) for tensor in einsum.inputs)
+    except FormError:  # places, but none that this file knows: the reader says why
+        return True
 
 
 def _is_placed(tensor: gs.Tensor) -> bool:
@@ -127,17 +132,20 @@ def _places(router: Router) -> int:
 
 
 def _read_branches(concat: gs.Node, weights: Weights) -> tuple[gs.Tensor, Experts]:
-    """(what the experts read, the experts), one a branch, on one output each of a Split."""
+    """(what the experts read, the experts), one a branch, each on its own part of the first axis."""
     ffns = [read_single(output, weights) for output in concat.inputs]
-    split = produced_by(source(ffns[0][0]), "Split")
-    in_order = (
-        split is not None
-        and len(split.outputs) == len(ffns)
-        and all(source(x) is part for (x, _), part in zip(ffns, split.outputs, strict=True))
-    )
-    if split is None or not in_order or (split.attrs.get("axis", 0), concat.attrs["axis"]) != (0, 0):
-        raise FormError("the experts do not read one part each of the dispatched tokens", split or concat)
-    return source(split.inputs[0]), stack_experts([parts for _, parts in ffns])
+    inside = _whole(ffns[0][0])
+    run = Interpreter(weights, 1)
+    run.give(inside, np.arange(len(ffns))[:, None, None].astype(float))
+    parts = [run.of(x).reshape(-1).tolist() for x, _ in ffns]
+    if parts != [[expert] for expert in range(len(ffns))] or concat.attrs["axis"] != 0:
+        raise FormError("the experts do not read one part each of the dispatched tokens", concat)
+    return inside, stack_experts([parts for _, parts in ffns])
+
+
+def _whole(part: gs.Tensor) -> gs.Tensor:
+    """What ``part`` was taken from."""
+    return source(part, MOVES | PARTS | {"Gather"})
 
 
 def _dispatched(dispatch: gs.Node, combine: gs.Tensor) -> gs.Tensor:

@@ -2,7 +2,7 @@
 
 ::
 
-    place <= limit      place < limit      Equal(place, [0 ... limit - 1])      of
+    place <= limit      place < limit      Equal(place, [0 ... limit - 1])      OneHot(place, limit)      of
     place = CumSum(mask) [- 1] [* mask] [+ the number of first choices]
 
 The axis of the CumSum, and the shape that its input was given, say which tokens form a sequence (GShard's group). All
@@ -71,7 +71,7 @@ def read_limit(node: gs.Node) -> Limit | None:
     Raises:
         FormError: it compares places with something that is no limit.
     """
-    if node.op not in ("LessOrEqual", "Less", "Equal") or len(node.inputs) != 2:
+    if node.op not in ("LessOrEqual", "Less", "Equal", "OneHot"):
         return None
     place = _read_place(node.inputs[0])
     if place is None:
@@ -81,7 +81,7 @@ def read_limit(node: gs.Node) -> Limit | None:
     if lowest > 1 + place.shift:
         raise FormError("the first place of an expert is left empty", node)
     ids = _queue_ids(place.running)
-    excludes = place.outside is not None and (node.op == "Equal" and place.outside < lowest)
+    excludes = place.outside is not None and node.op in ("Equal", "OneHot") and place.outside < lowest
     capacity = Capacity(limit, _sequence(place.running), by_slot=place.after_first or _slots_first(place.running))
     return Limit(capacity, ids, (ids,) if excludes else ())
 
@@ -141,7 +141,7 @@ def _bound(node: gs.Node) -> tuple[gs.Tensor, int, int]:
     bound = source(node.inputs[1])
     if node.op == "LessOrEqual":
         return bound, 0, 0
-    if node.op == "Less":
+    if node.op in ("Less", "OneHot"):
         return bound, -1, 0
     counting = produced_by(bound, "Range")
     if counting is not None:
@@ -194,7 +194,7 @@ def _sequence(running: gs.Node) -> gs.Tensor | None:
     for reshape in _reshapes(running):
         shape = source(reshape.inputs[1])
         if isinstance(shape, gs.Constant):
-            if len(shape.values) == 3 and shape.values[0] == 1 and axis == 1:
+            if len(shape.values) > 2 and shape.values[0] == 1 and axis == 1:
                 return None
             continue
         shaped = _shape_source(shape)
