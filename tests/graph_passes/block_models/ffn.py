@@ -63,8 +63,9 @@ def middle(b: Builder, projected: list[str], rank: int) -> str:
         gate, up = torch.chunk(b, projected[0], -1, rank)
     activation = spec.activation
     if activation.limit != NO_LIMIT:
-        low, high = (b.scalar(limit, b.element_type) for limit in (-activation.limit, activation.limit))
-        gate, up = b.op("Clip", gate, None, high, out="clamp"), b.op("Clip", up, low, high, out="clamp")
+        gate = b.op("Clip", gate, None, torch.number(b, activation.limit, gate, b.element_type), out="clamp")
+        limits = (torch.number(b, limit, up, b.element_type) for limit in (-activation.limit, activation.limit))
+        up = b.op("Clip", up, *limits, out="clamp")
     if activation.up_offset:
         up = b.op("Add", up, b.scalar(activation.up_offset, b.element_type))
     return b.op("Mul", act(b, gate), up)

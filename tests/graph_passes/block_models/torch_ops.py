@@ -67,6 +67,27 @@ def index(b: Builder, value: str, rank: int, *indices: str) -> str:
     return b.op("Transpose", gathered, out="index", perm=range(1 + rank - len(indices)))
 
 
+def index_put(b: Builder, value: str, rank: int, rows: str, update: str, reduction: str = "none") -> str:
+    """``value[rows] = update``, or ``+= update`` where ``reduction`` is ``add``."""
+    column, added = b.op("Unsqueeze", rows, [-1]), {"reduction": reduction} if reduction != "none" else {}
+    if not b.spec.unoptimised:
+        return b.op("ScatterND", value, column, update, out="index_put", **added)
+    rest = b.op("Gather", b.op("Shape", value, start=0), np.arange(1, rank), axis=0)
+    shape = b.op("Concat", b.op("Shape", rows, start=0), rest, axis=0)
+    wide = b.op("Expand", b.op("Transpose", update, perm=range(rank)), shape)
+    same = b.op("Transpose", value, perm=range(rank))
+    written = b.op("ScatterND", same, b.op("Concat", column, axis=-1), wide, **added)
+    return b.op("Transpose", written, out="index_put", perm=range(rank))
+
+
+def number(b: Builder, value: float, like: str, element_type: int = TensorProto.FLOAT) -> str:
+    """A number in the type of ``like``, which is ``element_type``."""
+    if not b.spec.unoptimised:
+        return b.constant(b.scalar(value, element_type))
+    kind = np.int64 if element_type == TensorProto.INT64 else np.float32
+    return b.op("CastLike", np.asarray(value, kind), like)
+
+
 def arange(b: Builder, count: int) -> str:
     """``[0 ... count - 1]``."""
     if not b.spec.unoptimised:
@@ -105,13 +126,21 @@ def select(b: Builder, x: str, axis: int, at: int) -> str:
 
 def columns(b: Builder, x: str, start: int, end: int, step: int = 1, axis: int = 1) -> str:
     """``x[..., start:end:step]``."""
-    return b.op("Slice", x, [start], [end], [axis], [step], out="slice")
+    if not b.spec.unoptimised:
+        return b.op("Slice", x, [start], [end], [axis], [step], out="slice")
+
+    def bound(value: int) -> str:
+        return b.op("Reshape", b.op("Cast", np.asarray(value), to=TensorProto.INT64), [-1], allowzero=0)
+
+    everything = b.op("Slice", x, bound(0), bound(FAR), bound(0), [1], out="slice")
+    return b.op("Slice", everything, bound(start), bound(end), bound(axis), [step], out="slice")
 
 
 def reduce_max(b: Builder, x: str, *, keepdims: int, out: str = "getitem") -> str:
     """Over the last axis."""
     if b.spec.opset >= 18:
-        return b.op("ReduceMax", x, [-1], out=out, keepdims=keepdims, noop_with_empty_axes=0)
+        axes: Operand = [-1] if not b.spec.unoptimised else b.op("Reshape", np.asarray(-1), [-1], allowzero=0)
+        return b.op("ReduceMax", x, axes, out=out, keepdims=keepdims, noop_with_empty_axes=0)
     return b.op("ReduceMax", x, out=out, axes=[-1], keepdims=keepdims)
 
 

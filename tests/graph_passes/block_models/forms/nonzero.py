@@ -71,7 +71,7 @@ def _nonzero(b: Builder, hit: str, rank: int) -> list[str]:
     if b.spec.scatter == "ScatterND":
         return [b.op("Gather", found, np.asarray(axis), axis=0) for axis in range(rank)]
     turned = b.op("Transpose", found, out="nonzero", perm=[1, 0])
-    return [b.op("Squeeze", torch.columns(b, turned, axis, axis + 1), [1]) for axis in range(rank)]
+    return [b.op("Squeeze", b.op("Slice", turned, [axis], [axis + 1], [1]), [1]) for axis in range(rank)]
 
 
 def _at(block: Block, value: str, rank: int, *indices: str) -> str:
@@ -85,6 +85,10 @@ def _scatter_nd(block: Block, summed: str, tokens: str, gated: str) -> str:
     return block.b.op("ScatterND", summed, block.b.op("Unsqueeze", tokens, [-1]), gated, reduction="add")
 
 
+def _index_put(block: Block, summed: str, tokens: str, gated: str) -> str:
+    return torch.index_put(block.b, summed, 2, tokens, gated, reduction="add")
+
+
 def _scatter_elements(block: Block, summed: str, tokens: str, gated: str) -> str:
     wide = block.b.op("Expand", block.b.op("Unsqueeze", tokens, [-1]), [1, block.spec.hidden])
     return block.b.op("ScatterElements", summed, wide, gated, out="scatter_add", axis=0, reduction="add")
@@ -94,12 +98,12 @@ def _assign(block: Block, summed: str, tokens: str, gated: str) -> str:
     """``out[tokens] = out[tokens] + gated``, right because a token meets an expert once."""
     b = block.b
     added = b.op("Add", torch.index(b, summed, 2, tokens), gated)
-    return b.op("ScatterND", summed, b.op("Unsqueeze", tokens, [-1]), added)
+    return torch.index_put(b, summed, 2, tokens, added)
 
 
 SCATTERS = {
     "ScatterND": _scatter_nd,
-    "index_put": _scatter_nd,
+    "index_put": _index_put,
     "ScatterElements": _scatter_elements,
     "assign": _assign,
 }

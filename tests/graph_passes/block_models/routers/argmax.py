@@ -66,7 +66,8 @@ def _choose_two(block: Block) -> _Two:
     scored = scores(block, routed)
     first = _largest(b, scored)
     mask = torch.one_hot(b, first, b.spec.experts)
-    others = b.op("Where", b.op("Cast", mask, to=TensorProto.BOOL), b.scalar(-np.inf), routed, out="masked_fill")
+    taken, lowest = b.op("Cast", mask, to=TensorProto.BOOL), torch.number(b, -np.inf, routed)
+    others = b.op("Where", taken, lowest, routed, out="masked_fill")
     second = _largest(b, others)
     masks = [mask, torch.one_hot(b, second, b.spec.experts)]
     if block.spec.capacity is not None:

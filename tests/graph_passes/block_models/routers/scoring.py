@@ -1,14 +1,12 @@
 """What every router does: logits, scores, and weights renormalised and scaled."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from tests.graph_passes.block_models import torch_ops as torch
 from tests.graph_passes.block_models.block import Block
-
-SCORES = {"softmax": "Softmax", "sigmoid": "Sigmoid"}
 
 
 class Slots(NamedTuple):
@@ -37,10 +35,14 @@ def logits(block: Block, *, by_sequence: bool = False) -> str:
 
 
 def scores(block: Block, values: str, out: str = "scores") -> str:
-    """Of logits (T, n), in float32."""
+    """Of logits (T, n), in float32, as which torch computes a softmax whether it is one already or not."""
     spec, b = block.spec, block.b
-    axis: dict[str, Any] = {"axis": -1} if spec.score == "softmax" else {}
-    scored = b.op(SCORES[spec.score], values, out=out, **axis)
+    if spec.score == "sigmoid":
+        scored = b.op("Sigmoid", values, out=out)
+    else:
+        scored = b.op("Softmax", values, out=out, axis=-1)
+        if spec.unoptimised and spec.router_cast != "scores":
+            return b.op("Cast", scored, out=out, to=TensorProto.FLOAT)
     return torch.to_float(b, scored) if spec.router_cast == "scores" else scored
 
 
@@ -57,7 +59,9 @@ def above_eps(block: Block, summed: str) -> str:
     spec, b = block.spec, block.b
     if not spec.eps:
         return summed
-    return b.op("Clip" if spec.eps_clips else "Add", summed, b.scalar(spec.eps))
+    if spec.eps_clips:
+        return b.op("Clip", summed, torch.number(b, spec.eps, summed), out="clamp")
+    return b.op("Add", summed, b.scalar(spec.eps))
 
 
 def scaled(block: Block, weights: str) -> str:

@@ -79,9 +79,10 @@ def _only_best_groups(block: Block, choice: str) -> str:
     _, ids = best(b, group_scores, spec.groups.selected, ("group_best", "group_ids"), is_sorted=0)
     mask = _scattered_ones(b, group_scores, ids)
     wide = b.op("Expand", b.op("Unsqueeze", mask, [-1]), [1, count, width])
+    wide = b.op("Identity", wide, out="clone") if spec.unoptimised else wide
     allowed = b.op("Cast", torch.reshape(b, wide, [-1, spec.experts]), out="allowed", to=TensorProto.BOOL)
     excluded = b.op("Not", allowed, out="excluded")
-    return b.op("Where", excluded, b.scalar(spec.group_fill), choice, out="ranked")
+    return b.op("Where", excluded, torch.number(b, spec.group_fill, choice), choice, out="ranked")
 
 
 def _scattered_ones(b: Builder, like: str, ids: str) -> str:
