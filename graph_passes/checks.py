@@ -1,11 +1,12 @@
 """What an untrusted file must be like before anything is done with it."""
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
 
 from graph_passes.protos import bodies, every_graph
-from graph_passes.stored import dtype_of
+from graph_passes.stored import check_stored
 from moe_spec.errors import UserError
 
 _MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
@@ -22,10 +23,10 @@ UNHELD = (
 
 
 def check_file(model: onnx.ModelProto, path: Path) -> None:
-    """Every node has the inputs and attributes that its operator wants, and every weight a type that there is.
+    """Every node has the inputs and attributes that its operator wants; every weight a type and a size that there are.
 
     Raises:
-        UserError: with the node or the weight.
+        UserError: with the node, the value or the weight.
     """
     if not model.graph.node:
         raise UserError(f"{path} is no ONNX model: its graph has no node", hint=_MEND)
@@ -36,10 +37,11 @@ def check_file(model: onnx.ModelProto, path: Path) -> None:
         for node in graph.node:
             _check_node(node, context, path)
         for tensor in graph.initializer:
-            dtype_of(tensor)
+            check_stored(tensor)
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise UserError(f"{path}: weight {name} is sparse, which is not supported", hint="store it densely")
+    _check_names(model.graph, frozenset(), path)
 
 
 def _check_node(node: onnx.NodeProto, context: onnx.checker.C.CheckerContext, path: Path) -> None:
@@ -47,6 +49,8 @@ def _check_node(node: onnx.NodeProto, context: onnx.checker.C.CheckerContext, pa
     for attribute in node.attribute:
         if attribute.type in UNHELD:
             raise UserError(f"{where} has an attribute that is not supported: {attribute.name}", hint=_MEND)
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            check_stored(attribute.t)
     try:
         onnx.checker.check_node(_without_bodies(node), context)
     except onnx.checker.ValidationError as error:
@@ -63,3 +67,24 @@ def _without_bodies(node: onnx.NodeProto) -> onnx.NodeProto:
     for body in bodies(bare):
         body.CopyFrom(onnx.GraphProto(name="empty"))
     return bare
+
+
+def _check_names(graph: onnx.GraphProto, around: frozenset[str], path: Path) -> None:
+    """Every value that is read is given, by one node; a body may read what lies around it."""
+    weights = {tensor.name for tensor in graph.initializer}
+    given = Counter(name for node in graph.node for name in node.output if name)
+    given.update(weights | {value.name for value in graph.input})
+    twice = next((name for name, count in given.items() if count > 1), None)
+    if twice is not None or len(weights) < len(graph.initializer):
+        name = twice or next(name for name, count in Counter(t.name for t in graph.initializer).items() if count > 1)
+        raise UserError(f"{path}: the value {name!r} is given twice", hint=_MEND)
+    known = around | given.keys() | {""}
+    for node in graph.node:
+        for name in node.input:
+            if name not in known:
+                raise UserError(f"{path}: node {node.op_type} reads {name!r}, which nothing gives", hint=_MEND)
+        for body in bodies(node):
+            _check_names(body, known, path)
+    for value in graph.output:
+        if value.name not in known:
+            raise UserError(f"{path}: nothing gives the output {value.name!r}", hint=_MEND)

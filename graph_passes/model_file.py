@@ -94,7 +94,13 @@ def save_graph(
     if data.stat().st_size == 0:
         data.unlink()
     save_variant(graph, target)
-    onnx.checker.check_model(str(target))
+    try:
+        onnx.checker.check_model(str(target))
+    except onnx.checker.ValidationError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the graph would be no valid ONNX: {reason}", hint="check the model with onnx.checker"
+        ) from error
 
 
 def save_variant(graph: gs.Graph, target: Path) -> None:

@@ -1,6 +1,8 @@
 """The weight behind a graph constant, wherever its bytes are: in the file, beside it, or still to be written."""
 
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +68,46 @@ def of_constant(constant: gs.Constant, directory: Path) -> Weight:
 
 def of_proto(proto: onnx.TensorProto, directory: Path) -> Weight:
     """The weight that an ONNX file describes; see `of_constant`."""
+    check_stored(proto)
     shape, dtype = tuple(proto.dims), dtype_of(proto)
     stored_rows = shape[0] if shape else 1
     if not onnx.external_data_helper.uses_external_data(proto):
-        _check_inline(proto, shape, dtype)
         return Weight(shape, dtype, lambda rows: select(onnx.numpy_helper.to_array(proto), rows), stored_rows)
     info = onnx.external_data_helper.ExternalDataInfo(proto)
     path, offset = _data_file(directory, info.location), info.offset or 0
     _check_extent(proto.name, path, offset, byte_count(shape, dtype))
     read = _read_packed if bits_of(dtype) < dtype.itemsize * 8 else _read
     return Weight(shape, dtype, lambda rows: read(path, offset, shape, dtype, rows), stored_rows)
+
+
+def check_stored(proto: onnx.TensorProto) -> None:
+    """Refuse a tensor whose values are not as many as its shape says; nothing is read or allocated.
+
+    Raises:
+        UserError: an unknown type, a negative length, or bytes that are missing or left over.
+    """
+    shape, dtype = list(proto.dims), dtype_of(proto)
+    if any(length < 0 for length in shape):
+        raise UserError(f"weight {proto.name} has the shape {shape}, whose lengths cannot be negative", hint=_MEND)
+    if onnx.external_data_helper.uses_external_data(proto):
+        return
+    if proto.data_type == onnx.TensorProto.STRING:
+        found, wanted, unit = len(proto.string_data), math.prod(shape), "strings"
+    elif proto.HasField("raw_data"):
+        found, wanted, unit = len(proto.raw_data), byte_count(shape, dtype), "bytes"
+    else:
+        field = onnx.helper.tensor_dtype_to_field(proto.data_type)
+        found, wanted, unit = len(getattr(proto, field)), _entries(proto, shape), "values"
+    if found != wanted:
+        raise UserError(f"weight {proto.name} holds {found} {unit}, {dtype.name}{shape} needs {wanted}", hint=_MEND)
+
+
+def _entries(proto: onnx.TensorProto, shape: Sequence[int]) -> int:
+    """How many entries of its typed field hold a tensor; complex numbers take two, small ones share one."""
+    small = bits_of(dtype_of(proto))
+    if proto.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+        return 2 * math.prod(shape)
+    return -(-math.prod(shape) * small // 8) if small < 8 else math.prod(shape)
 
 
 def dtype_of(proto: onnx.TensorProto) -> np.dtype[Any]:
@@ -129,15 +161,6 @@ def packed_bytes(array: Array) -> Array:
 @functools.lru_cache(maxsize=64)
 def _data_file(directory: Path, location: str) -> Path:
     return inside(directory, location, directory / "model.onnx")
-
-
-def _check_inline(proto: onnx.TensorProto, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    wanted = byte_count(shape, dtype)
-    if proto.HasField("raw_data") and len(proto.raw_data) != wanted:
-        raise UserError(
-            f"weight {proto.name} holds {len(proto.raw_data)} bytes, {dtype.name}{list(shape)} needs {wanted}",
-            hint=_MEND,
-        )
 
 
 def _check_extent(name: str, path: Path, offset: int, length: int) -> None:

@@ -6,6 +6,7 @@ graphsurgeon casts bf16, int4 and fp8 when it looks at values, and an initialise
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -229,7 +230,7 @@ def byte_count(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
     >>> byte_count((3, 3), np.dtype("float32")), byte_count((3,), np.dtype("int4"))
     (36, 2)
     """
-    return -(-int(np.prod(shape, dtype=np.int64)) * bits_of(dtype) // 8)
+    return -(-math.prod(shape) * bits_of(dtype) // 8)
 
 
 def bits_of(dtype: np.dtype[Any]) -> int:
