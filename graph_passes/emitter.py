@@ -90,7 +90,11 @@ class Emitter:
         inputs = [self.stored(label, parts.values), self.stored(f"{label}_scale", parts.scales)]
         if parts.zero_points is not None:
             inputs.append(self.stored(f"{label}_zero_point", parts.zero_points))
-        return self.emit("DequantizeLinear", *inputs, label=f"{label}_float", **parts.attributes)
+        dequantized: gs.Variable = self.emit("DequantizeLinear", *inputs, label=f"{label}_float", **parts.attributes)
+        if weight.cast_to is None:
+            return dequantized
+        to = onnx.helper.np_dtype_to_tensor_dtype(weight.cast_to)
+        return self.emit("Cast", dequantized, label=f"{label}_cast", to=to)
 
     def stored(self, label: str, weight: Weight) -> gs.Constant:
         """A constant that stays on disk until the graph is saved, of a weight without scales."""

@@ -45,6 +45,7 @@ class Weight:
         zero_points: of a quantised weight, where they are not 0.
         matmul_nbits: ``accuracy_level`` of the com.microsoft.MatMulNBits node that multiplies by it, so that another
             is written for it; None where none does.
+        cast_to: dtype of what a quantised weight is multiplied with, where that is not the scales' dtype.
     """
 
     shape: tuple[int, ...]
@@ -58,11 +59,12 @@ class Weight:
     scales: "Weight | None" = None
     zero_points: "Weight | None" = None
     matmul_nbits: int | None = None
+    cast_to: np.dtype[Any] | None = None
 
     @property
     def values(self) -> "Weight":
         """A quantised weight without its scales and zero points: the numbers that are stored."""
-        return dataclasses.replace(self, scales=None, zero_points=None, matmul_nbits=None)
+        return dataclasses.replace(self, scales=None, zero_points=None, matmul_nbits=None, cast_to=None)
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +74,8 @@ class Weight:
 
     @property
     def float_dtype(self) -> np.dtype[Any]:
-        """What the weight is computed with: the scales' dtype where it is quantised."""
-        return self.dtype if self.scales is None else self.scales.dtype
+        """What the weight is computed with: the scales' dtype where it is quantised, or what that is cast to."""
+        return self.dtype if self.scales is None else self.cast_to or self.scales.dtype
 
     def take(self, rows: Sequence[int]) -> "Weight":
         """The rows ``rows`` of axis 0, with their scales; only they are read."""
@@ -144,7 +146,8 @@ class Weight:
         experts, rows, columns = self.shape
         flat = self.values.map((experts * rows, columns), lambda array: array.reshape(-1, columns), row_wise=True)
         scales, zero_points = (None if part is None else part._joined(experts) for part in self._parts())
-        return dataclasses.replace(flat, scales=scales, zero_points=zero_points, matmul_nbits=self.matmul_nbits)
+        whole = dataclasses.replace(flat, scales=scales, zero_points=zero_points)
+        return dataclasses.replace(whole, matmul_nbits=self.matmul_nbits, cast_to=self.cast_to)
 
     def _joined(self, experts: int) -> "Weight":
         """Scales (E or 1, N, M) of a weight of ``experts``: repeated for each where they share them and have rows."""
@@ -251,7 +254,14 @@ def stack(weights: Sequence[Weight]) -> Weight:
     """
     first = weights[0]
     kinds = {
-        (weight.shape, weight.dtype, weight.scales is None, weight.zero_points is None, weight.matmul_nbits)
+        (
+            weight.shape,
+            weight.dtype,
+            weight.scales is None,
+            weight.zero_points is None,
+            weight.matmul_nbits,
+            weight.cast_to,
+        )
         for weight in weights
     }
     if len(kinds) != 1:
@@ -270,6 +280,7 @@ def stack(weights: Sequence[Weight]) -> Weight:
         scales=scales,
         zero_points=stack(zeros) if zeros else None,
         matmul_nbits=first.matmul_nbits,
+        cast_to=first.cast_to,
     )
 
 

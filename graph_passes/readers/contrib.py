@@ -12,7 +12,10 @@ and 1 whatever was asked for.)
 
 import dataclasses
 import math
+from typing import Any
 
+import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError, Router
@@ -73,6 +76,14 @@ def experts_of(node: gs.Node, parts: Projections) -> Experts:
 def leading_axes(hidden: gs.Tensor) -> gs.Tensor | None:
     """``shaped_like`` of a block that reads ``hidden``: (T, H), or (B, S, H), or of a rank that nobody has told."""
     return None if hidden.shape is not None and len(hidden.shape) == 2 else hidden
+
+
+def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """Of a value in the graph; None where nobody has told."""
+    dtype = tensor.dtype
+    if dtype is None:
+        return None
+    return onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)
 
 
 def check_logits(node: gs.Node, router: Router) -> None:

@@ -1,6 +1,7 @@
 """Reader for ``com.microsoft.MoE``, which takes router logits and does softmax, top-k and the experts in one op.
 
 Inputs: hidden (T, H) or (B, S, H), logits (T, E), fc1 (E, F or 2F, H) and bias, fc2 (E, H, F) and bias, fc3 and bias.
+Models from before ONNX Runtime 1.22 have the weights as (E, in, out), which shows where F is not H.
 What the kernel does: softmax over all E logits, the K best, divided by their sum where ``normalize_routing_weights``.
 So a router of another kind is fed as the logarithm of its gates: softmax(log g) = g / sum(g). That is read back.
 """
@@ -31,10 +32,13 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
     """
     if len(node.inputs) < 5:
         raise FormError(f"the node has {len(node.inputs)} inputs, expected at least 5", node)
-    fc1, fc2 = weights.of(node.inputs[2]), weights.of(node.inputs[4])
-    rest = (optional(node, index, weights) for index in (6, 3, 5, 7))
-    experts = experts_of(node, Projections(fc1, fc2, *rest))
     router = read_fused_router(node, weights)
+    fc1, fc2, fc3, *biases = (optional(node, index, weights) for index in (2, 4, 6, 3, 5, 7))
+    if fc1 is None or fc2 is None:
+        raise FormError("fc1 or fc2 is left out", node)
+    if fc2.shape[1:2] != router.weight_EH.shape[1:2] == fc2.shape[2:]:
+        fc1, fc2, fc3 = fc1.swap(), fc2.swap(), None if fc3 is None else fc3.swap()
+    experts = experts_of(node, Projections(fc1, fc2, fc3, *biases))
     return MoEBlock(
         name=router.scope or name,
         form=FORM,

@@ -83,6 +83,8 @@ def read_weight(tensor: gs.Tensor, weights: Weights) -> Weight:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
             if inner.scales is None:
                 return inner.astype(dtype)
+            if inner.cast_to is None:
+                return dataclasses.replace(inner, cast_to=None if dtype == inner.scales.dtype else dtype)
         case "Gather" | "Squeeze" | "Reshape":
             row = _row(node, weights)
             if row is not None:

@@ -16,9 +16,19 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Router
 from graph_passes.packing import unpacked
-from graph_passes.readers.contrib import DOMAIN, Projections, check_logits, experts_of, leading_axes, optional, sparse
+from graph_passes.readers.contrib import (
+    DOMAIN,
+    Projections,
+    check_logits,
+    dtype_of,
+    experts_of,
+    leading_axes,
+    optional,
+    sparse,
+)
 from graph_passes.readers.quantized import INTEGERS
 from graph_passes.routers import Weights, read_gates, read_logits, read_ranked
+from graph_passes.routers.finish import read_finish
 from graph_passes.walk import operand, source
 from graph_passes.weights import Array, Weight, from_array
 
@@ -76,8 +86,10 @@ def _projection(node: gs.Node, places: tuple[int, int, int, int], index: int, we
     blocks = columns // block if block > 0 and len(scales.shape) == 3 else 1
     if scales.shape not in ((experts, rows), (experts, rows, blocks)) or (blocks > 1 and columns % block):
         raise FormError(f"fc{index} of shape {list(values.shape)} has scales {list(scales.shape)}", node)
+    read = dtype_of(node.inputs[0])  # the op dequantises to it, whatever the scales are
     return dataclasses.replace(
         values,
+        cast_to=None if read == scales.dtype else read,
         scales=scales if len(scales.shape) == 3 else scales.map((experts, rows, 1), _column, row_wise=True),
         zero_points=_zero_points(node, zero_points, (experts, rows, blocks), bits),
     )
@@ -119,7 +131,11 @@ def _gates(node: gs.Node, gates: Router, top_k: int, renormalize: bool) -> Route
 
 def _scores(node: gs.Node, scores: gs.Tensor, top_k: int, renormalize: bool, weights: Weights) -> Router:
     """noaux_tc (https://arxiv.org/abs/2412.19437): ranked with a bias and within groups, weighed without."""
-    return read_ranked(node.inputs[1], scores, top_k=top_k, renormalize=renormalize, weights_of=weights)
+    base, finish = read_finish(scores)
+    if finish.renormalize:
+        raise FormError("router_weights are divided by the sum of all", node)
+    router = read_ranked(node.inputs[1], base, top_k=top_k, renormalize=renormalize, weights_of=weights)
+    return router if renormalize else dataclasses.replace(router, scale=finish.scale)
 
 
 def _column(rows: Array) -> Array:

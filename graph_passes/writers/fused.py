@@ -41,7 +41,9 @@ def is_plain(router: Router) -> bool:
 
 def sums_exactly(router: Router) -> bool:
     """Whether nothing worth mentioning is added to the sum that renormalises."""
-    return not router.renormalize or router.eps <= NEGLIGIBLE_EPS
+    best = router.score == "softmax" and router.selection_bias_E is None and router.groups is None
+    least = router.top_k / router.weight_EH.shape[0] if best and router.eps_clips else 0.0
+    return not router.renormalize or router.eps <= max(NEGLIGIBLE_EPS, least)
 
 
 def is_divided(router: Router) -> bool:

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
 from graph_passes.emitter import Emitter
+from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.fused import (
     DOMAIN,
     attributes,
@@ -30,10 +31,14 @@ def why_not(block: MoEBlock) -> str | None:
     router, weights = block.router, block.experts.weights()
     if any(weight.scales is not None for weight in weights):
         return "its weights are quantised, which qmoe takes"
-    if any(weight.dtype != np.float32 for weight in weights):  # float16 is taken, and comes out wrong (1.31)
-        return f"ONNX Runtime's CPU kernel is right for float32 only, this layer is {block.experts.up_EHF.dtype.name}"
+    dtype = block.experts.up_EHF.dtype
+    if dtype not in (np.float32, np.float16):
+        return f"ONNX Runtime's CPU kernel takes float32 and float16, this layer is {dtype.name}"
+    if dtype == np.float16 and not is_divided(router):
+        return "ONNX Runtime's CPU kernel gives zeros in float16 unless it renormalises"
     if not is_plain(router) and not (is_divided(router) and sums_exactly(router) and router.capacity is None):
-        return f"the op's router is a softmax, and the gates of a {router.kind} router do not sum to 1"
+        added = f"; it adds {router.eps:g} to their sum" if router.renormalize and not sums_exactly(router) else ""
+        return f"the op's router is a softmax, and the gates of a {router.kind} router do not sum to 1{added}"
     return why_not_fused(block)
 
 
@@ -49,7 +54,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
         logits = emitter.emit("Log", gates_of(emitter, routing, block.num_experts), label="log_gates")
     inputs = [
         block.hidden,
-        logits,
+        gate_dtype(emitter, logits, experts),
         emitter.stored("experts.fc1", first_weight(experts)),
         optional(emitter, "experts.fc1_bias", first_bias(experts)),
         emitter.stored("experts.fc2", experts.down_EFH.swap()),

@@ -16,6 +16,7 @@ from graph_passes.dequantize import repeated
 from graph_passes.emitter import Emitter
 from graph_passes.packing import fill, packed
 from graph_passes.weights import Weight, alternate, bits_of, from_array
+from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.fused import (
     DOMAIN,
     attributes,
@@ -93,9 +94,9 @@ def _routing(emitter: Emitter, block: MoEBlock) -> tuple[Routing, gs.Tensor, gs.
     router = block.router
     if is_plain(router) and is_divided(router):
         logits = emit_logits(emitter, block)
-        return Routing(logits, fused=router), logits, gs.Variable.empty()
+        return Routing(logits, fused=router), gate_dtype(emitter, logits, block.experts), gs.Variable.empty()
     routing = emit_routing(emitter, block)
-    gates = gates_of(emitter, routing, block.num_experts)
+    gates = gate_dtype(emitter, gates_of(emitter, routing, block.num_experts), block.experts)
     return routing, gates, gates
 
 
