@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter
-from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
+from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
 from graph_passes.readers.trial import Trial, fitted
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
@@ -30,6 +30,8 @@ LOOKS_FOR = "scatter of what experts computed for the tokens that NonZero found"
 
 SCATTERS = ("ScatterND", "ScatterElements")
 SUMS = ("Add", "Sum")
+LINKS = frozenset({"Cast", "Identity", "Transpose"})
+"""What an export without optimiser leaves between one sum and the next."""
 ZEROS = ("ConstantOfShape", "Expand")
 """What gives the zeros that the first expert's output is added to."""
 
@@ -89,14 +91,16 @@ def _is_step(node: gs.Node, steps: dict[int, gs.Node]) -> bool:
         return produced_by(source(node.inputs[1], INDEX_OPS), "NonZero") is not None
     if node.op not in SUMS:
         return False
-    partial = [id(tensor) in steps for tensor in node.inputs]
+    addends = _addends(node)
+    partial = [id(tensor) in steps for tensor in addends]
     return any(partial) and all(
-        is_step or produced_by(tensor, *ZEROS) for is_step, tensor in zip(partial, node.inputs, strict=True)
+        is_step or produced_by(tensor, *ZEROS) for is_step, tensor in zip(partial, addends, strict=True)
     )
 
 
 def _addends(node: gs.Node) -> list[gs.Tensor]:
-    return [node.inputs[0]] if node.op in SCATTERS else list(node.inputs)
+    """What ``node`` adds to, or adds up."""
+    return [source(tensor, LINKS) for tensor in (node.inputs[:1] if node.op in SCATTERS else node.inputs)]
 
 
 def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
@@ -121,6 +125,8 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
         run.give(routed.values, fitted(trial.weights_TK, routed.values))
     order = _try(branches, routed.values, end, trial, run)
     experts = stack_experts([branches[index].parts for index in order])
+    if first.weights_on == ON_INPUT:
+        require_unbiased(experts, first.parts.up.node)
     return MoEBlock(
         name=router.scope or name,
         form=FORM,
@@ -144,7 +150,7 @@ def _scatters(end: gs.Node) -> Iterator[gs.Node]:
 
 
 def _read_branch(scatter: gs.Node, weights: Weights) -> Branch:
-    value = _added(source(scatter.inputs[2], SHAPE_ONLY | {"Expand"}))
+    value = _added(source(scatter.inputs[2], AROUND))
     product = produced_by(value, "Mul")
     sides = [] if product is None else [tuple(product.inputs), tuple(reversed(product.inputs))]
     for side, gate in sides:
@@ -176,7 +182,7 @@ def _refuse_hit_experts(scatters: list[gs.Node]) -> None:
 
 def _kernels(scatter: gs.Node) -> list[gs.Tensor]:
     """What the last product before ``scatter`` multiplies by, on either side of the weights."""
-    value = _added(source(scatter.inputs[2], SHAPE_ONLY | {"Expand"}))
+    value = _added(source(scatter.inputs[2], AROUND))
     weighed = produced_by(value, "Mul")
     sides = [value] if weighed is None else weighed.inputs
     products = [produced_by(source(side), "MatMul", "Gemm") for side in sides]

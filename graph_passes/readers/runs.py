@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Router
+from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.readers.activation import Middle, read_activation
-from graph_passes.readers.gathered import gather_of, gathered_from
+from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
-from graph_passes.readers.single_expert import ExpertParts, stack_experts
+from graph_passes.readers.single_expert import ExpertParts, require_unbiased, stack_experts
 from graph_passes.readers.trial import Trial, fitted
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
@@ -68,6 +68,26 @@ class Found:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """The experts' outputs ``value``, and what goes back to the tokens: ``rows = value * gate``, or as they are."""
+
+    value: gs.Tensor
+    rows: gs.Tensor
+    gate: gs.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A router, its ids and weights (``values``), what the experts read, and the weights in the order of the rows."""
+
+    router: Router
+    hidden: gs.Tensor
+    ids: gs.Tensor
+    values: gs.Tensor
+    gate: gs.Tensor
+
+
 def anchors(graph: gs.Graph, takers: Sequence[str]) -> list[gs.Node]:
     """The nodes that put the experts' outputs behind one another, whose runs are taken by ``takers``."""
     concats = [node for node in graph.nodes if node.op == "Concat" and node.attrs.get("axis") in (0, -2)]
@@ -88,16 +108,17 @@ def _taker(concat: gs.Node) -> str | None:
     return None
 
 
-def _weighed(concat: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Tensor] | None:
-    """(product, outputs, weights) where the experts' outputs, a bias added, are multiplied with gathered weights."""
+def _weighed(concat: gs.Node) -> Weighed | None:
+    """What becomes of the experts' outputs, a bias added; None where they are no outputs of experts."""
     value = sink(concat.outputs[0])
     added = next((node for node in value.outputs if node.op == "Add"), None)
     value = value if added is None else sink(added.outputs[0])
     product = next((node for node in value.outputs if node.op == "Mul"), None)
-    if product is None:
-        return None
-    gate = product.inputs[1] if product.inputs[0] is value else product.inputs[0]
-    return None if gather_of(gate) is None else (product, value, gate)
+    if product is not None:
+        gate = product.inputs[1] if product.inputs[0] is value else product.inputs[0]
+        return None if gather_of(gate) is None else Weighed(value, product.outputs[0], gate)
+    returned = any(_reads_rows(node, value) and node.op in (*GATHERS, *SUMS) for node in value.outputs)
+    return Weighed(value, value, None) if returned else None
 
 
 def read(concat: gs.Node, form: str, name: str, weights: Weights) -> MoEBlock:
@@ -108,39 +129,46 @@ def read(concat: gs.Node, form: str, name: str, weights: Weights) -> MoEBlock:
     """
     weighed = _weighed(concat)
     assert weighed is not None
-    product, value, gate = weighed
-    found = _read_experts(value, concat, weights)
-    tokens = found.layers[0].whole
-    picks = gather_of(tokens), gather_of(gate)
-    if picks[0] is None or picks[1] is None:
-        raise FormError("the sorted rows are not gathered from tokens", producer(tokens) or tokens)
-    hidden, router_weights = gathered_from(picks[0]), source(gathered_from(picks[1]))
-    ids = _sorted_ids(picks[1])
-    router = _read_router(ids, router_weights, weights)
-    trial = Trial(router.weight_EH.shape[0], router.top_k, found.layers[0].inputs, in_order=router.slots is None)
-    run = Interpreter(weights, trial.tokens)
-    run.give(hidden, trial.hidden_TH)
-    run.give(router_weights, fitted(trial.weights_TK, router_weights))
-    if router.slots is not None:
-        run.give(ids, fitted(trial.ids_TK, ids))
-    slots = trial.slots(run.of(gate), picks[1])
-    trial.require_tokens(run.of(tokens), slots, picks[0])
-    orders = [layer.order(slots, trial, run) for layer in found.layers]
+    found = _read_experts(weighed.value, concat, weights)
+    routed = _read_routed(found.layers[0].whole, weighed.gate, weights)
+    total = _summed(weighed.rows)
+    orders = _try(found, weighed, routed, total, weights)
     experts = stack_experts(found.parts(orders))
-    out = in_dtype_of(experts.down_EFH, _summed(product))
-    rows = trial.outputs(len(slots), found.layers[-1].outputs)
-    run.give(value, rows)
-    if not np.array_equal(run.of(out), trial.summed(slots, rows * trial.weights_of(slots))):
-        raise FormError("the weighed outputs are not added up token by token", producer(out))
+    if weighed.gate is None:
+        require_unbiased(experts, concat)
     return MoEBlock(
-        name=router.scope or name,
+        name=routed.router.scope or name,
         form=form,
-        hidden=hidden,
-        out=out,
-        router=router,
+        hidden=routed.hidden,
+        out=in_dtype_of(experts.down_EFH, total),
+        router=routed.router,
         experts=experts,
         keep=tuple(range(len(orders[0]))),
+        weights_on=ON_INPUT if weighed.gate is None else ON_OUTPUT,
     )
+
+
+def _try(found: Found, weighed: Weighed, routed: Routed, total: gs.Tensor, weights: Weights) -> list[list[int]]:
+    """For each layer and expert the number of its branch.
+
+    Raises:
+        FormError: a branch reads or gives something else than its expert would, or an expert has no branch.
+    """
+    router, tokens, on_input = routed.router, found.layers[0].whole, weighed.gate is None
+    trial = Trial(router.weight_EH.shape[0], router.top_k, found.layers[0].inputs, in_order=router.slots is None)
+    run = Interpreter(weights, trial.tokens)
+    run.give(routed.hidden, trial.hidden_TH)
+    run.give(routed.values, fitted(trial.weights_TK, routed.values))
+    if router.slots is not None:
+        run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
+    slots = trial.slots(run.of(routed.gate), producer(routed.gate))
+    trial.require_tokens(run.of(tokens), slots, producer(tokens), weighed=on_input)
+    orders = [layer.order(slots, trial, run) for layer in found.layers]
+    rows = trial.outputs(len(slots), found.layers[-1].outputs)
+    run.give(weighed.value, rows)
+    if not np.array_equal(run.of(total), trial.summed(slots, rows if on_input else rows * trial.weights_of(slots))):
+        raise FormError("the weighed outputs are not added up token by token", producer(total))
+    return orders
 
 
 def _read_experts(value: gs.Tensor, concat: gs.Node, weights: Weights) -> Found:
@@ -157,6 +185,23 @@ def _read_experts(value: gs.Tensor, concat: gs.Node, weights: Weights) -> Found:
     return Found((*layers, down), middle)
 
 
+def _read_routed(tokens: gs.Tensor, gate: gs.Tensor | None, weights: Weights) -> Routed:
+    """Where the sorted rows ``tokens`` come from, and their weights: ``gate``, or one side of the product they are."""
+    product = None if gate is not None else produced_by(tokens, "Mul")
+    sides = [(tokens, gate)] if product is None else [tuple(product.inputs), tuple(reversed(product.inputs))]
+    refusal = FormError("the sorted rows are not gathered from tokens", producer(tokens) or tokens)
+    for rows, weight in sides:
+        picks = gather_of(rows), None if weight is None else gather_of(weight)
+        if picks[0] is None or picks[1] is None:
+            continue
+        try:
+            ids, values = _sorted_ids(picks[1]), source(gathered_from(picks[1]))
+            return Routed(_read_router(ids, values, weights), gathered_from(picks[0]), ids, values, weight)
+        except FormError as error:
+            refusal = error
+    raise refusal
+
+
 def _sorted_ids(pick: gs.Node) -> gs.Tensor:
     """The router's ids, by whose order ``pick`` gathers weights."""
     order = source(pick.inputs[1], SHAPE_ONLY | {"Concat", "Expand"})
@@ -166,23 +211,20 @@ def _sorted_ids(pick: gs.Node) -> gs.Tensor:
     return source(sort.inputs[0])
 
 
-def _read_router(ids: gs.Tensor, router_weights: gs.Tensor, weights: Weights) -> Router:
+def _read_router(ids: gs.Tensor, values: gs.Tensor, weights: Weights) -> Router:
     """The router; where every token has the same ids it hands over all its scores."""
-    if produced_by(ids, "Expand"):
-        return read_gates(router_weights, weights)
-    return read_slots(ids, router_weights, weights)
+    return read_gates(values, weights) if produced_by(ids, "Expand") else read_slots(ids, values, weights)
 
 
-def _summed(product: gs.Node) -> gs.Tensor:
-    """(T, H): the weighed rows, back in order, added up for each token."""
-    tensor = product.outputs[0]
+def _summed(rows: gs.Tensor) -> gs.Tensor:
+    """(T, H): ``rows``, back in order, added up for each token."""
     while True:
-        following = next((node for node in tensor.outputs if _reads_rows(node, tensor)), None)
+        following = next((node for node in rows.outputs if _reads_rows(node, rows)), None)
         if following is None:
-            raise FormError("the weighed outputs are not summed over the slots of a token", producer(tensor))
-        tensor = following.outputs[0]
+            raise FormError("the weighed outputs are not summed over the slots of a token", producer(rows))
+        rows = following.outputs[0]
         if following.op in SUMS:
-            return tensor
+            return rows
 
 
 def _reads_rows(node: gs.Node, tensor: gs.Tensor) -> bool:

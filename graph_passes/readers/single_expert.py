@@ -77,6 +77,16 @@ def stack_experts(parts: Sequence[ExpertParts]) -> Experts:
     return Experts(up_EHF, gate_EHF, down_EFH, up_bias, gate_bias, down_bias, first.activation)
 
 
+def require_unbiased(experts: Experts, node: gs.Node) -> None:
+    """Refuse biases where weights multiply what experts read: a token of weight 0 would still get them.
+
+    Raises:
+        FormError: there is one.
+    """
+    if any((experts.up_bias_EF, experts.gate_bias_EF, experts.down_bias_EH)):
+        raise FormError("the weights multiply the input of experts that have biases", node)
+
+
 def _halves(weight: Weight, axis: int, parts: ExpertParts) -> tuple[Weight, Weight]:
     if weight.shape[axis] % 2:
         raise FormError(f"gate and up share a weight of odd width {weight.shape[axis]}", parts.up.node)

@@ -100,8 +100,8 @@ class Trial:
         lost = sorted(set(range(self._experts)) - set(found))
         if lost:
             raise FormError(
-                f"the router chooses among {self._experts} experts, the graph computes experts {sorted(found)} only: "
-                f"the exporter lost {_listed(lost)}",
+                f"the router chooses among {self._experts} experts, the graph computes experts "
+                f"{sorted(set(found))} only: the exporter lost {_listed(lost)}",
                 node,
             )
         if len(found) != self._experts:
