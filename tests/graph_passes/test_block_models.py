@@ -40,6 +40,7 @@ WIDE: Fields = {"hidden": 32, "width": 64}
 def check(spec: Spec, path: Path) -> None:
     """Write the model and, where ONNX Runtime can, compare it with numpy over ``TOKENS``."""
     save(spec, path)
+    assert unread(onnx.load(path).graph) == []
     if why_not_run(spec) is not None:
         return
     xs = [inputs(spec, tokens) for tokens in TOKENS]
@@ -47,6 +48,13 @@ def check(spec: Spec, path: Path) -> None:
         assert results["out"].dtype == x.dtype
         wanted = compute(spec, x, tuple(range(spec.experts)))
         assert error_between(wanted, results["out"])[1] <= TOLERANCES[spec.dtype]
+
+
+def unread(graph: onnx.GraphProto) -> list[str]:
+    """Nodes and initialisers that nothing reads."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    nodes = [node.op_type for node in graph.node if read.isdisjoint(node.output)]
+    return nodes + [tensor.name for tensor in graph.initializer if tensor.name not in read]
 
 
 def inputs(spec: Spec, tokens: int) -> np.ndarray:

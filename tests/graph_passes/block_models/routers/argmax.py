@@ -93,12 +93,9 @@ def _largest(b: Builder, values: str) -> str:
 def _within_capacity(block: Block, masks: list[str]) -> list[str]:
     """All first choices take their places before any second choice."""
     b = block.b
-    taken, kept = None, []
-    for mask in masks:
-        running = b.op("CumSum", mask, np.asarray(0), exclusive=0, reverse=0)
-        place = b.op("Sub", running, np.asarray(1))
-        place = place if taken is None else b.op("Add", place, taken)
-        taken = torch.total(b, mask, 0, keepdims=1)
-        within = b.op("Less", place, np.asarray(block.spec.capacity), out="lt")
-        kept.append(b.op("Mul", mask, b.op("Cast", within, to=TensorProto.INT64)))
-    return kept
+    runs = [b.op("CumSum", mask, np.asarray(0), exclusive=0, reverse=0) for mask in masks]
+    first, second = (b.op("Sub", running, np.asarray(1)) for running in runs)
+    second = b.op("Add", second, torch.total(b, masks[0], 0, keepdims=1))
+    within = [b.op("Less", place, np.asarray(block.spec.capacity), out="lt") for place in (first, second)]
+    kept = zip(masks, within, strict=True)
+    return [b.op("Mul", mask, b.op("Cast", place, to=TensorProto.INT64)) for mask, place in kept]
