@@ -7,13 +7,40 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from graph_passes.block import MoEBlock
 from graph_passes.walk import SHAPE_ONLY, is_weight, sink
 
-SIZES = ((1, 1), (3, 7), (2, 31))
-"""(first, further) dynamic sizes: a single token or example, an odd count, and more tokens than experts times K."""
+LENGTH = 31
+"""The sequence length of the largest inputs."""
+
+IMAGES = 4
+"""The rank of inputs of which one example holds many tokens, nobody can tell how many."""
+
+Feeds = dict[str, npt.NDArray[Any]]
 
 
-def random_feeds(graph: gs.Graph, size: tuple[int, int], rng: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
+def random_batches(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[Feeds]:
+    """Inputs at three sizes: a single token or example, an odd count, and more tokens than experts times K."""
+    rng = np.random.default_rng(0)
+    return [random_feeds(graph, size, rng) for size in _sizes(graph, blocks)]
+
+
+def _sizes(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[tuple[int, int]]:
+    """(first, further) dynamic sizes."""
+    wanted = 1 + max((block.num_experts * block.router.top_k for block in blocks), default=0)
+    dynamic = {dim or f"{tensor.name}.{axis}" for tensor in graph.inputs for axis, dim in _dynamic(tensor)}
+    if len(dynamic) > 1:
+        return [(1, 1), (3, 7), (max(2, -(-wanted // LENGTH)), LENGTH)]
+    if any(len(tensor.shape) >= IMAGES for tensor in graph.inputs):
+        return [(1, 1), (3, 1), (2, 1)]
+    return [(1, 1), (7, 1), (max(LENGTH, wanted), 1)]
+
+
+def _dynamic(tensor: gs.Tensor) -> list[tuple[int, str | None]]:
+    return [(axis, dim) for axis, dim in enumerate(tensor.shape) if not isinstance(dim, int)]
+
+
+def random_feeds(graph: gs.Graph, size: tuple[int, int], rng: np.random.Generator) -> Feeds:
     """One array an input. Dynamic axes of one name get one size; the first to be met gets ``size[0]``.
 
     Floats are standard normal. Integers that index a constant table (an embedding) stay inside it; masks are ones and

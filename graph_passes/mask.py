@@ -51,12 +51,7 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
         names = Names(model.graph)
         masked = save_masked(model.graph, names, model.blocks, layers, model.path.parent, staging)
         inputs, outputs = io_of(model.graph)
-        entries = tuple(
-            _observe(model.graph, Emitter(model.graph, block.name, names), block, layer)
-            for block, layer in zip(masked, layers, strict=True)
-        )
-        sort_nodes(model.graph)
-        save_variant(model.graph, staging / OBSERVED)
+        entries = save_observed(model.graph, names, masked, layers, staging)
         copy_companions(model.path.parent, staging)
         if (model.path.parent / "config.json").is_file():
             shutil.copyfile(model.path.parent / "config.json", staging / "config.json")
@@ -95,6 +90,24 @@ def save_masked(
     sort_nodes(graph)
     save_variant(graph, target / MODEL)
     return masked
+
+
+def save_observed(
+    graph: gs.Graph, names: Names, blocks: Sequence[MoEBlock], layers: Sequence[LayerPlan | None], target: Path
+) -> tuple[BlockEntry, ...]:
+    """Write ``graph`` as ``target/observed.onnx``, the routers of ``blocks`` observed; what their outputs are called.
+
+    Its weights lie in ``target`` already.
+    """
+    entries = []
+    for block, layer in zip(blocks, layers, strict=True):
+        emitter = Emitter(graph, block.name, names)
+        dropped = () if layer is None else layer.dropped
+        observed = observe_routing(graph, emitter, routing_of(emitter, block), block.num_experts, dropped)
+        entries.append(entry_of(block, *observed))
+    sort_nodes(graph)
+    save_variant(graph, target / OBSERVED)
+    return tuple(entries)
 
 
 def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> MoEBlock:
@@ -159,12 +172,3 @@ def _zero_dropped(emitter: Emitter, slots: Slots, dropped: Mask) -> gs.Variable:
     weights: gs.Variable = emitter.emit("Mul", slots.weights, typed, label="weights")
     replace_reads(slots.weights, weights, except_by=[shape.inputs[0], typed.inputs[0], weights.inputs[0]])
     return weights
-
-
-def _observe(graph: gs.Graph, emitter: Emitter, block: MoEBlock, layer: LayerPlan | None) -> BlockEntry:
-    routing = routing_of(emitter, block)
-    dropped = () if layer is None else layer.dropped
-    gates, scores = None, None
-    if routing is not None:
-        gates, scores = observe_routing(graph, emitter, routing, block.num_experts, dropped)
-    return entry_of(block, gates, scores)

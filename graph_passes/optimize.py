@@ -88,7 +88,8 @@ def optimize(
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
         entries = _observe(model, written, staging)
-        work = Work(model, plan, layers, quantization)
+        is_new = _is_new(model, [item.rewritten for item in written])
+        work = Work(model, plan, layers, entries if is_new else (), quantization)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
@@ -105,6 +106,7 @@ def optimize(
             tools=tool_versions(),
             details={
                 "oracle": [dataclasses.asdict(entry) for entry in proof.oracle],
+                "choices": [dataclasses.asdict(entry) for entry in proof.choices],
                 "quantization": None if quantization is None else dataclasses.asdict(quantization),
                 "quantization_error": proof.quantization_error,
                 "left_alone": [str(layer) for layer in model.unrecognised],

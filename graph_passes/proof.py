@@ -10,20 +10,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from graph_passes.block import MoEBlock
+from graph_passes.choices import ChoiceEntry, Watched, check_choices, compare_choices
 from graph_passes.describe import Model
 from graph_passes.emitter import Names
-from graph_passes.mask import save_masked
+from graph_passes.feeds import random_batches
+from graph_passes.mask import save_masked, save_observed
 from graph_passes.model_file import link_weights, load_graph, save_graph, save_variant
-from graph_passes.oracle import OracleEntry, check, compare
+from graph_passes.oracle import TOLERANCE, OracleEntry, check, compare
 from graph_passes.order import tidy
 from graph_passes.prune import match_layers, prune_block
 from graph_passes.quantize import Quantization, rounded
 from graph_passes.readers import read_blocks
 from graph_passes.rewrite import Decision, carry_out
 from graph_passes.runnable import check_runnable
-from moe_spec.manifest import MODEL
+from moe_spec.manifest import MODEL, OBSERVED, BlockEntry
 from moe_spec.plan import LayerPlan, PruningPlan
-from moe_spec.runner import Runner
+from moe_spec.runner import Feeds, Runner
 
 TWIN = "sorted"
 """The form in which experts that are to be quantised are proven in float: it expresses every block."""
@@ -35,11 +38,13 @@ class Proof:
 
     Attributes:
         oracle: the error of each output at each shape.
+        choices: how often the routers chose the same experts, in each layer whose router is left, at each shape.
         quantization_error: largest difference between the result and the original relative to an output's largest
             magnitude; None where nothing was quantised.
     """
 
     oracle: tuple[OracleEntry, ...] = ()
+    choices: tuple[ChoiceEntry, ...] = ()
     quantization_error: float | None = None
 
 
@@ -51,12 +56,14 @@ class Work:
         model: as it was read; its graph is that of the result by now.
         plan: the plan that was given.
         layers: for each block what it loses, planned or unreachable.
+        entries: for each block what became of it; nothing where the file is what it was.
         how: how experts were quantised, if they were.
     """
 
     model: Model
     plan: PruningPlan | None
     layers: Sequence[LayerPlan | None]
+    entries: Sequence[BlockEntry]
     how: Quantization | None
 
 
@@ -70,34 +77,65 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
     original = work.model.path
     check_runnable(work.model.graph.nodes, f"the result of {original}")
     check_runnable(load_graph(original).nodes, str(original))
+    batches = random_batches(load_graph(original), work.model.blocks)
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as directory:
-        reference = _reference(work, runner, Path(directory) / "masked")
-        graph = load_graph(original)
+        reference = _reference(work, batches, runner, Path(directory) / "masked")
+        files = (reference.directory / OBSERVED, candidate / OBSERVED)
+        choices = compare_choices(reference.watched, batches, *files, runner)
         if work.how is None:
-            return Proof(tuple(check(graph, reference, candidate, runner)))
+            oracle = check(batches, reference.path, candidate, runner)
+            check_choices(choices, max(TOLERANCE.get(entry.dtype, 0.0) for entry in oracle))
+            return Proof(tuple(oracle), tuple(choices))
         twin, coarse = (Path(directory) / name for name in ("float", "rounded"))
         _save_twin(work, None, twin)
-        check(graph, reference, twin, runner)
+        check(batches, reference.path, twin, runner)
         _save_twin(work, work.how, coarse)
-        oracle = check(graph, coarse, candidate, runner)
-        error = max(entry.max_rel for entry in compare(graph, reference, candidate, runner))
-        return Proof(tuple(oracle), error)
+        oracle = check(batches, coarse, candidate, runner)
+        error = max(entry.max_rel for entry in compare(batches, reference.path, candidate, runner))
+        return Proof(tuple(oracle), tuple(choices), error)
 
 
-def _reference(work: Work, runner: Runner, target: Path) -> Path:
-    """The original with the dropped experts unselectable; as it is where nothing was planned: unreachable ones are."""
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """The original with the dropped experts unselectable.
+
+    Attributes:
+        path: the original itself where nothing was planned: unreachable experts are unselectable as it is.
+        directory: holds observed.onnx.
+        watched: the layers whose choices are compared.
+    """
+
+    path: Path
+    directory: Path
+    watched: tuple[Watched, ...]
+
+
+def _reference(work: Work, batches: Sequence[Feeds], runner: Runner, target: Path) -> _Reference:
     original = work.model.path
-    if work.plan is None:
-        return original
     target.mkdir()
     graph = load_graph(original)  # anew: the one that was read before has become the candidate
-    blocks = read_blocks(graph, original.parent).blocks
-    if work.model.reduced:  # the masked graph starts from what is left, so that is proven first
+    blocks: Sequence[MoEBlock] = read_blocks(graph, original.parent).blocks
+    names, layers = Names(graph), match_layers(work.plan, blocks)
+    if work.plan is not None and work.model.reduced:  # the masked graph starts from what is left: proven first
         link_weights(graph, original.parent, target)
         save_variant(graph, target / MODEL)
-        check(graph, original, target, runner)
-    save_masked(graph, Names(graph), blocks, match_layers(work.plan, blocks), original.parent, target)
-    return target
+        check(batches, original, target, runner)
+    if work.plan is None:
+        link_weights(graph, original.parent, target)
+    else:
+        blocks = save_masked(graph, names, blocks, layers, original.parent, target)
+    observed = save_observed(graph, names, blocks, layers, target) if work.entries else ()
+    watched = [
+        _watch(block, entry, after, layer)
+        for block, entry, after, layer in zip(blocks, observed, work.entries, work.layers, strict=False)
+        if after.gates is not None
+    ]
+    return _Reference(original if work.plan is None else target, target, tuple(watched))
+
+
+def _watch(block: MoEBlock, before: BlockEntry, after: BlockEntry, layer: LayerPlan | None) -> Watched:
+    keep = tuple(range(block.num_experts)) if layer is None else layer.keep
+    return Watched(before, after, keep, by_score=block.router.groups is None and block.router.capacity is None)
 
 
 def _save_twin(work: Work, rounding: Quantization | None, target: Path) -> None:

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.routers.finish import over_later_axis
 from graph_passes.routers.hits import constant_value, ids_of
 from graph_passes.routers.places import Limit, is_place, read_limit
-from graph_passes.walk import producer, source
+from graph_passes.walk import producer, source, split_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ def factors(tensor: gs.Tensor) -> Product:
     limit = read_limit(node)
     if limit is not None:
         return Product(ids=limit.implied_ids, limits=(limit,))
+    if node.op == "Mul" and split_constant(node) is not None:
+        return Product(values=(tensor,))  # scaled weights: `finish` reads that
     if node.op == "Mul" or is_outer(node):
         return factors(node.inputs[0]) * factors(node.inputs[1])
     if node.op == "Where" and constant_value(node.inputs[2]) == 0.0:

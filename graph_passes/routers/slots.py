@@ -124,5 +124,4 @@ def _steps(ranked: gs.Tensor, grouping: Grouping, top_k: int, finish: Finish, sc
 def is_over_experts(scores: gs.Tensor, ids: gs.Tensor) -> bool:
     """Whether ``scores`` are those of all experts, rather than of the best logits behind ``ids``."""
     function = produced_by(source(scores), *SCORES)
-    values = read_ranking(ids).values
-    return function is not None and (values is None or source(function.inputs[0]) is not values)
+    return function is not None and source(function.inputs[0]) is not read_ranking(ids).values
