@@ -88,13 +88,24 @@ def _gating(gate: gs.Tensor, up: gs.Tensor) -> str | None:
     """How gate and up are held; None where these two are none."""
     gate_part, up_part = _part(gate), _part(up)
     if gate_part is None and up_part is None:
-        both = all(produced_by(source(tensor), *PROJECTIONS) for tensor in (gate, up))
+        both = all(_is_projection(tensor) for tensor in (gate, up))
         return SEPARATE if both and source(gate) is not source(up) else None
     if gate_part is None or up_part is None or gate_part[:2] != up_part[:2]:
         return None
     if (gate_part[2], up_part[2]) != (0, 1):
         raise FormError("gate and up stand in the other order", producer(gate))
     return gate_part[1]
+
+
+def _is_projection(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is a projection, or one times a number for each token and expert."""
+    node = produced_by(source(tensor), "Mul")
+    if node is None:
+        return produced_by(source(tensor), *PROJECTIONS) is not None
+    return any(
+        produced_by(column, "Unsqueeze") and produced_by(source(value), *PROJECTIONS)
+        for column, value in (node.inputs, reversed(node.inputs))
+    )
 
 
 def _added(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:

@@ -30,7 +30,7 @@ from graph_passes.readers.axes import (
     AxisReader,
 )
 from graph_passes.readers.layout import EXPERTS_SCOPE
-from graph_passes.readers.weighing import MOVES, follow, route, sum_of
+from graph_passes.readers.weighing import MOVES, Weighing, follow, route, sum_of
 from graph_passes.routers import Weights
 from graph_passes.walk import produced_by, producer, source
 from graph_passes.weights import Weight
@@ -88,10 +88,11 @@ class Layout(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """``product + bias``."""
+    """``(product + bias) * gates``, where there are any."""
 
     product: Product
     bias: Held | None
+    gates: gs.Tensor | None = None
 
     def held(self) -> list[Held]:
         """Its constants."""
@@ -144,14 +145,9 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     weighing = follow(node.outputs[0], gates, lambda term: layout.bias(term, HIDDEN, gates) is not None)
     bias = None if weighing.bias is None else layout.bias(weighing.bias, HIDDEN, gates)
     ffn = read_ffn(layout, result, Projection(down, bias))
-    weights_on, gates, x = ON_OUTPUT, weighing.gates, ffn.up.product.x
     ids = down.ids or weighing.ids
     axes = AxisReader(EXPERTS if ids is None else SLOTS)
-    if gates is None:
-        weights_on = ON_INPUT
-        router, x = _gates_on_input(node, x, axes, weights)
-    else:
-        router = route(gates, ids, axes, weights)
+    router, weights_on, x = _gating(node, ffn, weighing, ids, axes, weights)
     hidden = _hidden_of(x, router)
     experts = experts_of(ffn, router.weight_EH.shape[0], weights)
     if weights_on == ON_INPUT and (experts.up_bias_EF or experts.gate_bias_EF or experts.down_bias_EH):
@@ -196,6 +192,7 @@ def read_ffn(layout: Layout, result: gs.Tensor, down: Projection) -> Ffn:
 
 
 def _read_projection(layout: Layout, tensor: gs.Tensor) -> Projection:
+    gates, tensor = _gates_before(layout, tensor)
     node, bias = producer(source(tensor, MOVES)), None
     if node is not None and node.op == "Add":
         for this, other in (node.inputs, reversed(node.inputs)):
@@ -208,10 +205,29 @@ def _read_projection(layout: Layout, tensor: gs.Tensor) -> Projection:
         raise FormError("a projection is no product with the weights of all experts", node or tensor)
     if node.op == "Gemm" and len(node.inputs) > 2:
         bias = layout.bias(node.inputs[2], WIDTH, None)
-    return Projection(product, bias)
+    return Projection(product, bias, gates)
 
 
-def _gates_on_input(down: Product, x: gs.Tensor, axes: AxisReader, weights: Weights) -> tuple[Router, gs.Tensor]:
+def _gating(
+    node: gs.Node, ffn: Ffn, weighing: Weighing, ids: gs.Tensor | None, axes: AxisReader, weights: Weights
+) -> tuple[Router, str, gs.Tensor]:
+    """(router, where its weights multiply, the tokens that the experts read before they do)."""
+    x, up_gates = ffn.up.product.x, ffn.up.gates
+    gate_gates = up_gates if ffn.gate is None else ffn.gate.gates
+    if up_gates is None and gate_gates is None:
+        if weighing.gates is not None:
+            return route(weighing.gates, ids, axes, weights), ON_OUTPUT, x
+        router, tokens = _gates_on_input(node, x, ids, axes, weights)
+        return router, ON_INPUT, tokens
+    if weighing.gates is not None or up_gates is None or not (gate_gates is None or gate_gates is up_gates):
+        raise FormError("gates multiply more than once, or not all of an expert", node)
+    # Gated projections are those of gated tokens where they have no bias; up alone is as good as the output.
+    return route(up_gates, ids, axes, weights), ON_INPUT if gate_gates is up_gates else ON_OUTPUT, x
+
+
+def _gates_on_input(
+    down: gs.Node, x: gs.Tensor, ids: gs.Tensor | None, axes: AxisReader, weights: Weights
+) -> tuple[Router, gs.Tensor]:
     """(router, what its gates multiply) of experts that read gated tokens (Llama 4)."""
     node = produced_by(source(x, MOVES), "Mul")
     if node is None:
@@ -219,7 +235,7 @@ def _gates_on_input(down: Product, x: gs.Tensor, axes: AxisReader, weights: Weig
     failures = []
     for this, other in (node.inputs, reversed(node.inputs)):
         try:
-            return route(other, None, axes, weights), this
+            return route(other, ids, axes, weights), this
         except FormError as error:
             failures.append(error)
     raise failures[0]
@@ -239,6 +255,11 @@ def _hidden_of(x: gs.Tensor, router: Router) -> gs.Tensor:
 
 
 def experts_of(ffn: Ffn, count: int, weights: Weights) -> Experts:
+    """``count`` experts as a record.
+
+    Raises:
+        FormError: the weights do not hold as many, or do not fit together.
+    """
     try:
         up, gate, down = (
             None if part is None else part.product.kernel.load(weights, count) for part in (ffn.up, ffn.gate, ffn.down)

@@ -10,12 +10,12 @@
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
-from graph_passes.readers.axes import EXPERTS, HIDDEN, WIDTH, Axis
-from graph_passes.readers.batched_ffn import DOWN, Held, Layout, Product, is_down, read_block
+from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, WIDTH, Axis
+from graph_passes.readers.batched_ffn import DOWN, FURTHEST_PROJECTION, Held, Layout, Product, is_down, read_block
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.weighing import MOVES
 from graph_passes.routers import Weights
-from graph_passes.walk import is_weight, produced_by, source
+from graph_passes.walk import is_weight, produced_by, producer, source
 from graph_passes.weights import Weight
 
 FORM = "dense"
@@ -86,8 +86,17 @@ def _gated_bias(term: gs.Tensor, gates: gs.Tensor) -> Held | None:
 def _reads_gated(node: gs.Node) -> bool:
     """Whether ``node`` reads channels that were taken apart by expert, gated, and put side by side again."""
     flat = produced_by(node.inputs[0], "Reshape") if node.op in ("Gemm", "MatMul") else None
-    gated = None if flat is None else produced_by(source(flat.inputs[0], {"Cast"}), "Mul")
-    return gated is not None and any(
-        produced_by(source(this, {"Cast"}), "Reshape") and produced_by(source(other, {"Cast"}), "Unsqueeze", "Reshape")
-        for this, other in (gated.inputs, reversed(gated.inputs))
-    )
+    front, seen = [] if flat is None else [flat.inputs[0]], 0
+    while front and seen < FURTHEST_PROJECTION:
+        inner, seen = producer(front.pop()), seen + 1
+        if inner is None or inner.op not in ELEMENTWISE:
+            continue
+        if inner.op == "Mul" and any(_is_gating(*pair) for pair in (inner.inputs, reversed(inner.inputs))):
+            return True
+        front.extend(inner.inputs)
+    return False
+
+
+def _is_gating(channels: gs.Tensor, gates: gs.Tensor) -> bool:
+    taken_apart = produced_by(source(channels, {"Cast"}), "Reshape")
+    return taken_apart is not None and produced_by(source(gates, {"Cast"}), "Unsqueeze", "Reshape") is not None

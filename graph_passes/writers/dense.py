@@ -1,13 +1,14 @@
 """Form ``dense``: every expert on every token as two or three 2-D GEMMs, the gate before the down projection.
 
 ``out = reshape(act(x @ W_up (H, E F)) * gates (T, E, 1)) @ W_down (E F, H)``. No data-dependent shape and no copy of a
-weight per token, so TensorRT takes it and it costs E/K times the selected work: the form for few experts.
+weight per token, so TensorRT takes it and it costs E/K times the selected work: the form for few experts. Where gates
+multiply the experts' input they multiply what the first projections give, which have no biases then.
 """
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import ON_OUTPUT, MoEBlock
 from graph_passes.emitter import Emitter
 from graph_passes.weights import Weight
 from graph_passes.writers.expert_math import activate, gate_dtype, linear
@@ -20,13 +21,21 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     width = experts.up_EHF.shape[2]
     routing = emit_routing(emitter, block)
     gates = gate_dtype(emitter, gates_of(emitter, routing, count), experts)
-    gate = None
-    if experts.gate_EHF is not None:
-        gate = _wide(emitter, block.hidden, experts.gate_EHF, experts.gate_bias_EF, "gate")
-    up = _wide(emitter, block.hidden, experts.up_EHF, experts.up_bias_EF, "up")
-    middle = emitter.reshape(activate(emitter, gate, up, experts), (-1, count, width), "middle_TEF")
     column = emitter.emit("Unsqueeze", gates, emitter.ints(2), label="gates_column")
-    gated = emitter.reshape(emitter.emit("Mul", middle, column, label="gated"), (-1, count * width), "gated_flat")
+
+    def project(weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
+        wide = _wide(emitter, block.hidden, weight, bias, label)
+        if block.weights_on == ON_OUTPUT:
+            return wide
+        by_expert = emitter.reshape(wide, (-1, count, width), f"{label}_TEF")
+        return emitter.emit("Mul", by_expert, column, label=f"{label}_gated")
+
+    gate = None if experts.gate_EHF is None else project(experts.gate_EHF, experts.gate_bias_EF, "gate")
+    gated = activate(emitter, gate, project(experts.up_EHF, experts.up_bias_EF, "up"), experts)
+    if block.weights_on == ON_OUTPUT:
+        middle = emitter.reshape(gated, (-1, count, width), "middle_TEF")
+        gated = emitter.emit("Mul", middle, column, label="gated")
+    gated = emitter.reshape(gated, (-1, count * width), "gated_flat")
     down_EFH = experts.down_EFH
     out = linear(emitter, gated, down_EFH.joined(), None, "experts.down", "down")
     if experts.down_bias_EH is not None:  # each expert's bias counts as much as its gate

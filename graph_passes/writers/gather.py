@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import ON_INPUT, ON_OUTPUT, MoEBlock
 from graph_passes.emitter import Emitter
 from graph_passes.weights import Weight
 from graph_passes.writers.expert_math import activate, gate_dtype
@@ -26,10 +26,15 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
         row = emitter.emit("Unsqueeze", rows, emitter.ints(2), label=f"{label}_bias_row")
         return emitter.emit("Add", product, row, label=f"{label}_biased")
 
+    column = gate_dtype(
+        emitter, emitter.emit("Unsqueeze", weights, emitter.ints(2, 3), label="weights_column"), experts
+    )
     x = emitter.emit("Unsqueeze", block.hidden, emitter.ints(1, 2), label="token")
+    if block.weights_on == ON_INPUT:
+        x = emitter.emit("Mul", x, column, label="gated_token")
     gate = None if experts.gate_EHF is None else project(x, experts.gate_EHF, experts.gate_bias_EF, "gate")
     up = project(x, experts.up_EHF, experts.up_bias_EF, "up")
-    down = project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
-    column = emitter.emit("Unsqueeze", weights, emitter.ints(2, 3), label="weights_column")
-    gated = emitter.emit("Mul", down, gate_dtype(emitter, column, experts), label="gated")
-    return emitter.emit("ReduceSum", gated, emitter.ints(1, 2), label="out", keepdims=0), routing
+    outputs = project(activate(emitter, gate, up, experts), experts.down_EFH, experts.down_bias_EH, "down")
+    if block.weights_on == ON_OUTPUT:
+        outputs = emitter.emit("Mul", outputs, column, label="gated")
+    return emitter.emit("ReduceSum", outputs, emitter.ints(1, 2), label="out", keepdims=0), routing

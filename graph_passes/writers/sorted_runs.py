@@ -7,7 +7,7 @@ data.
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, MoEBlock
+from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, MoEBlock
 from graph_passes.emitter import INT64, Emitter
 from graph_passes.writers.expert_math import gate_dtype, single_ffn
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
@@ -23,11 +23,14 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     order = _argsort(emitter, flat, slots, "order")
     token = emitter.emit("Div", order, emitter.array("top_k", np.int64(top_k)), label="token")
     tokens = emitter.emit("Gather", block.hidden, token, label="sorted_tokens", axis=0)
-    outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
     gates = gate_dtype(emitter, emitter.reshape(weights, (-1, 1), "weights_column"), experts)
     sorted_gates = emitter.emit("Gather", gates, order, label="sorted_gates", axis=0)
-    gated = emitter.emit("Mul", outputs, sorted_gates, label="gated")
-    back = emitter.emit("Gather", gated, _argsort(emitter, order, slots, "inverse"), label="unsorted", axis=0)
+    if block.weights_on == ON_INPUT:
+        tokens = emitter.emit("Mul", tokens, sorted_gates, label="gated_tokens")
+    outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
+    if block.weights_on == ON_OUTPUT:
+        outputs = emitter.emit("Mul", outputs, sorted_gates, label="gated")
+    back = emitter.emit("Gather", outputs, _argsort(emitter, order, slots, "inverse"), label="unsorted", axis=0)
     by_token = emitter.reshape(back, (-1, top_k, experts.down_EFH.shape[2]), "by_token")
     return emitter.emit("ReduceSum", by_token, emitter.ints(1), label="out", keepdims=0), routing
 
