@@ -66,7 +66,9 @@ def repeated(weight: Weight, shape: Sequence[int]) -> Weight:
             array = np.repeat(array, count, axis)
         return array
 
-    return weight.map(tuple(shape), repeat)
+    if counts[0] == 1:
+        return weight.map(tuple(shape), repeat, row_wise=True)
+    return weight.map(tuple(shape), repeat).cached()
 
 
 def _one_axis(weight: Weight, varying: Sequence[int]) -> Dequantization:

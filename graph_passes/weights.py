@@ -146,8 +146,7 @@ class Weight:
         experts, rows, columns = self.shape
         flat = self.values.map((experts * rows, columns), lambda array: array.reshape(-1, columns), row_wise=True)
         scales, zero_points = (None if part is None else part._joined(experts) for part in self._parts())
-        whole = dataclasses.replace(flat, scales=scales, zero_points=zero_points)
-        return dataclasses.replace(whole, matmul_nbits=self.matmul_nbits, cast_to=self.cast_to)
+        return dataclasses.replace(flat, scales=scales, zero_points=zero_points, cast_to=self.cast_to)
 
     def _joined(self, experts: int) -> "Weight":
         """Scales (E or 1, N, M) of a weight of ``experts``: repeated for each where they share them and have rows."""

@@ -17,8 +17,10 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, read_activation
 from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
+from graph_passes.readers.projection import read_weight
+from graph_passes.readers.quantized import is_stored
 from graph_passes.routers import Weights, read_slots
-from graph_passes.walk import is_weight, produced_by, producer, sink, source
+from graph_passes.walk import produced_by, producer, sink, source
 from moe_spec.experts_op import ExpertsOp
 
 FORM = "batched_mm"
@@ -31,13 +33,13 @@ class Projection:
 
     gather: gs.Node
     x: gs.Tensor
-    bias: gs.Constant | None
+    bias: gs.Tensor | None
     transposed: bool
 
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:
     """The nodes that gather down projections: GatherND of stacked matrices whose product is multiplied by a gate."""
-    stacked = [node for node in graph.nodes if node.op == "GatherND" and is_weight(node.inputs[0], 3)]
+    stacked = [node for node in graph.nodes if node.op == "GatherND" and is_stored(node.inputs[0], 3)]
     return [node for node in stacked if _gating(node) is not None]
 
 
@@ -67,7 +69,9 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
         biased=up.bias is not None,
     )
     tensors = (up.gather.inputs[0], down.gather.inputs[0], up.bias, down.bias)
-    up_weight, down_weight, up_bias, down_bias = (None if part is None else weights.of(part) for part in tensors)
+    up_weight, down_weight, up_bias, down_bias = (
+        None if part is None else read_weight(part, weights) for part in tensors
+    )
     assert up_weight is not None
     assert down_weight is not None
     check_stacked(up.gather, up_weight, down_weight, up_bias, down_bias, op)
@@ -112,7 +116,7 @@ def _read_projection(tensor: gs.Tensor) -> Projection:
         raise FormError("a projection is no MatMul", node or tensor)
     for side in (0, 1):
         gather = produced_by(node.inputs[side], "GatherND")
-        if gather is not None and is_weight(gather.inputs[0], 3):
+        if gather is not None and is_stored(gather.inputs[0], 3):
             return Projection(gather, source(node.inputs[1 - side]), bias, transposed=side == 1)
     raise FormError("a projection does not multiply by gathered weights", node)
 
@@ -126,9 +130,9 @@ def _read_hidden(repeated: gs.Tensor) -> gs.Tensor:
     return unsqueeze.inputs[0]
 
 
-def _gathered_bias(tensor: gs.Tensor) -> gs.Constant | None:
+def _gathered_bias(tensor: gs.Tensor) -> gs.Tensor | None:
     gather = produced_by(tensor, "GatherND")
-    return gather.inputs[0] if gather is not None and is_weight(gather.inputs[0], 2) else None
+    return gather.inputs[0] if gather is not None and is_stored(gather.inputs[0], 2) else None
 
 
 def _read_sum(mul: gs.Node) -> gs.Tensor:
@@ -140,5 +144,5 @@ def _read_sum(mul: gs.Node) -> gs.Tensor:
 
 def _scope(gather: gs.Node) -> str | None:
     """The block's name, where the exporter kept the name of the weight."""
-    scope, found, _ = gather.inputs[0].name.rpartition(EXPERTS_SCOPE)
+    scope, found, _ = source(gather.inputs[0], {"DequantizeLinear"}).name.rpartition(EXPERTS_SCOPE)
     return scope if found else None

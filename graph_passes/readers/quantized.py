@@ -13,11 +13,16 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError
 from graph_passes.packing import unpacked
 from graph_passes.routers import Weights
-from graph_passes.walk import operand
+from graph_passes.walk import is_weight, operand, source
 from graph_passes.weights import Weight, from_array
 
 INTEGERS = {4: ml_dtypes.uint4, 8: np.uint8}
 """The dtype of what contrib ops store as so many bits; their zero point is the middle where none is given."""
+
+
+def is_stored(tensor: gs.Tensor, rank: int) -> bool:
+    """Whether ``tensor`` is a constant of that rank, or one that is dequantised."""
+    return is_weight(source(tensor, {"DequantizeLinear"}), rank)
 
 
 def read_dequantized(node: gs.Node, weights: Weights) -> Weight:
