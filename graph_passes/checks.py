@@ -11,6 +11,11 @@ from moe_spec.errors import UserError
 
 _MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"
 
+TYPES = frozenset(onnx.helper.get_all_tensor_dtypes()) - {onnx.TensorProto.UNDEFINED}
+
+MOST_VERSIONS = 1000
+"""No opset is that new."""
+
 UNHELD = (
     onnx.AttributeProto.GRAPHS,
     onnx.AttributeProto.TENSORS,
@@ -30,9 +35,10 @@ def check_file(model: onnx.ModelProto, path: Path) -> None:
     """
     if not model.graph.node:
         raise UserError(f"{path} is no ONNX model: its graph has no node", hint=_MEND)
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version = model.ir_version
-    context.opset_imports = {entry.domain: entry.version for entry in model.opset_import}
+    context = _context(model, path)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.elem_type not in TYPES:
+            raise UserError(f"{path}: {value.name!r} is no tensor of a known type", hint=_MEND)
     for graph in every_graph(model.graph):
         for node in graph.node:
             _check_node(node, context, path)
@@ -42,6 +48,16 @@ def check_file(model: onnx.ModelProto, path: Path) -> None:
             name = graph.sparse_initializer[0].values.name
             raise UserError(f"{path}: weight {name} is sparse, which is not supported", hint="store it densely")
     _check_names(model.graph, frozenset(), path)
+
+
+def _context(model: onnx.ModelProto, path: Path) -> onnx.checker.C.CheckerContext:
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    strange = [version for version in opsets.values() if not 0 < version < MOST_VERSIONS]
+    if strange:
+        raise UserError(f"{path} is written for the opset {strange[0]}, which cannot be", hint=_MEND)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version, context.opset_imports = model.ir_version, opsets
+    return context
 
 
 def _check_node(node: onnx.NodeProto, context: onnx.checker.C.CheckerContext, path: Path) -> None:
@@ -56,6 +72,10 @@ def _check_node(node: onnx.NodeProto, context: onnx.checker.C.CheckerContext, pa
     except onnx.checker.ValidationError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{where} is malformed: {reason}", hint=_MEND) from error
+    parts = next((entry.i for entry in node.attribute if entry.name == "num_outputs"), len(node.output))
+    results = {len(body.output) for body in bodies(node) if node.op_type == "If"} | {len(node.output)}
+    if (node.op_type == "Split" and parts != len(node.output)) or len(results) > 1:
+        raise UserError(f"{where} is malformed: it has {len(node.output)} outputs", hint=_MEND)
 
 
 def _without_bodies(node: onnx.NodeProto) -> onnx.NodeProto:

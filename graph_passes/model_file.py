@@ -16,7 +16,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graph_passes.checks import check_file
 from graph_passes.protos import every_graph
 from graph_passes.simplify import Simplified, simplify
-from graph_passes.stored import ExternalValues, of_constant, packed_bytes
+from graph_passes.stored import ExternalValues, external_info, of_constant, packed_bytes
 from graph_passes.walk import constants, every_node
 from graph_passes.weights import Weight
 from moe_spec.errors import UserError
@@ -152,7 +152,7 @@ def _location(tensor: onnx.TensorProto) -> str:
     """The file that holds the bytes of ``tensor``; nothing where they stand in the .onnx file."""
     if not onnx.external_data_helper.uses_external_data(tensor):
         return ""
-    return str(onnx.external_data_helper.ExternalDataInfo(tensor).location)
+    return str(external_info(tensor).location)
 
 
 def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:

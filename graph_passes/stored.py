@@ -73,7 +73,7 @@ def of_proto(proto: onnx.TensorProto, directory: Path) -> Weight:
     stored_rows = shape[0] if shape else 1
     if not onnx.external_data_helper.uses_external_data(proto):
         return Weight(shape, dtype, lambda rows: select(onnx.numpy_helper.to_array(proto), rows), stored_rows)
-    info = onnx.external_data_helper.ExternalDataInfo(proto)
+    info = external_info(proto)
     path, offset = _data_file(directory, info.location), info.offset or 0
     _check_extent(proto.name, path, offset, byte_count(shape, dtype))
     read = _read_packed if bits_of(dtype) < dtype.itemsize * 8 else _read
@@ -90,6 +90,7 @@ def check_stored(proto: onnx.TensorProto) -> None:
     if any(length < 0 for length in shape):
         raise UserError(f"weight {proto.name} has the shape {shape}, whose lengths cannot be negative", hint=_MEND)
     if onnx.external_data_helper.uses_external_data(proto):
+        external_info(proto)
         return
     if proto.data_type == onnx.TensorProto.STRING:
         found, wanted, unit = len(proto.string_data), math.prod(shape), "strings"
@@ -100,6 +101,18 @@ def check_stored(proto: onnx.TensorProto) -> None:
         found, wanted, unit = len(getattr(proto, field)), _entries(proto, shape), "values"
     if found != wanted:
         raise UserError(f"weight {proto.name} holds {found} {unit}, {dtype.name}{shape} needs {wanted}", hint=_MEND)
+
+
+def external_info(proto: onnx.TensorProto) -> onnx.external_data_helper.ExternalDataInfo:
+    """Where the bytes of ``proto`` lie.
+
+    Raises:
+        UserError: the entry is no file with an offset and a length.
+    """
+    try:
+        return onnx.external_data_helper.ExternalDataInfo(proto)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"weight {proto.name} has a malformed place: {error}", hint=_MEND) from error
 
 
 def _entries(proto: onnx.TensorProto, shape: Sequence[int]) -> int:

@@ -1,9 +1,9 @@
 """Looking around in a graph: the few questions that readers ask."""
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from typing import TypeGuard
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 SHAPE_ONLY = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -68,9 +68,9 @@ def sink(tensor: gs.Tensor, ops: Container[str] = SHAPE_ONLY) -> gs.Tensor:
 
 def scalar(tensor: gs.Tensor | None) -> float | None:
     """The value of a constant with one element."""
-    if isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape, dtype=np.int64)) == 1:
-        return float(tensor.values.reshape(-1)[0])
-    return None
+    if not isinstance(tensor, gs.Constant) or math.prod(tensor.shape) != 1 or tensor.values.dtype.kind in "OSUc":
+        return None
+    return float(tensor.values.reshape(-1)[0])
 
 
 def split_constant(node: gs.Node) -> tuple[gs.Tensor, float] | None:

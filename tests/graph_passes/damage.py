@@ -145,7 +145,9 @@ def point_elsewhere(model: ModelProto, rng: random.Random) -> None:
     for field in ("raw_data", "float_data", "int64_data", "int32_data"):
         tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
-    places = [{"location": name} for name in ("", "none.data", "../x", "/etc/passwd", "block.onnx/x", ".", "block.onnx")]
+    places = [
+        {"location": name} for name in ("", "none.data", "../x", "/etc/passwd", "block.onnx/x", ".", "block.onnx")
+    ]
     for key, value in rng.choice([*places, {"location": "block.onnx", "offset": "-5"}, {"offset": "x"}, {}]).items():
         tensor.external_data.add(key=key, value=value)
 
