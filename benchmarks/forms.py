@@ -21,9 +21,11 @@ import torch
 
 from benchmarks.layer import Layer, save_onnx, torch_layer
 from benchmarks.machine import describe_machine
+from graph_passes.block import MoEBlock
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
-from graph_passes.writers import WRITERS, choose_form, ffn
+from graph_passes.quantize import Quantization
+from graph_passes.writers import WRITERS, choose_form, why_not
 from moe_spec.runner import error_between
 from runtime.backends import open_session
 from runtime.bench import time_in_turns
@@ -36,7 +38,11 @@ THREADS = 1
 MODEL = "model.onnx"
 
 NODE, GROUPED, ACTIVE = "as exported", "torch grouped_mm", "FFN of width K F"
-FORMS = (NODE, *WRITERS)
+NOT_ON_A_CPU = ("trt_moe",)
+ROUNDED: Mapping[str, Quantization] = {"qmoe int8": Quantization(8), "qmoe int4/32": Quantization(4, 32)}
+"""Forms that compute with rounded weights: quick, but something else."""
+
+FORMS = (NODE, *(form for form in WRITERS if form not in (*NOT_ON_A_CPU, "qmoe")))
 """What is compared with what ``auto`` chooses."""
 
 MAX_ERROR = 1e-4
@@ -75,32 +81,34 @@ def measure(experts: int, tokens: Sequence[int], repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         original = Path(scratch) / MODEL
         save_onnx(layer, original)
-        auto = choose_form(read_model(original).blocks[0], tuple(WRITERS))
-        runs = {form: stack.enter_context(_onnx(original, form, Path(scratch) / form)) for form in _forms(original)}
+        block = read_model(original).blocks[0]
+        runs = {form: stack.enter_context(_onnx(original, form, Path(scratch) / form)) for form in _forms(block)}
         runs[GROUPED] = functools.partial(_run_torch, torch_layer(layer, "grouped_mm"))
         for count in tokens:
             _check_same(runs, layer.tokens(count))
+        for name, how in ROUNDED.items():
+            runs[name] = stack.enter_context(_onnx(original, "qmoe", Path(scratch) / name.replace("/", " "), how))
         active = Path(scratch) / "active.onnx"
         save_onnx(dataclasses.replace(layer, experts=1, top_k=1, width=layer.top_k * layer.width), active)
         runs[ACTIVE] = stack.enter_context(_onnx(active, "ffn", Path(scratch) / ACTIVE))
         for count in tokens:
             bound = {name: functools.partial(run, layer.tokens(count)) for name, run in runs.items()}
             times = time_in_turns(bound, repeats=repeats, warmup=WARMUP)
+            auto = choose_form(block, FORMS, tokens=count)
             rows.append(Row(layer, count, {name: float(np.median(times[name])) for name in times}, auto))
     return rows
 
 
-def _forms(original: Path) -> list[str]:
+def _forms(block: MoEBlock) -> list[str]:
     """The forms that can express the layer."""
-    single = ffn.why_not(read_model(original).blocks[0]) is None
-    return [form for form in FORMS if form != "ffn" or single]
+    return [form for form in FORMS if form == NODE or why_not(block, form) is None]
 
 
 @contextlib.contextmanager
-def _onnx(original: Path, form: str, out: Path) -> Iterator[Run]:
+def _onnx(original: Path, form: str, out: Path, how: Quantization | None = None) -> Iterator[Run]:
     """Runs ``original`` rewritten to ``form``, which is proven, with ONNX Runtime on the CPU."""
     if form != NODE:
-        optimize(original, out, OnnxRuntimeRunner(THREADS), form=form)
+        optimize(original, out, OnnxRuntimeRunner(THREADS), form=form, quantization=how)
     with open_session(original if form == NODE else out, THREADS) as session:
         yield lambda hidden_TH: session.run({"hidden": hidden_TH})["out"]
 
@@ -133,7 +141,9 @@ else the machine does hits all alike; it was shared, and small differences mean 
 - *{NODE}*: our exporter's node, computed by its ONNX function. It and the forms run in ONNX Runtime.
 - *{GROUPED}*: transformers' Mixtral block in torch, with its `grouped_mm` experts.
 - *{ACTIVE}*: a dense FFN that does for a token what its K experts do, without a router, in ONNX Runtime.
-- *auto*: what `moe-edge optimize --form auto` takes for a CPU; *auto / best* compares it with the quickest form.
+- *qmoe*: experts rounded to 8 bits a channel, or 4 bits in blocks of 32: other results, so never `auto`'s choice.
+- *auto*: what `moe-edge optimize --target onnxruntime-cpu --tokens T` takes; *auto / best* compares it with the
+  quickest form that computes the same.
 
 {_table(rows)}
 
@@ -142,7 +152,7 @@ E'={worst.layer.experts} and T={worst.tokens}."""
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("E'", "T", *FORMS, GROUPED, ACTIVE, "auto", "auto / best")
+    head = ("E'", "T", *FORMS, *ROUNDED, GROUPED, ACTIVE, "auto", "auto / best")
     lines = [head, ("---:",) * len(head), *(_cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -150,7 +160,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     times = {name: f"{time:.3g}" for name, time in row.median_ms.items()}
     times[row.best] = f"**{times[row.best]}**"
-    shown = (times.get(name, "-") for name in (*FORMS, GROUPED, ACTIVE))
+    shown = (times.get(name, "-") for name in (*FORMS, *ROUNDED, GROUPED, ACTIVE))
     return (str(row.layer.experts), str(row.tokens), *shown, row.auto, f"{row.ratio:.2f}")
 
 

@@ -21,6 +21,7 @@ def optimize(
         str | None, typer.Option(help="Device that the result is for; without it only what loses experts is rewritten.")
     ] = None,
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
     bits: Annotated[int | None, typer.Option(help="Quantise the experts to 4 or 8 bits.")] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128; without it all of an output channel.")
@@ -52,6 +53,7 @@ def optimize(
             plan=None if plan is None else PruningPlan.load(plan, clamp_top_k=clamp_top_k),
             form=form,
             accepted=accepted,
+            tokens=tokens,
             quantization=None if bits is None else Quantization.checked(bits, block_size),
             any_model=any_model,
             prove=prove,

@@ -42,6 +42,7 @@ def optimize(
     plan: PruningPlan | None = None,
     form: str = AUTO,
     accepted: Sequence[str] | None = None,
+    tokens: int | None = None,
     quantization: Quantization | None = None,
     any_model: bool = False,
     prove: bool = True,
@@ -60,6 +61,7 @@ def optimize(
         form: one of ``FORMS``; ``auto`` chooses for each layer among ``accepted``.
         accepted: the forms that the target takes, which also limit ``form``; None: no target in view, so that only
             what loses experts is written anew.
+        tokens: how many a run has, where that is known; ``auto`` chooses for it.
         quantization: how the experts are quantised; None leaves them what they are.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
@@ -79,7 +81,8 @@ def optimize(
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
     layers = [layer if found is None else found.plan for layer, found in zip(layers, findings, strict=True)]
     decisions = [
-        decide(block, layer, form, accepted, quantization) for block, layer in zip(model.blocks, layers, strict=True)
+        decide(block, layer, form, accepted, quantization, tokens)
+        for block, layer in zip(model.blocks, layers, strict=True)
     ]
     before = measure(model.graph, model.path.parent)
     with new_directory(out) as staging:

@@ -51,10 +51,11 @@ def decide(
     form: str,
     accepted: Sequence[str] | None,
     how: Quantization | None = None,
+    tokens: int | None = None,
 ) -> Decision:
     """What happens to ``block`` under ``layer`` (None: all experts stay), ``form`` and the forms a target accepts.
 
-    ``how`` says how its experts are quantised; None: they stay what they are.
+    ``how`` says how its experts are quantised; None: they stay what they are. ``tokens`` are those of a run.
 
     Raises:
         UserError: the plan does not fit the block, its experts cannot be quantised, or the form cannot express it.
@@ -65,7 +66,9 @@ def decide(
         pruned = _quantize(pruned, how)
     if form == AUTO and accepted is None and untouched:
         return Decision(block, block, None)
-    chosen = choose_form(pruned, tuple(WRITERS) if accepted is None else accepted) if form == AUTO else form
+    chosen = form
+    if form == AUTO:
+        chosen = choose_form(pruned, tuple(WRITERS) if accepted is None else accepted, tokens)
     if untouched and chosen == block.form:
         return Decision(block, block, None)
     reason = why_not(pruned, chosen)

@@ -8,6 +8,7 @@ from types import ModuleType
 
 from graph_passes.block import MoEBlock
 from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs, trt_moe
+from moe_spec.errors import UserError
 
 WRITERS: Mapping[str, ModuleType] = {
     "dense": dense,
@@ -19,6 +20,14 @@ WRITERS: Mapping[str, ModuleType] = {
     "trt_moe": trt_moe,
 }
 
+PREFERENCES: Mapping[str, Sequence[str]] = {
+    "quantised": ("ffn", "qmoe", "sorted", "dense"),
+    "all selected": ("ffn", "dense", "sorted", "gather"),
+    "some selected": ("sorted", "dense", "gather"),
+    "one token": ("moe", "sorted", "dense", "gather"),
+}
+"""What ``auto`` tries, by how the block is used. Only the CPU takes ``sorted`` and ``moe``; TensorRT gets ``dense``."""
+
 AUTO = "auto"
 FORMS = (AUTO, *WRITERS)
 
@@ -29,14 +38,29 @@ def why_not(block: MoEBlock, form: str) -> str | None:
     return None if asked is None else asked(block)
 
 
-def choose_form(block: MoEBlock, accepted: Sequence[str]) -> str:
-    """The form for ``block`` among those that a target accepts.
+def choose_form(block: MoEBlock, accepted: Sequence[str], tokens: int | None = None) -> str:
+    """The form for ``block`` among those that a target accepts; ``tokens`` are those of a run, where they are known.
 
-    1. One expert with a gate of 1: ``ffn``.
-    2. As many experts as are selected, so that nothing is ranked: ``dense``.
-    3. More: ``sorted`` where the target takes data-dependent shapes (measured in benchmarks/forms.md), else ``dense``.
+    The first that can express the block, of the list that ``PREFERENCES`` has for its case (measured in
+    benchmarks/forms.md).
+
+    Raises:
+        UserError: none of them can.
     """
-    if "ffn" in accepted and ffn.why_not(block) is None:
-        return "ffn"
-    ranked = block.num_experts > block.router.top_k
-    return next(form for form in (("sorted", "dense", "gather") if ranked else ("dense", "gather")) if form in accepted)
+    preferred = PREFERENCES[_case(block, tokens)]
+    found = next((form for form in preferred if form in accepted and why_not(block, form) is None), None)
+    if found is None:
+        tried = [f"{form}: {why_not(block, form) or 'auto does not choose it here'}" for form in accepted]
+        raise UserError(
+            f"no form that the target takes can express layer {block.name} ({'; '.join(tried)})",
+            hint="choose another --target, or a --form",
+        )
+    return found
+
+
+def _case(block: MoEBlock, tokens: int | None) -> str:
+    if any(weight.scales is not None for weight in block.experts.weights()):
+        return "quantised"
+    if block.num_experts <= block.router.top_k:
+        return "all selected"
+    return "one token" if tokens == 1 else "some selected"

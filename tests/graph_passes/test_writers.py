@@ -107,3 +107,32 @@ def test_no_weight_of_a_dropped_expert_is_left(tmp_path, form):
 def test_the_routers_scale_is_folded_into_the_plain_ffn(tmp_path):
     _, model = written(tmp_path, Spec(scale=2.5, biased=True), (3,))
     assert ops(model).count("Mul") == 2  # silu and gate; no third for the scale
+
+
+CPU, RTX = ("dense", "sorted", "gather", "ffn", "moe", "qmoe"), ("dense", "gather", "ffn")
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens", "accepted", "form"),
+    [
+        ((3,), None, CPU, "ffn"),
+        ((1, 3), None, CPU, "dense"),
+        ((1, 3, 5), None, CPU, "sorted"),
+        ((1, 3, 5), 1, CPU, "moe"),
+        ((1, 3, 5), 16, CPU, "sorted"),
+        ((1, 3, 5), 1, RTX, "dense"),
+    ],
+)
+def test_auto_goes_by_what_is_left_the_tokens_of_a_run_and_the_target(tmp_path, keep, tokens, accepted, form):
+    manifest, _ = written(tmp_path, Spec(renormalize=True), keep, tokens=tokens, accepted=accepted)
+    assert manifest.blocks[0].form == form
+
+
+def test_a_target_that_takes_nothing_that_fits_is_refused(tmp_path):
+    with pytest.raises(UserError) as error:
+        written(tmp_path, Spec(score="sigmoid"), (1, 3, 5), accepted=["ffn", "trt_moe"])
+    assert error.value.what == (
+        "no form that the target takes can express layer layers.0.mlp (ffn: it has 3 experts, a plain FFN is one; "
+        "trt_moe: auto does not choose it here)"
+    )
+    assert error.value.hint == "choose another --target, or a --form"
