@@ -47,11 +47,8 @@ def routing_on(emitter: Emitter, router: Router, logits: gs.Tensor) -> Routing:
     if router.is_ranked:
         ranked, values, ids = _choose(emitter, router, logits)
         return Routing(ranked, ids_TK=ids, weights_TK=_finish(emitter, router, values, ids))
-    choice = scores = _score(emitter, router, logits)
-    if router.order == TOPK_FIRST:
-        choice = logits
-    elif router.selection_bias_E is not None:
-        choice = _biased(emitter, router, scores)
+    scores = _score(emitter, router, logits)
+    choice = logits if router.order == TOPK_FIRST else scores  # a selection bias decides nothing any more
     return Routing(choice, gates_TE=_finish(emitter, router, scores, None))
 
 
@@ -131,7 +128,8 @@ def _choose(emitter: Emitter, router: Router, logits: gs.Tensor) -> tuple[gs.Ten
 
 def _biased(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
     assert router.selection_bias_E is not None
-    return emitter.emit("Add", scores, emitter.weight("selection_bias", router.selection_bias_E), label="choice")
+    bias = emitter.array("selection_bias", router.selection_bias_E.load())  # small, and a variant of a file may hold it
+    return emitter.emit("Add", scores, bias, label="choice")
 
 
 def _topk(emitter: Emitter, ranked: gs.Tensor, count: int) -> tuple[gs.Tensor, gs.Tensor]:
