@@ -106,6 +106,11 @@ def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEB
         _check_agreement(block, node)
     except FormError as reason:
         return Refusal(reader.FORM, reason.reason, reason.node)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if node.domain in (None, ""):
+            raise
+        # the checker knows no schema of contrib ops: their inputs and attributes may be anything
+        return Refusal(reader.FORM, f"the node is malformed: {type(error).__name__}: {error}", place_of(node))
     return block
 
 

@@ -81,13 +81,16 @@ class Interpreter:
         if not isinstance(tensor, gs.Constant):
             raise FormError("where tokens go depends on something else than the router", tensor)
         weight = self._weights.of(tensor)
+        if weight.dtype.kind in "OSUc":
+            raise FormError(f"where tokens go depends on a constant of type {weight.dtype.name}", tensor)
         if weight.nbytes > MOST_ENTRIES:
             raise FormError("where tokens go depends on a large constant", tensor)
         return widened(weight.load())
 
     def _run(self, node: gs.Node, inputs: Inputs) -> None:
         try:
-            result = KERNELS[node.op](node, inputs)
+            with np.errstate(all="ignore"):  # weights may be anything; what comes of them is looked at
+                result = KERNELS[node.op](node, inputs)
         except (ValueError, IndexError, TypeError) as error:
             raise FormError(f"{node.op} does not fit the tokens that it gets: {error}", node) from error
         results = result if isinstance(result, list) else [result]

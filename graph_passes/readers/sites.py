@@ -44,7 +44,7 @@ def find_sites(graph: gs.Graph, order: Mapping[int, int]) -> list[Site]:
     found: dict[int, Site] = {}
     for node in graph.nodes:
         ids = RANKING.get(node.op)
-        if ids is None or not node.outputs[ids].outputs:
+        if ids is None or node.domain not in (None, "") or not node.outputs[ids].outputs:
             continue
         projection = projection_before(node.inputs[0])
         if projection is not None and id(projection) not in found:

@@ -23,6 +23,8 @@ class Trial:
     """
 
     def __init__(self, experts: int, top_k: int, width: int, *, in_order: bool = False) -> None:
+        if not 1 <= top_k <= experts:
+            raise FormError(f"the router selects K={top_k} of {experts} experts", None)
         tokens = -(-experts // top_k) + 1
         rng = np.random.default_rng(0)
         rows = (np.arange(tokens * top_k) % experts).reshape(tokens, top_k)
