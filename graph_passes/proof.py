@@ -81,9 +81,9 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as directory:
         reference = _reference(work, batches, runner, Path(directory) / "masked")
         files = (reference.directory / OBSERVED, candidate / OBSERVED)
-        choices = compare_choices(reference.watched, batches, *files, runner)
         if work.how is None:
             oracle = check(batches, reference.path, candidate, runner)
+            choices = compare_choices(reference.watched, batches, *files, runner)
             check_choices(choices, max(TOLERANCE.get(entry.dtype, 0.0) for entry in oracle))
             return Proof(tuple(oracle), tuple(choices))
         twin, coarse = (Path(directory) / name for name in ("float", "rounded"))
@@ -92,6 +92,7 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
         _save_twin(work, work.how, coarse)
         oracle = check(batches, coarse, candidate, runner)
         error = max(entry.max_rel for entry in compare(batches, reference.path, candidate, runner))
+        choices = compare_choices(reference.watched, batches, *files, runner)
         return Proof(tuple(oracle), tuple(choices), error)
 
 
