@@ -20,6 +20,9 @@ from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
 
+OPSETS = range(17, 26)
+"""Versions of the standard operators that every writer's ops are valid in."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
@@ -93,7 +96,15 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
     """Write every block that gets another form; the nodes of the old one are dead afterwards.
 
     The last goes first: a block may read what another one writes.
+
+    Raises:
+        UserError: the graph is of an opset that the writers do not write.
     """
+    if graph.opset not in OPSETS and any(decision.form is not None for decision in decisions):
+        raise UserError(
+            f"the model is written for opset {graph.opset}, its layers can be written for {OPSETS[0]} to {OPSETS[-1]}",
+            hint="convert it first: onnx.version_converter.convert_version(model, 20)",
+        )
     names, written = Names(graph), []
     for decision in reversed(decisions):
         if decision.form is None:
