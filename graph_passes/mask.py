@@ -103,7 +103,7 @@ def save_observed(
     for block, layer in zip(blocks, layers, strict=True):
         emitter = Emitter(graph, block.name, names)
         dropped = () if layer is None else layer.dropped
-        observed = observe_routing(graph, emitter, routing_of(emitter, block), block.num_experts, dropped)
+        observed = observe_routing(graph, emitter, routing_of(emitter, block, dropped), block.num_experts, dropped)
         entries.append(entry_of(block, *observed))
     sort_nodes(graph)
     save_variant(graph, target / OBSERVED)

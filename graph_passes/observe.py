@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import MoEBlock, Router
 from graph_passes.emitter import FLOAT, Emitter
+from graph_passes.weights import from_array
+from graph_passes.writers.groups import UNSELECTABLE
 from graph_passes.writers.routing import Routing, gates_of, routing_on
 
 OBSERVED = "observed"
@@ -33,8 +35,8 @@ def observe_routing(
     return _output(graph, emitter, gates, "gates"), _output(graph, emitter, scores, "scores")
 
 
-def routing_of(emitter: Emitter, block: MoEBlock) -> Routing:
-    """What the router of ``block`` hands over in the graph as it stands.
+def routing_of(emitter: Emitter, block: MoEBlock, excluded: Sequence[int] = ()) -> Routing:
+    """What the router of ``block`` hands over in the graph as it stands, whose logits exclude ``excluded`` already.
 
     Where the graph has it as a whole nowhere (a fused op routes by itself; a dispatch spreads it over the places of
     the experts), the router is computed once more from its logits.
@@ -48,7 +50,19 @@ def routing_of(emitter: Emitter, block: MoEBlock) -> Routing:
         ids, weights = (rows.reshape(values, (-1, router.top_k), "slots") for values in slots)
         return Routing(ranked, ids_TK=ids, weights_TK=weights)
     logits = rows.reshape(router.logits, (-1, block.num_experts), "logits")
-    return routing_on(rows, router, rows.emit("Cast", logits, label="logits_float", to=FLOAT))
+    logits = rows.emit("Cast", logits, label="logits_float", to=FLOAT)
+    return routing_on(rows, _excluding(router, excluded), logits)
+
+
+def _excluding(router: Router, excluded: Sequence[int]) -> Router:
+    """``router`` without ``excluded``, where a score of 0 does not exclude them: what is added to it could."""
+    experts = router.weight_EH.shape[0]
+    top_k, bias = min(router.top_k, experts - len(excluded)), router.selection_bias_E
+    if not excluded or (bias is None and router.groups is None):
+        return dataclasses.replace(router, top_k=top_k)
+    added = np.zeros(experts, np.float32) if bias is None else bias.load().astype(np.float32)
+    masked = from_array(added + mask_E(experts, excluded, UNSELECTABLE))
+    return dataclasses.replace(router, top_k=top_k, selection_bias_E=masked)
 
 
 def mask_E(experts: int, excluded: Sequence[int], value: float) -> Mask:

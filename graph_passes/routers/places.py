@@ -24,6 +24,9 @@ TURNS = SHAPE_ONLY | {"Transpose"}
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
 """Ops between a Shape and the shape that something gets."""
 
+SAME_RANK = frozenset({"Add", "Cast", "Identity", "LayerNormalization", "MatMul", "Sigmoid", "Softmax"})
+"""Ops whose results have as many axes as what they read first, as routers use them."""
+
 FURTHEST_SHAPE = 12
 """Values that are looked at between a Reshape and the Shape behind its operand."""
 
@@ -201,12 +204,24 @@ def _sequence(running: gs.Node) -> gs.Tensor | None:
         if shaped is not None and axis in (1, -2):
             return shaped
     ranked = read_ranking(_queue_ids(running)).ranked
-    rank = None if ranked.shape is None else len(ranked.shape)
+    rank = _rank(ranked)
     if axis == 0 or (axis == -2 and rank == 2):
         return None
     if axis in (1, -2) and rank == 3:
         return ranked
     raise FormError("the graph does not say which tokens share the places of an expert", running)
+
+
+def _rank(tensor: gs.Tensor) -> int | None:
+    """The number of axes of what a router ranks, as far as the graph has it."""
+    node = producer(tensor)
+    if tensor.shape is not None or node is None:
+        return None if tensor.shape is None else len(tensor.shape)
+    if node.op == "Gemm":
+        return 2
+    if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
+        return len(node.inputs[1].values)
+    return _rank(node.inputs[0]) if node.op in SAME_RANK else None
 
 
 def _reshapes(running: gs.Node) -> list[gs.Node]:

@@ -110,7 +110,7 @@ def _score(emitter: Emitter, router: Router, logits: gs.Tensor) -> gs.Tensor:
 
 def _choose(emitter: Emitter, router: Router, logits: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
     """(what is ranked (T, E), scores (T, K) of the chosen, their ids (T, K))."""
-    if router.score == "sparsemixer":
+    if router.score == "sparsemixer" and router.weight_EH.shape[0] > 1:
         return logits, *sparsemixer(emitter, router, logits)
     if router.order == TOPK_FIRST:
         ranked = logits if router.groups is None else exclude_groups(emitter, router, logits)
