@@ -52,14 +52,14 @@ class Layer:
         Raises:
             FormError: a branch reads other rows than those of one expert, or the Concat puts them elsewhere.
         """
-        table, found = numbered(len(slots), self.inputs), []
+        table, found = numbered(len(slots), 1), []  # rows are taken whole: one channel shows which
         run.give(self.whole, table)
-        wanted = np.zeros((len(slots), self.outputs))
+        wanted = np.zeros((len(slots), 1))
         for taken, output in self.branches:
             node = producer(taken)
             rows = rows_of(run.of(taken), table, node)
             found.append(trial.expert_of(slots[rows], node))
-            wanted[rows] = trial.outputs(len(rows), self.outputs)
+            wanted[rows] = trial.outputs(len(rows), 1)
             run.give(output, wanted[rows])
         trial.require_all(found, self.concat)
         if not np.array_equal(run.of(self.concat.outputs[0]), wanted):
@@ -71,7 +71,7 @@ class Layer:
         if self.bias is None:
             return
         stored, gathered, weight = self.bias
-        table = numbered(*weight.shape)
+        table = numbered(weight.shape[0], 1)
         run.give(stored, table)
         rows = rows_of(run.of(gathered), table, producer(gathered))
         if not np.array_equal(rows, trial.ids_TK.reshape(-1)[slots]):

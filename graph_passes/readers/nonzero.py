@@ -157,8 +157,10 @@ def _read_branch(scatter: gs.Node, weights: Weights) -> Branch:
         if gather_of(gate) is not None and gather_of(side) is None:
             x, parts = read_ffn(source(side), weights)
             return Branch(x, source(side), parts, ON_OUTPUT, (side, gate), scatter)
-    x, parts = read_ffn(value, weights)
-    weighed = produced_by(x, "Mul")
+    weighed = None
+    if product is None:
+        x, parts = read_ffn(value, weights)
+        weighed = produced_by(x, "Mul")
     if weighed is None:
         raise FormError("an expert's output is not multiplied with gathered weights", producer(value))
     return Branch(x, value, parts, ON_INPUT, tuple(weighed.inputs), scatter)

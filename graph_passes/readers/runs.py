@@ -23,7 +23,7 @@ from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
 from graph_passes.readers.single_expert import ExpertParts, require_unbiased, stack_experts
-from graph_passes.readers.trial import Trial, fitted
+from graph_passes.readers.trial import Trial, fitted, told_apart
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import SHAPE_ONLY, produced_by, producer, sink, source
@@ -154,21 +154,36 @@ def _try(found: Found, weighed: Weighed, routed: Routed, total: gs.Tensor, weigh
     Raises:
         FormError: a branch reads or gives something else than its expert would, or an expert has no branch.
     """
-    router, tokens, on_input = routed.router, found.layers[0].whole, weighed.gate is None
-    trial = Trial(router.weight_EH.shape[0], router.top_k, found.layers[0].inputs, in_order=router.slots is None)
-    run = Interpreter(weights, trial.tokens)
-    run.give(routed.hidden, trial.hidden_TH)
-    run.give(routed.values, fitted(trial.weights_TK, routed.values))
-    if router.slots is not None:
-        run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
+    experts, top_k = routed.router.weight_EH.shape[0], routed.router.top_k
+    in_order, on_input = routed.router.slots is None, weighed.gate is None
+    orders = []
+    for loads in told_apart(experts):  # runs are found by counting: no two experts may have the same counts
+        trial = Trial(experts, top_k, 1, in_order=in_order, loads=loads)
+        run = _started(routed, trial, weights)
+        slots = trial.slots(run.of(routed.gate), producer(routed.gate))
+        orders.append([layer.order(slots, trial, run) for layer in found.layers])
+    if orders[0] != orders[1]:
+        raise FormError("which expert a branch is depends on how many tokens it gets", found.layers[0].concat)
+    first, last = found.layers[0], found.layers[-1]
+    trial = Trial(experts, top_k, first.inputs, in_order=in_order)
+    run = _started(routed, trial, weights)
     slots = trial.slots(run.of(routed.gate), producer(routed.gate))
-    trial.require_tokens(run.of(tokens), slots, producer(tokens), weighed=on_input)
-    orders = [layer.order(slots, trial, run) for layer in found.layers]
-    rows = trial.outputs(len(slots), found.layers[-1].outputs)
+    trial.require_tokens(run.of(first.whole), slots, producer(first.whole), weighed=on_input)
+    rows = trial.outputs(len(slots), last.outputs)
     run.give(weighed.value, rows)
     if not np.array_equal(run.of(total), trial.summed(slots, rows if on_input else rows * trial.weights_of(slots))):
         raise FormError("the weighed outputs are not added up token by token", producer(total))
-    return orders
+    return orders[0]
+
+
+def _started(routed: Routed, trial: Trial, weights: Weights) -> Interpreter:
+    """Knows what the router decided in ``trial``."""
+    run = Interpreter(weights, trial.tokens)
+    run.give(routed.hidden, trial.hidden_TH)
+    run.give(routed.values, fitted(trial.weights_TK, routed.values))
+    if routed.router.slots is not None:
+        run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
+    return run
 
 
 def _read_experts(value: gs.Tensor, concat: gs.Node, weights: Weights) -> Found:

@@ -4,6 +4,7 @@ Every expert is chosen, none twice by one token, and every weight and every hidd
 arrives somewhere tells where it came from.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
 from graph_passes.weights import Array
+
+MOST_SLOTS = 1 << 22
+"""T K of one decision."""
 
 
 class Trial:
@@ -22,14 +26,18 @@ class Trial:
         hidden_TH: distinct whole numbers.
     """
 
-    def __init__(self, experts: int, top_k: int, width: int, *, in_order: bool = False) -> None:
+    def __init__(
+        self, experts: int, top_k: int, width: int, *, in_order: bool = False, loads: Array | None = None
+    ) -> None:
+        """``loads`` (E,) says which expert gets more tokens than another; two or three each without."""
         if not 1 <= top_k <= experts:
             raise FormError(f"the router selects K={top_k} of {experts} experts", None)
-        tokens = -(-experts // top_k) + 1
+        tokens, counts = _counts(top_k, np.full(experts, 2) if loads is None else loads)
         rng = np.random.default_rng(0)
-        rows = (np.arange(tokens * top_k) % experts).reshape(tokens, top_k)
-        self.ids_TK: Array = rows if in_order else rng.permuted(rng.permutation(rows), axis=1)
-        self.weights_TK: Array = 1.0 + rng.permutation(rows.size).reshape(rows.shape)
+        by_slot = np.repeat(np.arange(experts), counts).reshape(top_k, tokens)  # none twice: no count is above T
+        shuffled = rng.permuted(rng.permutation(by_slot.T), axis=1)
+        self.ids_TK: Array = np.tile(np.arange(experts), (tokens, 1)) if in_order else shuffled
+        self.weights_TK: Array = 1.0 + rng.permutation(tokens * top_k).reshape(tokens, top_k)
         self.hidden_TH = numbered(tokens, width)
         self._experts, self._top_k, self._rng = experts, top_k, rng
         self._slot_of: Array = np.argsort(self.weights_TK.reshape(-1))
@@ -108,6 +116,27 @@ class Trial:
             )
         if len(found) != self._experts:
             raise FormError(f"{len(found)} branches compute {self._experts} experts", node)
+
+
+def told_apart(experts: int) -> list[Array]:
+    """Loads (E,) for decisions of which at least one tells any two experts apart by the number of their tokens."""
+    ids, base = np.arange(experts), math.isqrt(experts - 1) + 1
+    return [ids % base + 1, ids // base + 1]
+
+
+def _counts(top_k: int, loads: Array) -> tuple[int, Array]:
+    """T, and for each expert how many of T tokens choose it: one that has more load than another never has less."""
+    experts = len(loads)
+    loads = np.full(experts, 2) if top_k == experts else loads
+    tokens = max(2, -(-int(loads.sum()) // top_k))
+    while tokens * top_k <= MOST_SLOTS:
+        base, rest = divmod(tokens * top_k - int(loads.sum()), experts)
+        counts = loads + base
+        counts[np.argsort(loads, kind="stable")[experts - rest :]] += 1
+        if counts.max() <= tokens:
+            return tokens, counts
+        tokens += 1
+    raise FormError(f"K={top_k} of {experts} experts are too many to be tried", None)
 
 
 def fitted(values_TK: Array, tensor: gs.Tensor) -> Array:
