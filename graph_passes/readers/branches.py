@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.readers.axes import ELEMENTWISE, PARTS
 from graph_passes.readers.columns import PROJECTIONS, column_of, is_projected
 from graph_passes.readers.weighing import MOVES, follow
-from graph_passes.routers.hits import constant_value
+from graph_passes.routers.constants import constant_value
 from graph_passes.walk import produced_by, source
 
 SUMS = frozenset({"ReduceSum", "Einsum", "MatMul"})
@@ -39,7 +39,7 @@ def branch_sums(graph: gs.Graph) -> list[gs.Node]:
 
 
 def terms_of(total: gs.Node) -> list[gs.Tensor]:
-    """What Adds and Sums add up to the output of ``total``, but zeros."""
+    """What Adds and Sums add up to the output of ``total``, but zeros; what was added first comes first."""
     terms, front = [], [total]
     while front:
         for tensor in front.pop().inputs:
@@ -49,7 +49,7 @@ def terms_of(total: gs.Node) -> list[gs.Tensor]:
                 front.append(node)
             elif constant_value(term) != 0.0:
                 terms.append(term)
-    return terms
+    return terms[::-1]
 
 
 def _joins(node: gs.Node, marks: dict[int, Mark], joins: dict[int, gs.Node]) -> bool:

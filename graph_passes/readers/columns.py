@@ -9,17 +9,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.routers.hits import constant_value
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
+from graph_passes.routers.constants import constant_value
+from graph_passes.walk import END, SHAPE_ONLY, before_whole_slices, number, operand, produced_by, producer, source
 
 BROADCASTS = SHAPE_ONLY | {"Expand"}
 """Ops that a column may pass before it multiplies."""
-
-END = np.iinfo(np.int32).max
-"""A Slice that ends here or later takes all there is; so exporters write ``x[:]``."""
 
 
 PROJECTIONS = frozenset({"Conv", "Gemm", "MatMul", "MatMulNBits"})
@@ -66,7 +62,7 @@ def is_projected(tensor: gs.Tensor) -> bool:
 
 
 def _sliced(node: gs.Node, _: gs.Tensor) -> Column | None:
-    start, end, axis, step = (scalar(operand(node, index)) for index in (1, 2, 3, 4))
+    start, end, axis, step = (number(operand(node, index)) for index in (1, 2, 3, 4))
     if start is None or end is None or (operand(node, 4) is not None and step != 1.0):
         return None
     single = end == start + 1 or (start == -1.0 and end >= END)
@@ -74,7 +70,7 @@ def _sliced(node: gs.Node, _: gs.Tensor) -> Column | None:
 
 
 def _gathered(node: gs.Node, _: gs.Tensor) -> Column | None:
-    index = scalar(node.inputs[1])
+    index = number(node.inputs[1])
     return None if index is None else _cut(node.inputs[0], int(index), node.attrs.get("axis", 0))
 
 
@@ -88,30 +84,21 @@ def _split(node: gs.Node, column: gs.Tensor) -> Column | None:
 
 
 def _in_sequence(node: gs.Node, _: gs.Tensor) -> Column | None:
-    split, index = produced_by(node.inputs[0], "SplitToSequence"), scalar(node.inputs[1])
-    if split is None or index is None or scalar(operand(split, 1)) not in (None, 1.0):
+    split, index = produced_by(node.inputs[0], "SplitToSequence"), number(node.inputs[1])
+    if split is None or index is None or number(operand(split, 1)) not in (None, 1.0):
         return None
     return _cut(split.inputs[0], int(index), split.attrs.get("axis", 0))
 
 
 def _cut(gates: gs.Tensor, expert: int, axis: int) -> Column | None:
     """Column ``expert`` of gates (T, E), or row of gates (E, T); what a projection gives is no gates."""
-    gates = _whole(gates)
+    gates = before_whole_slices(gates)
     if is_projected(gates):
         return None
     if axis in (1, -1):
         return Column(expert, gates=gates)
     turned = produced_by(source(gates, {"Cast", "Identity"}), "Transpose") if axis == 0 else None
-    return Column(expert, gates=_whole(turned.inputs[0])) if turned is not None else None
-
-
-def _whole(gates: gs.Tensor) -> gs.Tensor:
-    """``gates`` before Slices that take all there is."""
-    gates = source(gates, {"Identity"})
-    node = produced_by(gates, "Slice")
-    if node is None or scalar(operand(node, 1)) != 0.0 or (scalar(operand(node, 2)) or 0) < END:
-        return gates
-    return _whole(node.inputs[0])
+    return Column(expert, gates=before_whole_slices(turned.inputs[0])) if turned is not None else None
 
 
 def _summed(node: gs.Node, _: gs.Tensor) -> Column | None:
@@ -137,8 +124,8 @@ def _masked(node: gs.Node, _: gs.Tensor) -> Column | None:
 
 
 def _compared(equal: gs.Node, weights: gs.Tensor) -> Column | None:
-    for ids, number in (equal.inputs, reversed(equal.inputs)):
-        expert = scalar(source(number))
+    for ids, expert_id in (equal.inputs, reversed(equal.inputs)):
+        expert = number(expert_id)
         if expert is not None:
             return Column(int(expert), ids=source(ids), weights=source(weights))
     return None

@@ -5,7 +5,8 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source, split_constant
+from graph_passes.routers.constants import constant_value, numbers, split_number
+from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, source
 
 SPREAD = SHAPE_ONLY | {"Expand"}
 """Ops that a sum may pass before it divides what was summed."""
@@ -58,9 +59,9 @@ def _step(tensor: gs.Tensor) -> tuple[gs.Tensor, Finish] | None:
     if node is None:
         return None
     if node.op == "Mul":
-        parts = split_constant(node)
+        parts = split_number(node)
         return None if parts is None else (parts[0], Finish(scale=parts[1]))
-    divisor = scalar(node.inputs[1])
+    divisor = constant_value(node.inputs[1])
     if divisor is not None:
         return node.inputs[0], Finish(scale=1.0 / divisor)
     numerator = source(node.inputs[0])
@@ -78,16 +79,15 @@ def strip_eps(total: gs.Tensor) -> tuple[gs.Tensor, float, bool]:
     if node is None:
         return total, 0.0, False
     if node.op == "Clip":
-        low = scalar(operand(node, 1))
+        low = constant_value(operand(node, 1))
         if low is None or operand(node, 2) is not None:
             return total, 0.0, False
         return source(node.inputs[0], SPREAD), low, True
-    parts = split_constant(node) if len(node.inputs) == 2 else None
+    parts = split_number(node) if len(node.inputs) == 2 else None
     return (total, 0.0, False) if parts is None else (source(parts[0], SPREAD), parts[1], node.op == "Max")
 
 
 def over_later_axis(reduction: gs.Node) -> bool:
     """Whether a reduction leaves the first axis alone and reduces one axis: the experts or slots of a token."""
-    axes = operand(reduction, 1)
-    given = axes.values.reshape(-1).tolist() if isinstance(axes, gs.Constant) else reduction.attrs.get("axes")
-    return given is not None and len(given) == 1 and given[0] != 0
+    given = numbers(operand(reduction, 1)) or list(reduction.attrs.get("axes", []))
+    return len(given) == 1 and given[0] != 0

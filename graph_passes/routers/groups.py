@@ -16,8 +16,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
+from graph_passes.routers.constants import constant_value, numbers
 from graph_passes.routers.ranking import top_k_of
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
+from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, source
 from moe_spec.feasibility import Groups
 
 MASKING = SHAPE_ONLY | {"Not", "Expand", "Greater", "Equal"}
@@ -52,7 +53,7 @@ def read_groups(ranked: gs.Tensor) -> Grouping:
     where = produced_by(source(ranked), "Where")
     if where is None:
         return Grouping(ranked)
-    fills = [scalar(source(tensor, {"Cast", "CastLike"})) for tensor in where.inputs[1:]]
+    fills = [constant_value(tensor) for tensor in where.inputs[1:]]
     excluded = next((index for index, fill in enumerate(fills) if fill in (-np.inf, 0.0)), None)
     fill = None if excluded is None else fills[excluded]
     if excluded is None or fill is None:
@@ -105,10 +106,10 @@ def _read_scoring(best: gs.Node, choice: gs.Tensor) -> tuple[int, int]:
     reshape = produced_by(members, "Reshape")
     if reshape is None or _ungrouped(reshape.inputs[0]) is not source(choice):
         raise FormError("groups are not runs of what is ranked", scoring)
-    shape = operand(reshape, 1)
-    if not isinstance(shape, gs.Constant) or len(shape.values) < 3:
+    shape = numbers(operand(reshape, 1))
+    if len(shape) < 3 or shape[-2] < 1:
         raise FormError("the number of groups is no constant", reshape)
-    return int(shape.values[-2]), scored_by
+    return shape[-2], scored_by
 
 
 def _ungrouped(members: gs.Tensor) -> gs.Tensor:

@@ -12,7 +12,8 @@
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import operand, produced_by, producer, scalar, source
+from graph_passes.routers.constants import constant_value
+from graph_passes.walk import produced_by, producer, source
 
 
 def ids_of(mask: gs.Tensor) -> gs.Tensor | None:
@@ -44,7 +45,7 @@ def is_counting(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is 0, 1, 2 ... as a constant or a Range."""
     node = produced_by(tensor, "Range")
     if node is not None:
-        start, _, step = (scalar(source(value)) for value in node.inputs)
+        start, _, step = (constant_value(value) for value in node.inputs)
         return (start, step) == (0.0, 1.0)
     if not isinstance(tensor, gs.Constant):
         return False
@@ -57,20 +58,3 @@ def scattered_ids(scatter: gs.Node, base: float = 0.0) -> gs.Tensor | None:
     overwrites = scatter.attrs.get("reduction", "none") in ("none", b"none") or base == 0.0
     along = scatter.attrs.get("axis", 0) != 0 and overwrites and constant_value(scatter.inputs[0]) == base
     return source(scatter.inputs[1]) if along else None
-
-
-def constant_value(tensor: gs.Tensor) -> float | None:
-    """The one number that ``tensor`` is full of, whatever its shape."""
-    tensor = source(tensor)
-    node = produced_by(tensor, "Expand", "ConstantOfShape", "CastLike", "Mul")
-    if node is None:
-        if not isinstance(tensor, gs.Constant) or not tensor.shape:
-            return scalar(tensor)
-        values = np.unique(tensor.values)
-        return float(values[0]) if len(values) == 1 else None
-    if node.op == "ConstantOfShape":
-        value = node.attrs.get("value")
-        return 0.0 if value is None else float(np.ravel(getattr(value, "values", value))[0])
-    if node.op == "Mul":
-        return 0.0 if 0.0 in (scalar(operand(node, 0)), scalar(operand(node, 1))) else None
-    return constant_value(node.inputs[0])

@@ -17,7 +17,7 @@ from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.walk import operand, produced_by, producer, source
 from graph_passes.weights import Array, Weight, from_array
 
-UNTOUCHED = frozenset({"Cast", "Identity"})
+UNTOUCHED = frozenset({"Cast", "CastLike", "Identity"})
 
 
 @dataclasses.dataclass(frozen=True)

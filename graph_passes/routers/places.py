@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Capacity, FormError
+from graph_passes.routers.constants import constant_value
 from graph_passes.routers.hits import ids_of
 from graph_passes.routers.ranking import read_ranking
 from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
@@ -117,7 +118,7 @@ def _read_place(tensor: gs.Tensor) -> _Place | None:
         inner = produced_by(source(node.inputs[0], TURNS), "Mul", "Sub")
         return None if inner is None else _read_place(inner.outputs[0])
     if node.op == "Sub":
-        inner, step = _read_place(node.inputs[0]), scalar(node.inputs[1])
+        inner, step = _read_place(node.inputs[0]), constant_value(node.inputs[1])
         if inner is None or step is None:
             return None
         outside = None if inner.outside is None else inner.outside - int(step)
@@ -148,8 +149,8 @@ def _bound(node: gs.Node) -> tuple[gs.Tensor, int, int]:
         return bound, -1, 0
     counting = produced_by(bound, "Range")
     if counting is not None:
-        first = scalar(source(counting.inputs[0]))
-        if first is None or scalar(source(counting.inputs[2])) != 1.0:
+        first = constant_value(counting.inputs[0])
+        if first is None or constant_value(counting.inputs[2]) != 1.0:
             raise FormError("places are compared with something else than 0, 1, 2 ...", node)
         return source(counting.inputs[1]), -1, int(first)
     values = bound.values.reshape(-1) if isinstance(bound, gs.Constant) else np.zeros(0)
@@ -193,7 +194,7 @@ def _sequence(running: gs.Node) -> gs.Tensor | None:
     Raises:
         FormError: the graph does not say which tokens form a sequence.
     """
-    axis = scalar(operand(running, 1))
+    axis = constant_value(operand(running, 1))
     for reshape in _reshapes(running):
         shape = source(reshape.inputs[1])
         if isinstance(shape, gs.Constant):

@@ -9,8 +9,9 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from graph_passes.routers.constants import constant_value
 from graph_passes.routers.finish import over_later_axis
-from graph_passes.routers.hits import constant_value, ids_of
+from graph_passes.routers.hits import ids_of
 from graph_passes.routers.places import Limit, is_place, read_limit
 from graph_passes.walk import producer, source, split_constant
 

@@ -5,7 +5,8 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.walk import operand, producer, scalar, source
+from graph_passes.routers.constants import constant_value
+from graph_passes.walk import operand, producer, source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def top_k_of(topk: gs.Node) -> int:
     Raises:
         FormError: it is computed.
     """
-    k = scalar(operand(topk, 1))
+    k = constant_value(operand(topk, 1))
     if k is None:
         raise FormError("K is no constant", topk)
     return int(k)

@@ -15,8 +15,9 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, FormError
 from graph_passes.routers.assemble import Steps
+from graph_passes.routers.constants import constant_value
 from graph_passes.routers.finish import AS_IT_STANDS, Finish, strip_eps
-from graph_passes.routers.hits import constant_value, ids_of
+from graph_passes.routers.hits import ids_of
 from graph_passes.routers.places import Limit, capacity_of
 from graph_passes.routers.products import factors
 from graph_passes.routers.ranking import Ranking, read_ranking

@@ -18,9 +18,9 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, FormError
 from graph_passes.routers.assemble import Steps
-from graph_passes.routers.hits import constant_value
+from graph_passes.routers.constants import constant_value, split_number
 from graph_passes.routers.ranking import read_ranking
-from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source, split_constant
+from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source
 
 NAME = "sparsemixer"
 TYPED = SHAPE_ONLY | {"CastLike"}
@@ -80,7 +80,7 @@ def _read_round(ids: gs.Tensor, weight: gs.Tensor) -> _Round:
 def _read_rivals(far: gs.Tensor, left: gs.Tensor) -> tuple[gs.Tensor, float]:
     """(logits, threshold) of ``(best - logits) / Max(Abs(logits), best) > threshold``."""
     greater = produced_by(far, "Greater")
-    parts = None if greater is None else split_constant(greater)
+    parts = None if greater is None else split_number(greater)
     ratio = None if parts is None else produced_by(source(parts[0]), "Div")
     if parts is None or ratio is None:
         raise FormError("rivals are not told by a threshold", producer(far))
