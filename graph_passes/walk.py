@@ -4,6 +4,7 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from typing import TypeGuard
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 SHAPE_ONLY = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -25,6 +26,10 @@ def constants(graph: gs.Graph) -> list[gs.Constant]:
             if isinstance(tensor, gs.Constant):
                 found.setdefault(id(tensor), tensor)
     return list(found.values())
+
+
+END = np.iinfo(np.int32).max
+"""A Slice that ends here or later takes all there is."""
 
 
 def is_weight(tensor: gs.Tensor | None, rank: int) -> TypeGuard[gs.Constant]:
@@ -71,6 +76,27 @@ def scalar(tensor: gs.Tensor | None) -> float | None:
     if not isinstance(tensor, gs.Constant) or math.prod(tensor.shape) != 1 or tensor.values.dtype.kind in "OSUc":
         return None
     return float(tensor.values.reshape(-1)[0])
+
+
+def number(tensor: gs.Tensor | None) -> float | None:
+    """The value of a constant with one element, casts and reshapes stepped over: unoptimised exports have many."""
+    return None if tensor is None else scalar(source(tensor, SHAPE_ONLY | {"CastLike"}))
+
+
+def is_whole(cut: gs.Node) -> bool:
+    """Whether a Slice takes all there is along its axis, as in ``x[:]``."""
+    start, end, step = (number(operand(cut, index)) for index in (1, 2, 4))
+    return start == 0.0 and end is not None and end >= END and step in (None, 1.0)
+
+
+def before_whole_slices(tensor: gs.Tensor) -> gs.Tensor:
+    """``tensor`` before Slices that take all there is."""
+    tensor = source(tensor, {"Identity"})
+    node = produced_by(tensor, "Slice")
+    while node is not None and is_whole(node):
+        tensor = source(node.inputs[0], {"Identity"})
+        node = produced_by(tensor, "Slice")
+    return tensor
 
 
 def split_constant(node: gs.Node) -> tuple[gs.Tensor, float] | None:

@@ -132,13 +132,14 @@ class Weight:
             raise ValueError(f"{self.shape[axis]} rows or columns are not {count} runs of one length")
         else:
             split = (*self.shape[:axis], count, self.shape[axis] // count, *self.shape[axis + 1 :])
-        whole = dataclasses.replace(self, scales=None, zero_points=None)
+        whole = self.values
 
         def read(rows: Rows | None) -> Array:  # views: of a memory-mapped weight only the runs that are used are read
             return select(np.moveaxis(whole.load().reshape(split), axis, 0), rows)
 
         shape = (split[axis], *split[:axis], *split[axis + 1 :])
-        runs = Weight(shape, self.dtype, read, shape[0], scales=self.scales, zero_points=self.zero_points)
+        plain = Weight(shape, self.dtype, read, shape[0])
+        runs = dataclasses.replace(plain, scales=self.scales, zero_points=self.zero_points, cast_to=self.cast_to)
         return runs._with_parts(lambda part: part._cut(count, axis, length))
 
     def joined(self) -> "Weight":

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
 from graph_passes.readers.nonlinearity import find_nonlinearity, read_nonlinearity
-from graph_passes.walk import operand, produced_by, producer, scalar, source, split_constant
+from graph_passes.walk import before_whole_slices, number, operand, produced_by, producer, source, split_constant
 from moe_spec.experts_op import NO_LIMIT, Activation
 
 HALVES, INTERLEAVED, SEPARATE = "halves", "interleaved", "separate"
@@ -120,7 +120,7 @@ def _clamped(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[float, float]]:
     node = produced_by(tensor, "Clip", "Min", "Max")
     while node is not None:
         if node.op == "Clip":
-            below, above = (scalar(operand(node, index)) for index in (1, 2))
+            below, above = (number(operand(node, index)) for index in (1, 2))
             tensor = node.inputs[0]
         else:
             parts = split_constant(node) if len(node.inputs) == 2 else None
@@ -146,12 +146,12 @@ def _part(tensor: gs.Tensor) -> tuple[gs.Tensor, str, int] | None:
     if node.op == "Split":
         return (node.inputs[0], HALVES, int(node.outputs[1] is tensor)) if len(node.outputs) == 2 else None
     if node.op == "SequenceAt":
-        split, index = produced_by(node.inputs[0], "SplitToSequence"), scalar(node.inputs[1])
+        split, index = produced_by(node.inputs[0], "SplitToSequence"), number(node.inputs[1])
         return None if split is None or index is None else (split.inputs[0], HALVES, int(index))
-    start, step = _start(node), scalar(operand(node, 4))
+    start, step = _start(node), number(operand(node, 4))
     if step == 2.0:
-        return (node.inputs[0], INTERLEAVED, int(start)) if start in (0.0, 1.0) else None
-    return None if start is None else (node.inputs[0], HALVES, int(start > 0))
+        return (before_whole_slices(node.inputs[0]), INTERLEAVED, int(start)) if start in (0.0, 1.0) else None
+    return None if start is None else (before_whole_slices(node.inputs[0]), HALVES, int(start > 0))
 
 
 def _start(cut: gs.Node) -> float | None:
@@ -159,8 +159,8 @@ def _start(cut: gs.Node) -> float | None:
 
     torch.chunk computes it from a length; that the two are halves shows in the shapes of the weights.
     """
-    start = scalar(operand(cut, 1))
+    start = number(operand(cut, 1))
     if start is not None:
         return start
-    others = (node for node in cut.inputs[0].outputs if node.op == "Slice" and scalar(operand(node, 1)) == 0.0)
+    others = (node for node in cut.inputs[0].outputs if node.op == "Slice" and number(operand(node, 1)) == 0.0)
     return 1.0 if any(operand(node, 2) is cut.inputs[1] for node in others) else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.walk import operand, producer, source
+from graph_passes.walk import is_whole, operand, producer, source
 
 Axis = tuple[str, ...]
 Axes = tuple[Axis, ...]
@@ -102,6 +102,8 @@ class AxisReader:
 
     def _part(self, node: gs.Node) -> Axes:
         axes = self.of(node.inputs[0])
+        if node.op == "Slice" and is_whole(node):
+            return axes
         along = self._parted_axis(node)
         if node.op != "SequenceAt" and axes[along % len(axes)] != WIDTH:
             raise FormError(f"{node.op} parts the axes {text(axes)} elsewhere than between gate and up", node)

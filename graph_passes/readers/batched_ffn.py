@@ -188,7 +188,14 @@ def read_ffn(layout: Layout, result: gs.Tensor, down: Projection) -> Ffn:
     gate = None if middle.gate is None else _read_projection(layout, middle.gate)
     if gate is not None and gate.product.x is not up.product.x:
         raise FormError("gate and up read different values", gate.product.node)
+    for part in (up, gate):
+        if part is not None and _ids(part) is not _ids(down):
+            raise FormError("the projections are of different experts", part.product.node)
     return Ffn(up, gate, down, middle)
+
+
+def _ids(part: Projection) -> gs.Tensor | None:
+    return None if part.product.ids is None else source(part.product.ids, MOVES)
 
 
 def _read_projection(layout: Layout, tensor: gs.Tensor) -> Projection:

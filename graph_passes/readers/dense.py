@@ -11,7 +11,15 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
 from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, WIDTH, Axis
-from graph_passes.readers.batched_ffn import DOWN, FURTHEST_PROJECTION, Held, Layout, Product, is_down, read_block
+from graph_passes.readers.batched_ffn import (
+    DOWN,
+    FURTHEST_PROJECTION,
+    Held,
+    Layout,
+    Product,
+    reaches_product,
+    read_block,
+)
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.weighing import MOVES
 from graph_passes.routers import Weights
@@ -61,7 +69,7 @@ LAYOUT: Layout = SideBySide()
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:
     """The products that read gated channels of experts."""
-    return [node for node in graph.nodes if _reads_gated(node) and is_down(LAYOUT, node)]
+    return [node for node in graph.nodes if _reads_gated(node)]
 
 
 def read(down: gs.Node, name: str, weights: Weights) -> MoEBlock:
@@ -85,7 +93,8 @@ def _gated_bias(term: gs.Tensor, gates: gs.Tensor) -> Held | None:
 
 def _reads_gated(node: gs.Node) -> bool:
     """Whether ``node`` reads channels that were taken apart by expert, gated, and put side by side again."""
-    flat = produced_by(node.inputs[0], "Reshape") if node.op in ("Gemm", "MatMul") else None
+    product = LAYOUT.product(node, DOWN)
+    flat = None if product is None else produced_by(product.x, "Reshape")
     front, seen = [] if flat is None else [flat.inputs[0]], 0
     while front and seen < FURTHEST_PROJECTION:
         inner, seen = producer(front.pop()), seen + 1
@@ -98,5 +107,7 @@ def _reads_gated(node: gs.Node) -> bool:
 
 
 def _is_gating(channels: gs.Tensor, gates: gs.Tensor) -> bool:
-    taken_apart = produced_by(source(channels, {"Cast"}), "Reshape")
-    return taken_apart is not None and produced_by(source(gates, {"Cast"}), "Unsqueeze", "Reshape") is not None
+    """Whether channels of a projection, taken apart, are multiplied by what has one number for several."""
+    taken_apart = produced_by(source(channels, {"Cast"}), "Reshape") is not None
+    column = produced_by(source(gates, {"Cast"}), "Unsqueeze", "Reshape") is not None
+    return taken_apart and column and reaches_product(LAYOUT, channels)
