@@ -77,6 +77,7 @@ class Router:
         jitter_eps: of ``sparsemixer``: logits this far (relatively) below the best, twice, are no rivals.
         capacity: how many tokens an expert takes, where that is limited.
         eps_clips: the sum is divided by where it is larger than ``eps``, else ``eps`` is (ernie4_5).
+        unranked: so many of the last rows are not in the graph: experts that its ids do not reach, at -inf here.
     """
 
     weight_EH: Weight
@@ -100,6 +101,7 @@ class Router:
     jitter_eps: float = 0.0
     capacity: Capacity | None = None
     eps_clips: bool = False
+    unranked: int = 0
 
     @property
     def is_ranked(self) -> bool:

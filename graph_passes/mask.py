@@ -112,9 +112,11 @@ def save_observed(
 
 def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> MoEBlock:
     """Make the experts ``dropped`` of ``block`` unselectable, in place; the block with the values that it has now."""
+    emitter, router = emitter.within("masked"), block.router
+    experts = block.num_experts - router.unranked  # columns that the graph has
+    dropped = [expert for expert in dropped if expert < experts]
     if not dropped:
         return block
-    emitter, router, experts = emitter.within("masked"), block.router, block.num_experts
     logits, choice = router.logits, router.choice
     if router.selection_bias_E is not None or router.groups is not None:
         choice = _add(emitter, choice, mask_E(experts, dropped, _finite(router)), _ranking(router))

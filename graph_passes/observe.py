@@ -42,16 +42,28 @@ def routing_of(emitter: Emitter, block: MoEBlock, excluded: Sequence[int] = ()) 
     the experts), the router is computed once more from its logits.
     """
     router, rows = block.router, emitter.within("rows")
-    ranked = rows.reshape(router.ranked, (-1, block.num_experts), "ranked")
+    ranked = _every_column(rows, router.ranked, block, "ranked")
     if router.gates is not None:
         return Routing(ranked, gates_TE=rows.reshape(router.gates, (-1, block.num_experts), "gates"))
     if router.slots is not None and router.capacity is None:
         slots = (router.slots.ids, router.slots.weights)  # batched_mm hands its weights over as (T K, 1)
         ids, weights = (rows.reshape(values, (-1, router.top_k), "slots") for values in slots)
         return Routing(ranked, ids_TK=ids, weights_TK=weights)
-    logits = rows.reshape(router.logits, (-1, block.num_experts), "logits")
+    logits = _every_column(rows, router.logits, block, "logits")
     logits = rows.emit("Cast", logits, label="logits_float", to=FLOAT)
     return routing_on(rows, _excluding(router, excluded), logits)
+
+
+def _every_column(emitter: Emitter, tensor: gs.Tensor, block: MoEBlock, label: str) -> gs.Tensor:
+    """(T, E): ``tensor``, and -inf for the experts that the graph's router has no column for."""
+    missing = block.router.unranked
+    columns = emitter.reshape(tensor, (-1, block.num_experts - missing), label)
+    if not missing:
+        return columns
+    numbers = emitter.emit("Cast", columns, label=f"{label}_float", to=FLOAT)
+    out_of_reach = emitter.array("out_of_reach", np.float32(-np.inf))
+    wide: gs.Tensor = emitter.emit("Pad", numbers, emitter.ints(0, 0, 0, missing), out_of_reach, label=f"{label}_wide")
+    return wide
 
 
 def _excluding(router: Router, excluded: Sequence[int]) -> Router:

@@ -29,6 +29,7 @@ from graph_passes.readers import (
     stacked,
     trt_moe,
 )
+from graph_passes.readers.agreement import agree
 from graph_passes.readers.bodies import Body, find_bodies
 from graph_passes.readers.sites import Site, find_sites, projection_before
 from graph_passes.routers import Weights
@@ -102,8 +103,7 @@ def _named_apart(blocks: Sequence[MoEBlock]) -> list[MoEBlock]:
 
 def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEBlock | Refusal:
     try:
-        block: MoEBlock = reader.read(node, name, weights)
-        _check_agreement(block, node)
+        block = agree(reader.read(node, name, weights), node)
     except FormError as reason:
         return Refusal(reader.FORM, reason.reason, reason.node)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -112,19 +112,6 @@ def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEB
         # the checker knows no schema of contrib ops: their inputs and attributes may be anything
         return Refusal(reader.FORM, f"the node is malformed: {type(error).__name__}: {error}", place_of(node))
     return block
-
-
-def _check_agreement(block: MoEBlock, node: gs.Node) -> None:
-    """Router and experts are of one size: an exporter that lost experts is found here."""
-    router, experts = block.router.weight_EH.shape, block.experts.up_EHF.shape
-    if router != experts[:2]:
-        raise FormError(
-            f"the router chooses among {router[0]} experts that read {router[1]} channels, "
-            f"there are {experts[0]} that read {experts[1]}",
-            node,
-        )
-    if not 1 <= block.router.top_k <= block.num_experts:
-        raise FormError(f"the router selects K={block.router.top_k} of {block.num_experts} experts", node)
 
 
 def _unrecognised(

@@ -137,7 +137,7 @@ def _route(branches: Sequence[Branch], total: gs.Node, weights: Weights) -> Rout
 
 
 def _in_order(branches: Sequence[Branch], router: Router, total: gs.Node) -> list[Branch]:
-    """The branches by the ids of their experts, which must be all that the router chooses among."""
+    """The branches by the ids of their experts: all that the router chooses among, perhaps more."""
     count = router.weight_EH.shape[0]
     found: dict[int, Branch] = {}
     for branch in branches:
@@ -146,16 +146,14 @@ def _in_order(branches: Sequence[Branch], router: Router, total: gs.Node) -> lis
         if expert in found:
             raise FormError(f"expert {expert} has two branches", branch.parts.down.node)
         found[expert] = branch
-    lost, strange = sorted(set(range(count)) - set(found)), sorted(set(found) - set(range(count)))
-    if strange:
-        raise FormError(f"the router chooses among {count} experts, the graph computes experts {strange} too", total)
+    lost = sorted(set(range(count)) - set(found))
     if lost:
         raise FormError(
             f"the router chooses among {count} experts, the graph computes experts {sorted(found)} only: "
             f"the exporter lost experts {lost}",
             total,
         )
-    return [found[expert] for expert in range(count)]
+    return [found[expert] for expert in sorted(found)]
 
 
 def _block(branches: Sequence[Branch], router: Router, experts: Experts, out: gs.Tensor, name: str) -> MoEBlock:

@@ -136,12 +136,15 @@ def _prove_in_groups(router: Router, ranges: Ranges, beats: np.ndarray[tuple[int
 
 
 def _reason(router: Router, ranges: Ranges, expert: int) -> str:
+    ranked = len(ranges.low) - router.unranked
+    if expert >= ranked:
+        return f"the router gives ids below {ranked}"
     if ranges.masked[expert]:
         return "its logit is -inf for every input"
     rivals = np.sort(np.delete(ranges.low, expert))[-router.top_k]
     kind = "logit" if router.selection_bias_E is None and router.score != "sigmoid" else "score"
-    ranked = kind if router.selection_bias_E is None else "score with its selection bias"
-    return f"its {ranked} is at most {ranges.high[expert]:.4g}, {router.top_k} others have at least {rivals:.4g}"
+    value = kind if router.selection_bias_E is None else "score with its selection bias"
+    return f"its {value} is at most {ranges.high[expert]:.4g}, {router.top_k} others have at least {rivals:.4g}"
 
 
 def _suspects(router: Router) -> Sequence[int]:

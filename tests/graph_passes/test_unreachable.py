@@ -12,8 +12,11 @@ from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
 from graph_passes.unreachable import Unreachable, find_unreachable, summarise
 from graph_passes.weights import from_array
+from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
+from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
+from moe_spec.plan import LayerPlan, PruningPlan
 from tests.graph_passes.block_models import NAME, Spec, compute, save
 from tests.zoo import RUNNER
 
@@ -149,8 +152,10 @@ def test_experts_with_one_reason_share_a_line():
 
 # --- whole files ----------------------------------------------------------------------------------------------------
 
-READ = ("stacked.add", "stacked.where", "batched_mm.add", "batched_mm.finite", "stacked.unmasked")
-"""Of the forms that are read."""
+REFUSED = ("if.add", "if.constant_if", "scan.add", "stacked.zero_gates", "masked_loop.zero_branch", "nonzero.id_table")
+"""Experts in bodies; rows of the router that lead to no expert; ids from a table."""
+
+READ = tuple(name for name in MASKED if name not in REFUSED)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -168,14 +173,11 @@ def test_what_cannot_be_reached_is_deleted_and_the_original_is_the_proof(tmp_pat
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) < 1e-5
 
 
-def test_every_masked_graph_ends_with_the_reachable_experts_or_is_refused(tmp_path):
-    for name, graph in MASKED.items():
-        onnx.save(graph(), tmp_path / f"{name}.onnx")
-        model = inspect_model(tmp_path / f"{name}.onnx")
-        assert len(model.blocks) + len(model.unrecognised) == 1, name
-        for findings in model.findings:
-            keep = tuple(range(8)) if findings.plan is None else findings.plan.keep
-            assert keep == graph.reachable, name
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_reader_takes_is_refused(tmp_path, name):
+    onnx.save(MASKED[name](), tmp_path / "masked.onnx")
+    with pytest.raises(UserError, match=r"1 MoE layer\(s\) not recognised"):
+        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER)
 
 
 def test_bytes_and_nodes_of_each_pass_add_up(tmp_path):
@@ -208,3 +210,34 @@ def test_a_layer_whose_k_shrinks_computes_what_it_did(tmp_path):
     x = np.random.default_rng(0).standard_normal((6, spec.hidden)).astype(np.float32)
     got = RUNNER.run(tmp_path / "out" / MODEL, [{"x": x}])[0]["out"]
     np.testing.assert_allclose(got, compute(spec, x, (3,)), atol=1e-5)
+
+
+def test_an_expert_that_no_id_reaches_is_deleted(tmp_path):
+    onnx.save(MASKED["masked_loop.fewer_ids"](), tmp_path / "masked.onnx")
+    manifest = optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER)
+    assert [block.keep for block in manifest.blocks] == [(0, 1)]
+    assert {entry["reason"] for entry in manifest.details["unreachable"]} == {"the router gives ids below 2"}
+    assert len(manifest.details["unreachable"]) == 6
+
+
+def test_a_stack_of_more_experts_than_the_router_has_loses_the_rest(tmp_path):
+    save(Spec(form="batched_mm", experts=8), tmp_path / "wide.onnx")
+    save(Spec(form="batched_mm", experts=5), tmp_path / "narrow.onnx")
+    wide, narrow = (onnx.load(tmp_path / f"{name}.onnx") for name in ("wide", "narrow"))
+    stacks = {tensor.name: tensor for tensor in wide.graph.initializer if ".experts." in tensor.name}
+    for tensor in narrow.graph.initializer:
+        if tensor.name in stacks:
+            tensor.CopyFrom(stacks[tensor.name])
+    onnx.save(narrow, tmp_path / "block.onnx")
+    manifest = optimize(tmp_path / "block.onnx", tmp_path / "out", RUNNER)
+    assert [(block.keep, block.experts) for block in manifest.blocks] == [((0, 1, 2, 3, 4), 5)]
+    assert {entry["reason"] for entry in manifest.details["unreachable"]} == {"the router gives ids below 5"}
+
+
+def test_a_plan_may_name_experts_that_no_id_reaches(tmp_path):
+    onnx.save(MASKED["masked_loop.fewer_ids"](), tmp_path / "masked.onnx")
+    identity = onnx_sha256(tmp_path / "masked.onnx")
+    (block,) = read_model(tmp_path / "masked.onnx").blocks
+    planned = PruningPlan(identity, "by hand", (LayerPlan(block.name, 8, 1, (1,)),))
+    manifest = optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, plan=planned)
+    assert [block.keep for block in manifest.blocks] == [(1,)]
