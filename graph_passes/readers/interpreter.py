@@ -91,7 +91,7 @@ class Interpreter:
         try:
             with np.errstate(all="ignore"):  # weights may be anything; what comes of them is looked at
                 result = KERNELS[node.op](node, inputs)
-        except (ValueError, IndexError, TypeError) as error:
+        except (ValueError, IndexError, TypeError, MemoryError) as error:
             raise FormError(f"{node.op} does not fit the tokens that it gets: {error}", node) from error
         results = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, results, strict=False):
