@@ -35,8 +35,8 @@ def why_not_fused(block: MoEBlock) -> str | None:
 
 def is_plain(router: Router) -> bool:
     """Whether softmax and top-k over the logits, as the ops make them, do what ``router`` does, up to its scale."""
-    chooses = router.selection_bias_E is None and router.groups is None and router.capacity is None
-    return router.score == "softmax" and chooses and sums_exactly(router)
+    by_score = not router.is_ranked or (router.selection_bias_E is None and router.groups is None)
+    return router.score == "softmax" and by_score and router.capacity is None and sums_exactly(router)
 
 
 def sums_exactly(router: Router) -> bool:

@@ -1,0 +1,153 @@
+"""Form ``qmoe``: float experts quantised on the way, every router, and what the proof says of it."""
+
+import numpy as np
+import onnx
+import pytest
+
+from graph_passes import quantize
+from graph_passes.describe import read_model
+from graph_passes.optimize import optimize
+from graph_passes.quantize import Quantization, rounded
+from moe_spec.errors import UserError, VerificationError
+from moe_spec.identity import onnx_sha256
+from moe_spec.manifest import MODEL, Manifest
+from tests.graph_passes.block_models import ROUTERS, Spec, plan, why_not
+from tests.graph_passes.block_models.kinds import spec_of
+from tests.graph_passes.readers.proofs import THREE, saved
+from tests.zoo import RUNNER
+
+WIDE = {"hidden": 128, "width": 128, "opset": 21}
+WAYS = [Quantization(8), Quantization(4), Quantization(4, 32), Quantization(4, 64), Quantization(4, 128)]
+HOW = Quantization(4, 32)
+GATED = [name for name in ROUTERS if name not in ("llama4", "vmoe", "switch_capacity", "nllb_capacity")]
+
+
+def source_of(router: str, **fields) -> Spec:
+    form = "stacked" if "gates" in ROUTERS[router] else "batched_mm"
+    return spec_of(form, router, **{**WIDE, **fields})
+
+
+def quantised(spec: Spec, folder, how: Quantization, form: str = "qmoe", keep=THREE) -> Manifest:
+    source = saved(spec, folder)
+    made = plan(spec, keep, onnx_sha256(source))
+    return optimize(source, folder / "out", RUNNER, plan=made, form=form, quantization=how)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.bits} bits, {how.block_size}")
+@pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
+def test_the_result_is_exact_beside_its_rounded_experts_and_the_error_is_told(tmp_path, how, form):
+    manifest = quantised(source_of("softmax_renormalised", biased=True), tmp_path, how, form)
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+    assert manifest.details["quantization"] == {"bits": how.bits, "block_size": how.block_size}
+    assert 1e-4 < manifest.details["quantization_error"] < (0.05 if how.bits == 8 else 0.5)
+    before = read_model(tmp_path / "block.onnx").blocks[0].experts
+    after = read_model(tmp_path / "out").blocks[0].experts
+    wanted = rounded(before, how)
+    for weight, reference in ((after.up_EHF, wanted.up_EHF), (after.down_EFH, wanted.down_EFH)):
+        assert weight.scales is not None
+        scales = weight.scales.load()
+        scales = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
+        steps = weight.values.load().astype(np.float32) - 2 ** (how.bits - 1)
+        np.testing.assert_array_equal(steps * scales, reference.load()[list(THREE)])
+
+
+@pytest.mark.parametrize("router", GATED)
+def test_every_router_is_expressed(tmp_path, router):
+    spec = source_of(router, hidden=32, width=32)
+    assert why_not(spec) is None
+    manifest = quantised(spec, tmp_path, Quantization(8), keep=(0, 1, 4, 5))
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+    (block,) = read_model(tmp_path / "out").blocks
+    assert (block.form, block.num_experts) == ("qmoe", 4)
+    again = optimize(tmp_path / "out", tmp_path / "again", RUNNER)
+    assert again.modified == bool(again.details["unreachable"])  # a bias may put an expert out of reach
+
+
+def test_experts_take_a_quarter_and_an_eighth_of_the_bytes(tmp_path):
+    sizes = []
+    for bits in (None, 8, 4):
+        folder = tmp_path / str(bits)
+        folder.mkdir()
+        how = None if bits is None else Quantization(bits)
+        source = saved(source_of("softmax_renormalised"), folder)
+        form = "moe" if how is None else "qmoe"
+        optimize(source, folder / "out", RUNNER, form=form, quantization=how)
+        sizes.append(read_model(folder / "out").blocks[0].experts.up_EHF.values.nbytes)
+    assert (sizes[0] // sizes[1], sizes[0] // sizes[2]) == (4, 8)
+
+
+def test_routers_and_biases_are_never_quantised(tmp_path):
+    quantised(source_of("topk_first", biased=True), tmp_path, HOW)
+    model = onnx.load(tmp_path / "out" / MODEL)
+    (node,) = (node for node in model.graph.node if node.op_type == "QMoE")
+    types = {value.name: value.data_type for value in model.graph.initializer}
+    packed = {name for name, dtype in types.items() if dtype == onnx.TensorProto.UINT8}
+    assert packed == {node.input[2], node.input[5]}
+
+
+def test_another_rounding_than_was_asked_for_fails_the_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "graph_passes.rewrite.quantized", lambda experts, how: quantize.quantized(experts, Quantization(how.bits, 64))
+    )
+    with pytest.raises(VerificationError):
+        quantised(source_of("softmax_renormalised"), tmp_path, HOW)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "how", "what"),
+    [
+        (
+            {"hidden": 48},
+            HOW,
+            "layer layers.0.mlp cannot be quantised to 4 bits: H=48 and F=128 are no multiples of the block size 32",
+        ),
+        (
+            {},
+            Quantization(8, 32),
+            "form qmoe cannot express layer layers.0.mlp: the CPU kernel rounds what it reads to 8 bits where weights "
+            "of 8 bits have blocks",
+        ),
+        (
+            {"quantization": "int8"},
+            HOW,
+            "layer layers.0.mlp cannot be quantised to 4 bits: its weights are quantised already",
+        ),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(tmp_path, fields, how, what):
+    with pytest.raises(UserError) as error:
+        quantised(source_of("softmax_renormalised", **fields), tmp_path, how)
+    assert error.value.what == what
+    assert not (tmp_path / "out").exists()
+
+
+def test_float_experts_need_to_be_told_how(tmp_path):
+    source = saved(source_of("softmax"), tmp_path)
+    with pytest.raises(UserError) as error:
+        optimize(source, tmp_path / "out", RUNNER, form="qmoe")
+    assert error.value.what == (
+        "form qmoe cannot express layer layers.0.mlp: its weights are not quantised; --bits says how"
+    )
+
+
+def test_the_formula_rounds_half_to_even_and_keeps_zeros():
+    weight = np.array([[[7.0, 0.5, 1.5, 2.5, -2.5, -7.0], [0, 0, 0, 0, 0, 0]]], np.float32)
+    how = Quantization(4)
+    scales = quantize._scales(weight, how)
+    np.testing.assert_array_equal(scales[0, :, 0], [1, 1])
+    np.testing.assert_array_equal(quantize._steps(weight, scales, how)[0, 0, 0], [7, 0, 2, 2, -2, -7])
+    np.testing.assert_array_equal(quantize._steps(weight, scales, how)[0, 1, 0], np.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "what", "hint"),
+    [
+        (3, None, "experts cannot be quantised to 3 bits", "--bits 4 or --bits 8"),
+        (4, 48, "there are no blocks of 48 inputs", "--block-size is one of 32, 64, 128"),
+    ],
+)
+def test_other_bits_and_blocks_are_refused(bits, block, what, hint):
+    with pytest.raises(UserError) as error:
+        Quantization.checked(bits, block)
+    assert (error.value.what, error.value.hint) == (what, hint)
