@@ -12,11 +12,18 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError
 from graph_passes.readers.kernels import KERNELS, Inputs, widened
 from graph_passes.routers import Weights
-from graph_passes.walk import producer
+from graph_passes.walk import is_weight, producer
 from graph_passes.weights import Array
 
 MOST_ENTRIES = 1 << 22
 """Of a constant that is no weight: shapes, ids, zeros."""
+
+
+SAME_SHAPE = frozenset(
+    {"Add", "Cast", "Div", "Identity", "LayerNormalization", "Mul", "RMSNormalization", "Sub"}
+    | {"SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+)
+"""Ops between layers whose result has the shape of their first computed input."""
 
 
 class Interpreter:
@@ -69,10 +76,11 @@ class Interpreter:
         try:
             return self.of(tensor)
         except FormError:
-            if tensor.shape is None:
+            dims = dims_of(tensor)
+            if dims is None:
                 raise
-        dynamic = [axis for axis, size in enumerate(tensor.shape) if not isinstance(size, int)]
-        sizes = [size if isinstance(size, int) else 1 for size in tensor.shape]
+        dynamic = [axis for axis, size in enumerate(dims) if not isinstance(size, int)]
+        sizes = [size if isinstance(size, int) else 1 for size in dims]
         for axis in dynamic[-1:]:
             sizes[axis] = self._tokens
         return np.broadcast_to(np.float64(0), sizes)
@@ -104,3 +112,19 @@ class Interpreter:
             self._uses[id(item)] += 1
             if self._uses[id(item)] == len(item.outputs) and id(item) not in self._given:
                 self._values.pop(id(item), None)
+
+
+def dims_of(tensor: gs.Tensor) -> list[int | str | None] | None:
+    """The axes of ``tensor``: as the graph states them, or those of what it is computed from entry by entry."""
+    while tensor.shape is None:
+        node = producer(tensor)
+        values = [] if node is None else [value for value in node.inputs if isinstance(value, gs.Variable)]
+        if node is None or not values:
+            return None
+        if node.op == "Gather" and is_weight(node.inputs[0], 2):  # an embedding
+            ids = dims_of(node.inputs[1])
+            return None if ids is None else [*ids, node.inputs[0].shape[1]]
+        if node.op not in SAME_SHAPE:
+            return None
+        tensor = values[0]
+    return list(tensor.shape)
