@@ -17,7 +17,7 @@ from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
 from moe_spec.plan import LayerPlan, PruningPlan
-from tests.graph_passes.block_models import NAME, Spec, compute, save
+from tests.graph_passes.block_models import NAME, ROUTERS, Spec, compute, save
 from tests.zoo import RUNNER
 
 DROPPED = (0, 2, 3, 4, 6, 7)
@@ -241,3 +241,23 @@ def test_a_plan_may_name_experts_that_no_id_reaches(tmp_path):
     planned = PruningPlan(identity, "by hand", (LayerPlan(block.name, 8, 1, (1,)),))
     manifest = optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, plan=planned)
     assert [block.keep for block in manifest.blocks] == [(1,)]
+
+
+BIASED_KINDS = ("softmax_bias", "sigmoid_bias", "sigmoid_bias_eps", "sigmoid_bias_groups")
+"""Routers whose selection bias may lift a score of 0."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind not in ("vmoe", *BIASED_KINDS)])
+def test_a_masked_expert_goes_whatever_router_masks_it(tmp_path, kind):
+    """Proven against the original: what is selected, and with which weight, stays the same."""
+    fields = {**ROUTERS[kind], "router_bias": True}
+    save(Spec(form="stacked", **fields), tmp_path / "block.onnx")
+    model = onnx.load(tmp_path / "block.onnx")
+    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{NAME}.gate.bias")
+    gone = (4, 5, 6, 7) if "groups" in kind else (0, 2, 5)
+    masked = np.where(np.isin(np.arange(8), gone), INF, onnx.numpy_helper.to_array(bias)).astype(np.float32)
+    bias.CopyFrom(onnx.numpy_helper.from_array(masked, bias.name))
+    onnx.save(model, tmp_path / "block.onnx")
+    manifest = optimize(tmp_path / "block.onnx", tmp_path / "out", RUNNER)
+    assert [block.keep for block in manifest.blocks] == [tuple(e for e in range(8) if e not in gone)]
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
