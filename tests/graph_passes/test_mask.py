@@ -7,7 +7,7 @@ from graph_passes.mask import mask_model
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import OBSERVED
-from tests.graph_passes.block_models import Spec, compute, plan, save
+from tests.graph_passes.block_models import Spec, compute, plan, save, spec_of
 from tests.zoo import RUNNER
 
 SPECS = {
@@ -17,6 +17,13 @@ SPECS = {
     "sigmoid with selection bias": Spec(score="sigmoid", selection_bias=True, renormalize=True, scale=2.5),
     "groups": Spec(score="sigmoid", selection_bias=True, groups=Groups(2, 1), renormalize=True),
     "groups without a bias": Spec(score="sigmoid", groups=Groups(4, 2)),
+    "groups scored by their best": spec_of("experts", "softmax_groups"),
+    "sparsemixer": spec_of("experts", "sparsemixer"),
+    "top-1 by argmax": spec_of("stacked", "switch"),
+    "top-2 by argmax": spec_of("stacked", "nllb"),
+    "top-k, sigmoid on the input": spec_of("stacked", "llama4"),
+    "choice spread over places": spec_of("dispatch", "softmax_bias"),
+    "fused op": spec_of("moe", "softmax_renormalised"),
 }
 
 
@@ -42,6 +49,31 @@ def test_dropped_experts_are_never_selected(tmp_path, spec, keep):
     assert np.isneginf(scores[:, dropped]).all()
     assert ((gates != 0).sum(axis=1) == spec.top_k).all()
     np.testing.assert_allclose(out, compute(spec, x, keep), rtol=1e-4, atol=1e-5)
+
+
+ONE_BY_ONE = [spec_of("experts", "sparsemixer"), spec_of("stacked", "nllb"), spec_of("dispatch", "sparsemixer")]
+
+
+@pytest.mark.parametrize("spec", ONE_BY_ONE, ids=["sparsemixer", "top-2 by argmax", "sparsemixer with places"])
+def test_what_is_chosen_beyond_the_last_expert_weighs_nothing(tmp_path, spec):
+    """The second choice is among experts that are gone; the last one must not be chosen twice, nor be NaN."""
+    x, out, gates, _ = observed(tmp_path, spec, (5,))
+    np.testing.assert_array_equal(np.flatnonzero(gates.any(axis=0)), [5])
+    np.testing.assert_allclose(gates[:, 5], 1, rtol=1e-6)
+    np.testing.assert_allclose(out, compute(spec, x, (5,)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_that_are_an_output_stay_what_they_were(tmp_path, dtype):
+    spec = spec_of("experts", "softmax", returns_logits=True, dtype=dtype)
+    source = tmp_path / "block.onnx"
+    save(spec, source)
+    mask_model(source, plan(spec, (1, 2), onnx_sha256(source)), tmp_path / "masked")
+    x = np.random.default_rng(1).standard_normal((9, spec.hidden)).astype(dtype)
+    before, after = (RUNNER.run(path, [{"x": x}])[0] for path in (source, tmp_path / "masked" / "model.onnx"))
+    (logits,) = before.keys() - {"out"}
+    np.testing.assert_array_equal(after[logits], before[logits])
+    assert not np.array_equal(after["out"], before["out"])
 
 
 def test_a_negative_logit_of_a_dropped_expert_does_not_win(tmp_path):

@@ -1,0 +1,29 @@
+"""Inputs for graphs that nobody has told us anything about."""
+
+import pytest
+
+from graph_passes.feeds import random_batches
+from graph_passes.model_file import load_graph
+from graph_passes.readers import read_blocks
+from tests.graph_passes.block_models import Spec, save
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (Spec(), [(1, 8), (7, 8), (31, 8)]),
+        (Spec(experts=32, top_k=4), [(1, 8), (7, 8), (129, 8)]),
+        (Spec(rank=3), [(1, 1, 8), (3, 7, 8), (2, 31, 8)]),
+        (Spec(rank=3, experts=32, top_k=4), [(1, 1, 8), (3, 7, 8), (5, 31, 8)]),
+    ],
+)
+def test_the_largest_input_has_more_tokens_than_experts_times_k(tmp_path, spec, shapes):
+    save(spec, tmp_path / "block.onnx")
+    graph = load_graph(tmp_path / "block.onnx")
+    blocks = read_blocks(graph, tmp_path).blocks
+    assert [feeds["x"].shape for feeds in random_batches(graph, blocks)] == shapes
+
+
+def test_images_are_as_many_as_before(zoo):
+    graph = load_graph(zoo.exported("vmoe") / "model.onnx")
+    assert [feeds["pixel_values"].shape[0] for feeds in random_batches(graph, ())] == [1, 3, 2]
