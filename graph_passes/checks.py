@@ -55,8 +55,9 @@ def _context(model: onnx.ModelProto, path: Path) -> onnx.checker.C.CheckerContex
     strange = [version for version in opsets.values() if not 0 < version < MOST_VERSIONS]
     if strange:
         raise UserError(f"{path} is written for the opset {strange[0]}, which cannot be", hint=_MEND)
+    others = {node.domain: 1 for node in model.graph.node if node.domain}  # fused exports leave out com.microsoft
     context = onnx.checker.C.CheckerContext()
-    context.ir_version, context.opset_imports = model.ir_version, opsets
+    context.ir_version, context.opset_imports = model.ir_version, {**others, **opsets}
     return context
 
 

@@ -1,5 +1,7 @@
 """``com.microsoft.MoE``: what its attributes mean is what ONNX Runtime computes; every layout gives one record."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,9 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.experts_op import Activation
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
+from moe_spec.runner import error_between
+from tests.foreign.inputs import UNTRACED
+from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import plan
 from tests.graph_passes.block_models.kinds import spec_of
 from tests.graph_passes.readers.proofs import (
@@ -156,3 +161,26 @@ def test_the_proof_tells_the_two_gelus_apart(tmp_path, monkeypatch):
     source = saved(spec, tmp_path)
     with pytest.raises(VerificationError):
         optimize(source, tmp_path / "out", RUNNER, plan=plan(spec, THREE, onnx_sha256(source)), form="sorted")
+
+
+@pytest.mark.parametrize("name", ["moe_mixtral", "moe_granitemoe"])
+def test_the_fused_graph_of_transformers_becomes_one_that_runs_here(zoo, tmp_path, name):
+    """Its op has an fc3, which CPUs lack: the graph is not proven, but what comes out is what torch computes."""
+    entry, source = FOREIGN[name], zoo.foreign(name)
+    with pytest.raises(UserError) as error:
+        optimize(source, tmp_path / "refused", RUNNER, form="sorted")
+    assert re.fullmatch(
+        f"{source} cannot be proven here: ONNX Runtime does not run MoE 'node_MoE_\\d+': its CPU kernel has no fc3",
+        error.value.what,
+    )
+    assert error.value.hint == HINT
+    for form in ("sorted", "dense", "moe"):
+        manifest = optimize(source, tmp_path / form, RUNNER, form=form, prove=False)
+        if form == "moe":  # it has that form already
+            assert not manifest.modified
+            continue
+        for size in UNTRACED:
+            example = entry.inputs.random(size)
+            feeds = {key: tensor.numpy() for key, tensor in example.items()}
+            (got,) = RUNNER.run(tmp_path / form / MODEL, [feeds])[0].values()
+            assert error_between(entry.reference(example).numpy(), got)[1] <= 1e-5
