@@ -1,5 +1,6 @@
 """What every reader of a form owes: its record is the model's, and what is pruned on it computes what it should."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.runner import error_between
+from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import Spec, compute, save, weights
 from tests.graph_passes.block_models.spec import layer_name
 from tests.zoo import RUNNER
@@ -50,6 +52,18 @@ def assert_pruned_exactly(spec: Spec, folder: Path, *keeps: tuple[int, ...], for
     assert not again.modified
     assert (folder / "again" / MODEL).read_bytes() == (folder / "out" / MODEL).read_bytes()
     return manifest
+
+
+def assert_fixed_shapes_are_pruned(name: str, folder: Path) -> None:
+    """A foreign model exported without dynamic axes is read like the dynamic one, and pruned to `THREE`."""
+    entry, path = FOREIGN[name], folder / "fixed.onnx"
+    entry.export(entry.make(), dataclasses.replace(entry.inputs, axes=dict.fromkeys(entry.inputs.axes, {})), path)
+    layers = tuple(
+        LayerPlan(block.name, 8, min(block.router.top_k, 3), THREE, groups=block.router.groups)
+        for block in blocks_of(path, entry.form)
+    )
+    manifest = optimize(path, folder / "out", RUNNER, plan=PruningPlan(onnx_sha256(path), "by hand", layers))
+    assert [block.experts for block in manifest.blocks] == [3] * entry.layers
 
 
 def assert_weights_are_original(spec: Spec, block: MoEBlock) -> None:
@@ -95,6 +109,16 @@ def let_read(graph: onnx.GraphProto, output: str, index: int, value: str | np.nd
         graph.initializer.append(onnx.numpy_helper.from_array(value, f"{output}.edited"))
         value = f"{output}.edited"
     node_of(graph, output).input[index] = value
+
+
+def in_turn(*changes: Callable[[onnx.GraphProto], None]) -> Callable[[onnx.GraphProto], None]:
+    """Several changes of a graph as one."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        for step in changes:
+            step(graph)
+
+    return change
 
 
 def assert_same_record(left: MoEBlock, right: MoEBlock) -> None:

@@ -1,5 +1,7 @@
 """Experts side by side in 2-D weights: what our own writer writes is read again, and cut into experts."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +17,7 @@ from tests.graph_passes.readers.proofs import (
     assert_pruned_exactly,
     assert_same_record,
     blocks_of,
+    in_turn,
     let_read,
     node_of,
     said,
@@ -25,7 +28,7 @@ from tests.zoo import RUNNER
 CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 SCOPE = "layers.0.mlp"
 
-EXPERTS = {
+EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biased, interleaved, clamped": {"biased": True, "interleaved": True, "activation": CLAMPED},
     "(E, in, out)": {"transposed": True},
@@ -79,6 +82,10 @@ def _let_gates_skip(graph: onnx.GraphProto) -> None:
     let_read(graph, f"{SCOPE}/gates_column", 1, np.asarray([1]))
 
 
+def _turn_gated(graph: onnx.GraphProto) -> None:
+    graph.node.append(onnx.helper.make_node("Transpose", [f"{SCOPE}/gated"], ["turned"], perm=[0, 2, 1]))
+
+
 NEAR_MISSES = {
     "gates beside channels instead of experts": (
         _let_gates_skip,
@@ -89,10 +96,12 @@ NEAR_MISSES = {
         "Reshape makes [-1, 12, 3] of the axes (T, E*F) (at Reshape 'layers.0.mlp/middle_TEF')",
     ),
     "channels in another order": (
-        lambda graph: [
-            graph.node.append(onnx.helper.make_node("Transpose", [f"{SCOPE}/gated"], ["turned"], perm=[0, 2, 1])),
-            let_read(graph, f"{SCOPE}/gated_flat", 0, "turned"),
-        ],
+        in_turn(
+            lambda graph: graph.node.append(
+                onnx.helper.make_node("Transpose", [f"{SCOPE}/gated"], ["turned"], perm=[0, 2, 1])
+            ),
+            lambda graph: let_read(graph, f"{SCOPE}/gated_flat", 0, "turned"),
+        ),
         None,
     ),
     "channels that are no experts": (

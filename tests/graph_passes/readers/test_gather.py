@@ -1,5 +1,7 @@
 """Weights gathered by id for each token: what our own writer writes is read again, and what others write by hand."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +16,7 @@ from tests.graph_passes.readers.proofs import (
     assert_pruned_exactly,
     assert_same_record,
     blocks_of,
+    in_turn,
     let_read,
     said,
     saved,
@@ -23,7 +26,7 @@ from tests.zoo import RUNNER
 CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 SCOPE = "layers.0.mlp"
 
-EXPERTS = {
+EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biased, interleaved, clamped": {"biased": True, "interleaved": True, "activation": CLAMPED},
     "(E, in, out)": {"transposed": True},
@@ -66,10 +69,10 @@ def test_what_was_written_is_read_and_written_no_more(tmp_path, keep):
 
 NEAR_MISSES = {
     "projections of other experts": (
-        lambda graph: [
-            graph.node.append(onnx.helper.make_node("Neg", [f"{SCOPE}/top_k_1"], ["others"])),
-            let_read(graph, f"{SCOPE}/up_weight", 1, "others"),
-        ],
+        in_turn(
+            lambda graph: graph.node.append(onnx.helper.make_node("Neg", [f"{SCOPE}/top_k_1"], ["others"])),
+            lambda graph: let_read(graph, f"{SCOPE}/up_weight", 1, "others"),
+        ),
         "the projections are of different experts (at MatMul 'layers.0.mlp/up')",
     ),
     "a sum over tokens": (

@@ -16,6 +16,7 @@ from tests.graph_passes.readers.proofs import (
     assert_weights_are_original,
     blocks_of,
     edited,
+    in_turn,
     let_read,
     node_of,
     said,
@@ -132,10 +133,10 @@ NEAR_MISSES = {
     ),
     "fewer experts than the router has": (
         WAYS["matmul"],
-        lambda graph: [
-            let_read(graph, "bmm", 1, np.zeros((4, 8, 24), np.float32)),
-            let_read(graph, "bmm_1", 1, np.zeros((4, 12, 8), np.float32)),
-        ],
+        in_turn(
+            lambda graph: let_read(graph, "bmm", 1, np.zeros((4, 8, 24), np.float32)),
+            lambda graph: let_read(graph, "bmm_1", 1, np.zeros((4, 12, 8), np.float32)),
+        ),
         "the router chooses among 8 experts that read 8 channels, there are 4 that read 8 (at MatMul 'bmm_1')",
     ),
     "a bias for every token alike": (
@@ -145,11 +146,11 @@ NEAR_MISSES = {
     ),
     "biases behind an input gate": (
         WAYS["gates on the input"],
-        lambda graph: [
-            graph.node.insert(13, onnx.helper.make_node("Add", ["bmm", "b"], ["biased"])),
-            graph.initializer.append(onnx.numpy_helper.from_array(np.ones((8, 1, 24), np.float32), "b")),
-            let_read(graph, "split", 0, "biased"),
-        ],
+        in_turn(
+            lambda graph: graph.node.insert(13, onnx.helper.make_node("Add", ["bmm", "b"], ["biased"])),
+            lambda graph: graph.initializer.append(onnx.numpy_helper.from_array(np.ones((8, 1, 24), np.float32), "b")),
+            lambda graph: let_read(graph, "split", 0, "biased"),
+        ),
         "the weights multiply the input of experts that have biases (at MatMul 'bmm_1')",
     ),
     "an einsum over tokens": (
