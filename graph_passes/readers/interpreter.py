@@ -128,3 +128,9 @@ def dims_of(tensor: gs.Tensor) -> list[int | str | None] | None:
             return None
         tensor = values[0]
     return list(tensor.shape)
+
+
+def tokens_of(hidden_TH: gs.Tensor) -> int | None:
+    """T where a graph has a fixed number of tokens."""
+    dims = dims_of(hidden_TH)
+    return dims[0] if dims is not None and isinstance(dims[0], int) else None

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_from
-from graph_passes.readers.interpreter import Interpreter
+from graph_passes.readers.interpreter import Interpreter, tokens_of
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
 from graph_passes.readers.trial import Trial, fitted
 from graph_passes.readers.weighing import in_dtype_of
@@ -93,9 +93,12 @@ def _is_step(node: gs.Node, steps: dict[int, gs.Node]) -> bool:
         return False
     addends = _addends(node)
     partial = [id(tensor) in steps for tensor in addends]
-    return any(partial) and all(
-        is_step or produced_by(tensor, *ZEROS) for is_step, tensor in zip(partial, addends, strict=True)
-    )
+    return any(partial) and all(is_step or _is_zeros(tensor) for is_step, tensor in zip(partial, addends, strict=True))
+
+
+def _is_zeros(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` may be what the first expert's output is added to; an export of fixed shape has it folded."""
+    return produced_by(tensor, *ZEROS) is not None or (is_weight(tensor, 2) and not np.any(tensor.values))
 
 
 def _addends(node: gs.Node) -> list[gs.Tensor]:
@@ -115,7 +118,8 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
     first = branches[0]
     routed = _read_router(first, weights)
     router = routed.router
-    trial = Trial(router.weight_EH.shape[0], router.top_k, first.parts.up.weight.shape[0])
+    shape = (router.weight_EH.shape[0], router.top_k, first.parts.up.weight.shape[0])
+    trial = Trial(*shape, tokens=tokens_of(routed.hidden))
     run = Interpreter(weights, trial.tokens)
     run.give(routed.hidden, trial.hidden_TH)
     if routed.ids is None:
@@ -198,7 +202,7 @@ def _added(value: gs.Tensor) -> gs.Tensor:
         return value
     for side, other in (node.inputs, reversed(node.inputs)):
         read = gather_of(side)
-        if read is not None and not isinstance(read.inputs[0], gs.Constant):
+        if read is not None and isinstance(read.inputs[1], gs.Variable):
             return source(other)
     return value
 

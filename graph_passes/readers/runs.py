@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.readers.activation import Middle, read_activation
 from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
-from graph_passes.readers.interpreter import Interpreter
+from graph_passes.readers.interpreter import Interpreter, tokens_of
 from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
 from graph_passes.readers.single_expert import ExpertParts, require_unbiased, stack_experts
 from graph_passes.readers.trial import Trial, fitted, told_apart
@@ -156,16 +156,17 @@ def _try(found: Found, weighed: Weighed, routed: Routed, total: gs.Tensor, weigh
     """
     experts, top_k = routed.router.weight_EH.shape[0], routed.router.top_k
     in_order, on_input = routed.router.slots is None, weighed.gate is None
-    orders = []
-    for loads in told_apart(experts):  # runs are found by counting: no two experts may have the same counts
-        trial = Trial(experts, top_k, 1, in_order=in_order, loads=loads)
+    tokens = tokens_of(routed.hidden)
+    orders = []  # runs are found by counting: no two experts may always have the same counts
+    for loads in told_apart(experts, None if tokens is None else tokens * top_k):
+        trial = Trial(experts, top_k, 1, tokens=tokens, loads=loads, in_order=in_order)
         run = _started(routed, trial, weights)
         slots = trial.slots(run.of(routed.gate), producer(routed.gate))
         orders.append([layer.order(slots, trial, run) for layer in found.layers])
-    if orders[0] != orders[1]:
+    if any(order != orders[0] for order in orders):
         raise FormError("which expert a branch is depends on how many tokens it gets", found.layers[0].concat)
     first, last = found.layers[0], found.layers[-1]
-    trial = Trial(experts, top_k, first.inputs, in_order=in_order)
+    trial = Trial(experts, top_k, first.inputs, tokens=tokens, in_order=in_order)
     run = _started(routed, trial, weights)
     slots = trial.slots(run.of(routed.gate), producer(routed.gate))
     trial.require_tokens(run.of(first.whole), slots, producer(first.whole), weighed=on_input)

@@ -4,7 +4,6 @@ Every expert is chosen, none twice by one token, and every weight and every hidd
 arrives somewhere tells where it came from.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -27,12 +26,26 @@ class Trial:
     """
 
     def __init__(
-        self, experts: int, top_k: int, width: int, *, in_order: bool = False, loads: Array | None = None
+        self,
+        experts: int,
+        top_k: int,
+        width: int,
+        *,
+        tokens: int | None = None,
+        loads: Array | None = None,
+        in_order: bool = False,
     ) -> None:
-        """``loads`` (E,) says which expert gets more tokens than another; two or three each without."""
+        """``tokens`` is T where a graph has a fixed one, ``loads`` (E,) says which expert gets more than another.
+
+        Raises:
+            FormError: no such decision reaches every expert.
+        """
         if not 1 <= top_k <= experts:
             raise FormError(f"the router selects K={top_k} of {experts} experts", None)
-        tokens, counts = _counts(top_k, np.full(experts, 2) if loads is None else loads)
+        if loads is None or top_k == experts:
+            twice = tokens is None or tokens * top_k >= 2 * experts
+            loads = np.full(experts, 2 if twice else 1)
+        tokens, counts = _counts(top_k, loads, tokens)
         rng = np.random.default_rng(0)
         by_slot = np.repeat(np.arange(experts), counts).reshape(top_k, tokens)  # none twice: no count is above T
         shuffled = rng.permuted(rng.permutation(by_slot.T), axis=1)
@@ -118,25 +131,39 @@ class Trial:
             raise FormError(f"{len(found)} branches compute {self._experts} experts", node)
 
 
-def told_apart(experts: int) -> list[Array]:
-    """Loads (E,) for decisions of which at least one tells any two experts apart by the number of their tokens."""
-    ids, base = np.arange(experts), math.isqrt(experts - 1) + 1
-    return [ids % base + 1, ids // base + 1]
+def told_apart(experts: int, slots: int | None) -> list[Array]:
+    """Loads (E,) for decisions of which at least one tells any two experts apart by the number of their tokens.
+
+    Each load is a digit of the expert's id; the fewer ``slots`` (T K) a graph has, the smaller the base.
+
+    Raises:
+        FormError: they are too few in any base.
+    """
+    ids, digits = np.arange(experts), 2
+    while True:
+        base = next(base for base in range(1, experts + 2) if base**digits >= experts)
+        loads = [ids // base**digit % base + 1 for digit in range(digits)]
+        if slots is None or max(int(load.sum()) for load in loads) <= slots:
+            return loads
+        if base == 2:
+            raise FormError(f"the graph has {slots} slots for tokens, too few to tell {experts} experts apart", None)
+        digits += 1
 
 
-def _counts(top_k: int, loads: Array) -> tuple[int, Array]:
+def _counts(top_k: int, loads: Array, fixed: int | None) -> tuple[int, Array]:
     """T, and for each expert how many of T tokens choose it: one that has more load than another never has less."""
-    experts = len(loads)
-    loads = np.full(experts, 2) if top_k == experts else loads
-    tokens = max(2, -(-int(loads.sum()) // top_k))
-    while tokens * top_k <= MOST_SLOTS:
-        base, rest = divmod(tokens * top_k - int(loads.sum()), experts)
+    experts, total = len(loads), int(loads.sum())
+    tokens = max(2, -(-total // top_k)) if fixed is None else fixed
+    while total <= tokens * top_k <= MOST_SLOTS:
+        base, rest = divmod(tokens * top_k - total, experts)
         counts = loads + base
         counts[np.argsort(loads, kind="stable")[experts - rest :]] += 1
         if counts.max() <= tokens:
             return tokens, counts
+        if fixed is not None:
+            break
         tokens += 1
-    raise FormError(f"K={top_k} of {experts} experts are too many to be tried", None)
+    raise FormError(f"K={top_k} of {experts} experts cannot be tried on {tokens} tokens", None)
 
 
 def fitted(values_TK: Array, tensor: gs.Tensor) -> Array:

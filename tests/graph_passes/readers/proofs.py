@@ -57,7 +57,7 @@ def assert_pruned_exactly(spec: Spec, folder: Path, *keeps: tuple[int, ...], for
 def assert_fixed_shapes_are_pruned(name: str, folder: Path) -> None:
     """A foreign model exported without dynamic axes is read like the dynamic one, and pruned to `THREE`."""
     entry, path = FOREIGN[name], folder / "fixed.onnx"
-    entry.export(entry.make(), dataclasses.replace(entry.inputs, axes=dict.fromkeys(entry.inputs.axes, {})), path)
+    entry.export(entry.make(), dataclasses.replace(entry.inputs, axes={key: {} for key in entry.inputs.axes}), path)
     layers = tuple(
         LayerPlan(block.name, 8, min(block.router.top_k, 3), THREE, groups=block.router.groups)
         for block in blocks_of(path, entry.form)

@@ -12,6 +12,7 @@ from tests.graph_passes.readers.proofs import (
     ALL,
     ONE,
     THREE,
+    assert_fixed_shapes_are_pruned,
     assert_pruned_exactly,
     assert_weights_are_original,
     blocks_of,
@@ -82,6 +83,11 @@ def test_what_transformers_exports_is_read(zoo, name):
     for block, stored_EHF in zip(blocks, down, strict=True):
         expected = stored_EHF if name == "grouped_gpt_oss" else stored_EHF.transpose(1, 2)  # it stores (E, F, H)
         np.testing.assert_array_equal(block.experts.down_EFH.load(), expected)
+
+
+@pytest.mark.parametrize("name", ["grouped_olmoe"])
+def test_an_export_of_fixed_shapes_is_read_and_pruned(tmp_path, name):
+    assert_fixed_shapes_are_pruned(name, tmp_path)
 
 
 def test_which_expert_a_branch_is_follows_from_the_run_not_from_the_order(tmp_path):

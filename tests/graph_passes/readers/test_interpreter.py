@@ -60,17 +60,28 @@ def test_what_moves_no_tokens_is_refused_at_its_node(tmp_path, name):
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (2, 1), (3, 2), (8, 2), (8, 7), (128, 8), (64, 64)])
-def test_two_decisions_tell_all_experts_apart_by_their_counts(experts, top_k):
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_decisions_tell_all_experts_apart_by_their_counts(experts, top_k, tokens):
     counts = []
-    for loads in told_apart(experts):
-        trial = Trial(experts, top_k, 1, loads=loads)
+    for loads in told_apart(experts, None if tokens is None else tokens * top_k):
+        trial = Trial(experts, top_k, 1, tokens=tokens, loads=loads)
         assert all(len(set(row)) == top_k for row in trial.ids_TK.tolist())
+        assert tokens in (None, len(trial.ids_TK))
         counts.append(np.bincount(trial.ids_TK.reshape(-1), minlength=experts).tolist())
     assert min(map(min, counts)) >= 1
     assert top_k == experts or len(set(zip(*counts, strict=True))) == experts
 
 
-def test_more_slots_than_can_be_tried_are_refused():
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        (lambda: Trial(10_000, 9_999, 1, loads=told_apart(10_000, None)[0]), "K=9999 of 10000 experts cannot be tried"),
+        (lambda: Trial(8, 2, 1, tokens=3), "K=2 of 8 experts cannot be tried on 3 tokens"),
+        (lambda: Trial(2, 3, 1), "the router selects K=3 of 2 experts"),
+        (lambda: told_apart(8, 8), "the graph has 8 slots for tokens, too few to tell 8 experts apart"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(attempt, reason):
     with pytest.raises(FormError) as refusal:
-        Trial(10_000, 9_999, 1, loads=told_apart(10_000)[0])
-    assert refusal.value.reason == "K=9999 of 10000 experts are too many to be tried"
+        attempt()
+    assert refusal.value.reason.startswith(reason)

@@ -14,6 +14,7 @@ from tests.graph_passes.readers.proofs import (
     ALL,
     ONE,
     THREE,
+    assert_fixed_shapes_are_pruned,
     assert_pruned_exactly,
     assert_weights_are_original,
     blocks_of,
@@ -87,6 +88,11 @@ def test_what_real_exporters_write_is_read(zoo, name):
 def test_llama4_weighs_what_experts_read(tmp_path):
     (block,) = blocks_of(saved(Spec(form="nonzero", **ROUTERS["llama4"] | {"hit": "equal"}), tmp_path), "nonzero")
     assert block.weights_on == ON_INPUT
+
+
+@pytest.mark.parametrize("name", ["nonzero_mixtral_torchscript", "nonzero_deepseek"])
+def test_an_export_of_fixed_shapes_is_read_and_pruned(tmp_path, name):
+    assert_fixed_shapes_are_pruned(name, tmp_path)
 
 
 def test_which_expert_a_branch_is_follows_from_the_id_not_from_the_order(tmp_path):
