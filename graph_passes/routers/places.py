@@ -25,6 +25,9 @@ TURNS = SHAPE_ONLY | {"Transpose"}
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
 """Ops between a Shape and the shape that something gets."""
 
+DEEPEST = 8
+"""Nodes that are looked at between a comparison and the CumSum that it compares."""
+
 SAME_RANK = frozenset({"Add", "Cast", "Identity", "LayerNormalization", "MatMul", "Sigmoid", "Softmax"})
 """Ops whose results have as many axes as what they read first, as routers use them."""
 
@@ -106,35 +109,36 @@ def capacity_of(limits: Sequence[Limit], node: gs.Node) -> Capacity | None:
     return dataclasses.replace(first, by_slot=any(limit.capacity.by_slot for limit in limits))
 
 
-def _read_place(tensor: gs.Tensor) -> _Place | None:
+def _read_place(tensor: gs.Tensor, depth: int = DEEPEST) -> _Place | None:
     tensor = source(tensor, TURNS)
     node = producer(tensor)
-    if node is None:
+    if node is None or depth == 0:
         return None
+    depth -= 1
     if node.op == "CumSum":
         plain = not node.attrs.get("exclusive", 0) and not node.attrs.get("reverse", 0)
         return _Place(node) if plain and _hits_of(node.inputs[0]) is not None else None
     if node.op in ("ReduceSum", "ReduceMax"):
         inner = produced_by(source(node.inputs[0], TURNS), "Mul", "Sub")
-        return None if inner is None else _read_place(inner.outputs[0])
+        return None if inner is None else _read_place(inner.outputs[0], depth)
     if node.op == "Sub":
-        inner, step = _read_place(node.inputs[0]), constant_value(node.inputs[1])
+        inner, step = _read_place(node.inputs[0], depth), constant_value(node.inputs[1])
         if inner is None or step is None:
             return None
         outside = None if inner.outside is None else inner.outside - int(step)
         return dataclasses.replace(inner, shift=inner.shift - int(step), outside=outside)
     if node.op == "Mul":
-        inner = _read_place(node.inputs[0]) or _read_place(node.inputs[1])
+        inner = _read_place(node.inputs[0], depth) or _read_place(node.inputs[1], depth)
         return None if inner is None else dataclasses.replace(inner, outside=0)
     if node.op == "Add":
-        return _after_first(node)
+        return _after_first(node, depth)
     return None
 
 
-def _after_first(node: gs.Node) -> _Place | None:
+def _after_first(node: gs.Node, depth: int) -> _Place | None:
     """Places plus the number of first choices."""
     for place, total in (node.inputs, reversed(node.inputs)):
-        inner, count = _read_place(place), produced_by(source(total, TURNS), "ReduceSum")
+        inner, count = _read_place(place, depth), produced_by(source(total, TURNS), "ReduceSum")
         if inner is not None and count is not None and ids_of(count.inputs[0]) is not None:
             return dataclasses.replace(inner, after_first=True)
     return None
@@ -215,14 +219,16 @@ def _sequence(running: gs.Node) -> gs.Tensor | None:
 
 def _rank(tensor: gs.Tensor) -> int | None:
     """The number of axes of what a router ranks, as far as the graph has it."""
-    node = producer(tensor)
-    if tensor.shape is not None or node is None:
-        return None if tensor.shape is None else len(tensor.shape)
-    if node.op == "Gemm":
-        return 2
-    if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
-        return len(node.inputs[1].values)
-    return _rank(node.inputs[0]) if node.op in SAME_RANK else None
+    while tensor.shape is None:
+        node = producer(tensor)
+        if node is not None and node.op == "Gemm":
+            return 2
+        if node is not None and node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
+            return len(node.inputs[1].values)
+        if node is None or node.op not in SAME_RANK:
+            return None
+        tensor = node.inputs[0]
+    return len(tensor.shape)
 
 
 def _reshapes(running: gs.Node) -> list[gs.Node]:

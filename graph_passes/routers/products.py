@@ -15,6 +15,9 @@ from graph_passes.routers.hits import ids_of
 from graph_passes.routers.places import Limit, is_place, read_limit
 from graph_passes.walk import producer, source, split_constant
 
+DEEPEST = 10
+"""Products inside products; what a graph nests deeper is taken as a value."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -40,8 +43,8 @@ class Product:
         return not self.values and bool(self.ids or self.limits)
 
 
-def factors(tensor: gs.Tensor) -> Product:
-    """What is multiplied in ``tensor``.
+def factors(tensor: gs.Tensor, depth: int = DEEPEST) -> Product:
+    """What is multiplied in ``tensor``, as far as ``depth`` products deep.
 
     Raises:
         FormError: places are compared with something unknown.
@@ -51,7 +54,7 @@ def factors(tensor: gs.Tensor) -> Product:
     if ids is not None and not is_place(ids):
         return Product(ids=(ids,))
     node = producer(tensor)
-    if node is None:
+    if node is None or depth == 0:
         return Product(values=(tensor,))
     limit = read_limit(node)
     if limit is not None:
@@ -59,11 +62,11 @@ def factors(tensor: gs.Tensor) -> Product:
     if node.op == "Mul" and split_constant(node) is not None:
         return Product(values=(tensor,))  # scaled weights: `finish` reads that
     if node.op == "Mul" or is_outer(node):
-        return factors(node.inputs[0]) * factors(node.inputs[1])
+        return factors(node.inputs[0], depth - 1) * factors(node.inputs[1], depth - 1)
     if node.op == "Where" and constant_value(node.inputs[2]) == 0.0:
-        return factors(node.inputs[0]) * factors(node.inputs[1])
+        return factors(node.inputs[0], depth - 1) * factors(node.inputs[1], depth - 1)
     if node.op == "ReduceSum" and over_later_axis(node):
-        inner = factors(node.inputs[0])
+        inner = factors(node.inputs[0], depth - 1)
         return inner if inner.ids else Product(values=(tensor,))
     return Product(values=(tensor,))
 
