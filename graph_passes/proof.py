@@ -129,7 +129,7 @@ def _reference(work: Work, batches: Sequence[Feeds], runner: Runner, target: Pat
     watched = [
         _watch(block, entry, after, layer)
         for block, entry, after, layer in zip(blocks, observed, work.entries, work.layers, strict=False)
-        if after.gates is not None
+        if entry.gates is not None and after.gates is not None
     ]
     return _Reference(original if work.plan is None else target, target, tuple(watched))
 
