@@ -28,6 +28,7 @@ def optimize(
     ] = None,
     clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
     any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
+    forced: Annotated[bool, typer.Option(help="Write forced.onnx too: ids and weights are inputs.")] = False,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
     allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
     as_json: AsJson = False,
@@ -57,6 +58,7 @@ def optimize(
             quantization=None if bits is None else Quantization.checked(bits, block_size),
             any_model=any_model,
             prove=prove,
+            forced=forced,
             allow_partial=allow_partial,
         )
     rows = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
+from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
@@ -46,6 +47,7 @@ def optimize(
     quantization: Quantization | None = None,
     any_model: bool = False,
     prove: bool = True,
+    forced: bool = False,
     allow_partial: bool = False,
     on_progress: Progress | None = None,
 ) -> Manifest:
@@ -64,6 +66,7 @@ def optimize(
         tokens: how many a run has, where that is known; ``auto`` chooses for it.
         quantization: how the experts are quantised; None leaves them what they are.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
+        forced: write forced.onnx too, whose routing is an input (`graph_passes.force`).
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
         on_progress: called with a step, and how much of it is done.
@@ -94,6 +97,7 @@ def optimize(
         is_new = _is_new(model, [item.rewritten for item in written])
         work = Work(model, plan, layers, entries if is_new else (), quantization)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
+        forced_inputs = save_forced(staging) if forced else {}
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
         manifest = Manifest(
@@ -110,6 +114,7 @@ def optimize(
             details={
                 "oracle": [dataclasses.asdict(entry) for entry in proof.oracle],
                 "choices": [dataclasses.asdict(entry) for entry in proof.choices],
+                "forced": forced_inputs,
                 "quantization": None if quantization is None else dataclasses.asdict(quantization),
                 "quantization_error": proof.quantization_error,
                 "left_alone": [str(layer) for layer in model.unrecognised],
