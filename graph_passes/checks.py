@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 
+from graph_passes import runtime_ops
 from graph_passes.protos import bodies, every_graph
 from graph_passes.stored import check_stored
 from moe_spec.errors import UserError
@@ -56,6 +57,7 @@ def _context(model: onnx.ModelProto, path: Path) -> onnx.checker.C.CheckerContex
     if strange:
         raise UserError(f"{path} is written for the opset {strange[0]}, which cannot be", hint=_MEND)
     others = {node.domain: 1 for node in model.graph.node if node.domain}  # fused exports leave out com.microsoft
+    runtime_ops.register()
     context = onnx.checker.C.CheckerContext()
     context.ir_version, context.opset_imports = model.ir_version, {**others, **opsets}
     return context

@@ -163,7 +163,7 @@ def test_the_proof_tells_the_two_gelus_apart(tmp_path, monkeypatch):
         optimize(source, tmp_path / "out", RUNNER, plan=plan(spec, THREE, onnx_sha256(source)), form="sorted")
 
 
-@pytest.mark.parametrize("name", ["moe_mixtral", "moe_granitemoe"])
+@pytest.mark.parametrize("name", ["moe_mixtral", "moe_granitemoe", "moe_qwen3_moe"])
 def test_the_fused_graph_of_transformers_becomes_one_that_runs_here(zoo, tmp_path, name):
     """Its op has an fc3, which CPUs lack: the graph is not proven, but what comes out is what torch computes."""
     entry, source = FOREIGN[name], zoo.foreign(name)
