@@ -128,7 +128,7 @@ class Weight:
     def _cut(self, count: int, axis: int, length: int) -> "Weight":
         if self.shape[axis] == 1 and length > 1:
             split = (*self.shape[:axis], 1, 1, *self.shape[axis + 1 :])
-        elif self.shape[axis] % count:
+        elif count < 1 or self.shape[axis] % count:
             raise ValueError(f"{self.shape[axis]} rows or columns are not {count} runs of one length")
         else:
             split = (*self.shape[:axis], count, self.shape[axis] // count, *self.shape[axis + 1 :])

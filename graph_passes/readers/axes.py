@@ -95,7 +95,10 @@ class AxisReader:
         rule = _RULES.get(node.op)
         if rule is None:
             raise FormError(f"{node.op} stands among the experts", node)
-        return rule(self, node)
+        try:
+            return rule(self, node)
+        except (IndexError, ValueError) as error:  # the checker knows no ranks
+            raise FormError(f"{node.op} does not fit the axes that it gets", node) from error
 
     def _broadcast(self, node: gs.Node, tensors: Sequence[gs.Tensor]) -> Axes:
         return _joined(node, [self.of(tensor) for tensor in tensors])
@@ -121,8 +124,10 @@ class AxisReader:
         axes = self.of(node.inputs[0])
         places = axes_of(node)
         rank = len(axes) + len(places)
-        new, old = {place % rank for place in places}, iter(axes)
-        return tuple(ONE if index in new else next(old) for index in range(rank))
+        result = list(axes)
+        for place in sorted(place % rank for place in places):
+            result.insert(place, ONE)
+        return tuple(result)
 
     def _squeeze(self, node: gs.Node) -> Axes:
         axes = self.of(node.inputs[0])
@@ -303,7 +308,7 @@ def subscripts(einsum: gs.Node) -> tuple[list[str], str]:
     equation = einsum.attrs["equation"]
     equation = (equation.decode() if isinstance(equation, bytes) else equation).replace(" ", "")
     left, arrow, result = equation.partition("->")
-    if not arrow or "." in equation:
+    if not arrow or "." in equation or left.count(",") != len(einsum.inputs) - 1:
         raise FormError(f"Einsum has the equation {equation!r}, expected one letter for each axis", einsum)
     return left.split(","), result
 
@@ -314,8 +319,8 @@ def ints(tensor: gs.Tensor | None) -> list[int]:
     Raises:
         FormError: it is computed.
     """
-    if not isinstance(tensor, gs.Constant):
-        raise FormError("a shape or an axis is no constant", producer(tensor) or tensor)
+    if not isinstance(tensor, gs.Constant) or tensor.values.dtype.kind not in "iu":
+        raise FormError("a shape or an axis is no integer constant", producer(tensor) or tensor)
     return [int(value) for value in tensor.values.reshape(-1)]
 
 

@@ -76,7 +76,7 @@ def _gathered(node: gs.Node, _: gs.Tensor) -> Column | None:
 
 def _split(node: gs.Node, column: gs.Tensor) -> Column | None:
     sizes = operand(node, 1)
-    given = sizes.values.tolist() if isinstance(sizes, gs.Constant) else node.attrs.get("split", [1])
+    given = sizes.values.reshape(-1).tolist() if isinstance(sizes, gs.Constant) else node.attrs.get("split", [1])
     if any(size != 1 for size in given) or (sizes is not None and not isinstance(sizes, gs.Constant)):
         return None
     place = next(index for index, output in enumerate(node.outputs) if output is column)

@@ -54,7 +54,8 @@ def _kernel(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:
     if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")) or node.attrs.get("transA", 0):
         raise FormError("a projection scales or transposes what it reads", node)
     bias = operand(node, 2)
-    return weight.swap() if node.attrs.get("transB", 0) else weight, None if bias is None else _vector(bias, weights)
+    turned = weight.swap() if node.attrs.get("transB", 0) and len(weight.shape) == 2 else weight
+    return turned, None if bias is None else _vector(bias, weights)
 
 
 def read_weight(tensor: gs.Tensor, weights: Weights) -> Weight:

@@ -9,7 +9,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.axes import EXPERTS, ONE, Axes, Axis, subscripts
 from graph_passes.readers.batched_ffn import Held, Layout, Product, is_down, read_block
 from graph_passes.readers.projection import read_weight
@@ -91,7 +91,10 @@ def _is_flipped(node: gs.Node, side: int) -> bool | None:
     """Whether the weight at ``side`` is (E, out, in); None where the experts are not its first axis."""
     if node.op == "MatMul":
         return side == 0
-    terms, _ = subscripts(node)
+    try:
+        terms, _ = subscripts(node)
+    except FormError:
+        return None
     kernel, other = terms[side], terms[1 - side]
     given = [letter not in other for letter in kernel]
     if len(kernel) != 3 or sum(given[1:]) != 1:

@@ -52,7 +52,7 @@ def top_k_of(topk: gs.Node) -> int:
         FormError: it is computed.
     """
     k = constant_value(operand(topk, 1))
-    if k is None:
+    if k is None or not k.is_integer():
         raise FormError("K is no constant", topk)
     return int(k)
 
