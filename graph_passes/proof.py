@@ -20,7 +20,7 @@ from graph_passes.model_file import link_weights, load_graph, save_graph, save_v
 from graph_passes.oracle import TOLERANCE, OracleEntry, check, compare
 from graph_passes.order import tidy
 from graph_passes.prune import match_layers, prune_block
-from graph_passes.quantize import Quantization, rounded
+from graph_passes.quantize import Quantization, is_quantized, rounded
 from graph_passes.readers import read_blocks
 from graph_passes.rewrite import Decision, carry_out
 from graph_passes.runnable import check_runnable
@@ -147,7 +147,7 @@ def _save_twin(work: Work, rounding: Quantization | None, target: Path) -> None:
     decisions = []
     for block, layer in zip(read_blocks(graph, directory).blocks, work.layers, strict=True):
         pruned = block if layer is None else prune_block(block, layer)
-        if rounding is not None:
+        if rounding is not None and not is_quantized(pruned.experts, rounding):
             pruned = dataclasses.replace(pruned, experts=rounded(pruned.experts, rounding))
         decisions.append(Decision(block, pruned, TWIN))
     carry_out(graph, decisions)

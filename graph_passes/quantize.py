@@ -49,6 +49,21 @@ class Quantization:
         return cls(bits, block_size)
 
 
+def is_quantized(experts: Experts, how: Quantization) -> bool:
+    """Whether the weights of ``experts`` are quantised just so already."""
+    return all(
+        _has(weight, how) for weight in (experts.gate_EHF, experts.up_EHF, experts.down_EFH) if weight is not None
+    )
+
+
+def _has(weight: Weight, how: Quantization) -> bool:
+    """Whether (E, in, out) has these bits, and a scale for each output and block."""
+    experts, inputs, outputs = weight.shape
+    blocks = 1 if how.block_size is None else inputs // how.block_size
+    wanted = (experts, blocks, outputs)
+    return weight.dtype == DTYPES[how.bits] and weight.scales is not None and weight.scales.shape == wanted
+
+
 def why_not(experts: Experts, how: Quantization) -> str | None:
     """Why ``experts`` cannot be quantised so; None where they can."""
     if any(weight.scales is not None for weight in experts.weights()):

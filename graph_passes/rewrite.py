@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.emitter import Emitter, Names
 from graph_passes.prune import prune_block
-from graph_passes.quantize import Quantization, quantized
+from graph_passes.quantize import Quantization, is_quantized, quantized
 from graph_passes.quantize import why_not as why_not_quantized
 from graph_passes.walk import replace_uses
-from graph_passes.writers import AUTO, WRITERS, choose_form, why_not
+from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why_not
 from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
@@ -64,14 +64,15 @@ def decide(
         UserError: the plan does not fit the block, its experts cannot be quantised, or the form cannot express it.
     """
     pruned = block if layer is None else prune_block(block, layer)
-    untouched = pruned.num_experts == block.num_experts and how is None
-    if how is not None:
+    quantizes = how is not None and not is_quantized(block.experts, how)
+    untouched = pruned.num_experts == block.num_experts and not quantizes
+    if how is not None and quantizes:
         pruned = _quantize(pruned, how)
     if form == AUTO and accepted is None and untouched:
         return Decision(block, block, None)
     chosen = form
     if form == AUTO:
-        chosen = choose_form(pruned, tuple(WRITERS) if accepted is None else accepted, tokens)
+        chosen = choose_form(pruned, _forms_around(pruned) if accepted is None else accepted, tokens)
     if untouched and chosen == block.form:
         return Decision(block, block, None)
     reason = why_not(pruned, chosen)
@@ -80,6 +81,13 @@ def decide(
             f"form {chosen} cannot express layer {block.name}: {reason}", hint="use --form auto, or another form"
         )
     return Decision(block, pruned, chosen)
+
+
+def _forms_around(block: MoEBlock) -> Sequence[str]:
+    """The forms to choose among without a target: the one that the block has, where a writer has it too."""
+    if block.form in WRITERS and why_not(block, block.form) is None:
+        return (block.form, "ffn")
+    return tuple(form for form in WRITERS if form not in OF_ONE_RUNTIME)
 
 
 def _quantize(block: MoEBlock, how: Quantization) -> MoEBlock:

@@ -76,6 +76,15 @@ def test_experts_take_a_quarter_and_an_eighth_of_the_bytes(tmp_path):
     assert (sizes[0] // sizes[1], sizes[0] // sizes[2]) == (4, 8)
 
 
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.bits} bits, {how.block_size}")
+@pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
+def test_twice_is_once(tmp_path, how, form):
+    quantised(source_of("softmax_renormalised"), tmp_path, how, form)
+    again = optimize(tmp_path / "out", tmp_path / "again", RUNNER, form=form, quantization=how)
+    assert not again.modified
+    assert (tmp_path / "again" / MODEL).read_bytes() == (tmp_path / "out" / MODEL).read_bytes()
+
+
 def test_routers_and_biases_are_never_quantised(tmp_path):
     quantised(source_of("topk_first", biased=True), tmp_path, HOW)
     model = onnx.load(tmp_path / "out" / MODEL)
