@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter, tokens_of
-from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
+from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, scope_of, stack_experts
 from graph_passes.readers.trial import Trial, fitted
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
@@ -132,7 +132,7 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
     if first.weights_on == ON_INPUT:
         require_unbiased(experts, first.parts.up.node)
     return MoEBlock(
-        name=router.scope or name,
+        name=scope_of(first.parts) or router.scope or name,
         form=FORM,
         hidden=routed.hidden,
         out=in_dtype_of(experts.down_EFH, end.outputs[0]),

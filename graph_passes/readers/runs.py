@@ -22,7 +22,7 @@ from graph_passes.readers.activation import Middle, read_activation
 from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter, tokens_of
 from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
-from graph_passes.readers.single_expert import ExpertParts, require_unbiased, stack_experts
+from graph_passes.readers.single_expert import ExpertParts, require_unbiased, scope_of, stack_experts
 from graph_passes.readers.trial import Trial, fitted, told_apart
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
@@ -133,11 +133,12 @@ def read(concat: gs.Node, form: str, name: str, weights: Weights) -> MoEBlock:
     routed = _read_routed(found.layers[0].whole, weighed.gate, weights)
     total = _summed(weighed.rows)
     orders = _try(found, weighed, routed, total, weights)
-    experts = stack_experts(found.parts(orders))
+    parts = found.parts(orders)
+    experts = stack_experts(parts)
     if weighed.gate is None:
         require_unbiased(experts, concat)
     return MoEBlock(
-        name=routed.router.scope or name,
+        name=scope_of(parts[0]) or routed.router.scope or name,
         form=form,
         hidden=routed.hidden,
         out=in_dtype_of(experts.down_EFH, total),

@@ -12,8 +12,10 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, read_activation
+from graph_passes.readers.layout import EXPERTS_SCOPE
 from graph_passes.readers.projection import Linear, read_linear
 from graph_passes.routers import Weights
+from graph_passes.walk import source
 from graph_passes.weights import Weight, stack
 from moe_spec.experts_op import Activation
 
@@ -75,6 +77,12 @@ def stack_experts(parts: Sequence[ExpertParts]) -> Experts:
         shapes = [list(weight.shape) for weight in (gate_EHF, up_EHF, down_EFH) if weight is not None]
         raise FormError(f"the experts' weights have shapes {shapes}, which do not fit together", first.down.node)
     return Experts(up_EHF, gate_EHF, down_EFH, up_bias, gate_bias, down_bias, first.activation)
+
+
+def scope_of(parts: ExpertParts) -> str:
+    """The path of the MoE block, where the exporter kept the name of an expert's weight."""
+    scope, found, _ = source(parts.down.node.inputs[1], {"Transpose", "Identity"}).name.rpartition(EXPERTS_SCOPE)
+    return scope if found else ""
 
 
 def require_unbiased(experts: Experts, node: gs.Node) -> None:

@@ -14,9 +14,12 @@ from graph_passes.weights import Weight
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Gives readers the weights of a model in ``directory``."""
+    """Gives readers the weights of a model in ``directory``, each looked up once."""
 
     directory: Path
+    _known: dict[int, tuple[gs.Constant, Weight]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def of(self, constant: gs.Tensor) -> Weight:
         """The weight behind ``constant``.
@@ -26,7 +29,9 @@ class Weights:
         """
         if not isinstance(constant, gs.Constant):
             raise FormError("a weight is no constant", producer(constant) or constant)
-        return of_constant(constant, self.directory)
+        if id(constant) not in self._known:
+            self._known[id(constant)] = (constant, of_constant(constant, self.directory))
+        return self._known[id(constant)][1]
 
     def flat(self, constant: gs.Constant, length: int) -> Weight:
         """``constant`` of shape (length,) or (1, length) as (length,).
