@@ -70,13 +70,15 @@ class Router:
         logits: (T, E) value in the graph.
         choice: (T, E) value in the graph: what is ranked, before groups exclude anything.
         ranked: (T, E) value in the graph: what the last top-k ranks.
-        slots: the choice as ids and weights, where the graph has it so.
+        slots: the choice as ids and weights, where the graph has it so; before any is dropped by ``capacity``.
         gates: the choice as gates (T, E), 0 where not selected, where the graph has it so. Neither: the experts' op
             reads the logits and routes by itself.
         scope: path of the MoE block, where the name of the router's weight tells it.
         jitter_eps: of ``sparsemixer``: logits this far (relatively) below the best, twice, are no rivals.
         capacity: how many tokens an expert takes, where that is limited.
         eps_clips: the sum is divided by where it is larger than ``eps``, else ``eps`` is (ernie4_5).
+        leads_to: the rows that lead to an expert, where the gates of the others are dropped; None: all do.
+        gathered: whether the graph's gates have columns of these rows only.
         unranked: so many of the last rows are not in the graph: experts that its ids do not reach, at -inf here.
     """
 
@@ -102,6 +104,13 @@ class Router:
     capacity: Capacity | None = None
     eps_clips: bool = False
     unranked: int = 0
+    leads_to: tuple[int, ...] | None = None
+    gathered: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Experts that the gates of the graph have a column for."""
+        return len(self.leads_to) if self.gathered and self.leads_to is not None else self.weight_EH.shape[0]
 
     @property
     def is_ranked(self) -> bool:

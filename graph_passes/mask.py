@@ -103,6 +103,9 @@ def save_observed(
     for block, layer in zip(blocks, layers, strict=True):
         emitter = Emitter(graph, block.name, names)
         dropped = () if layer is None else layer.dropped
+        if block.router.leads_to is not None:
+            entries.append(entry_of(block))
+            continue
         observed = observe_routing(graph, emitter, routing_of(emitter, block, dropped), block.num_experts, dropped)
         entries.append(entry_of(block, *observed))
     sort_nodes(graph)

@@ -176,6 +176,9 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
     """Save the variant that has the routers' tensors as outputs; the blocks, and the names of these outputs."""
     names, entries = Names(model.graph), []
     for item in written:
+        if item.block.router.leads_to is not None:  # its gates are not one for each expert
+            entries.append(entry_of(item.block))
+            continue
         emitter = Emitter(model.graph, item.block.name, names)
         routing = item.routing if item.rewritten else routing_of(emitter, item.block)
         if routing is not None:

@@ -19,6 +19,8 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
         UserError: the plan is for a layer with other counts.
     """
     router = block.router
+    if router.leads_to is not None:
+        return _prune_silent(block, router.leads_to, plan)
     if (plan.experts, plan.groups) != (block.num_experts, router.groups):
         raise UserError(
             f"the plan says that layer {plan.name} has {plan.experts} experts and {_groups(plan.groups)}, "
@@ -33,6 +35,21 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     return dataclasses.replace(
         block,
         router=_prune_router(router, plan),
+        experts=_prune_experts(block.experts, plan.keep),
+        keep=tuple(block.keep[expert] for expert in plan.keep),
+    )
+
+
+def _prune_silent(block: MoEBlock, leads_to: Sequence[int], plan: LayerPlan) -> MoEBlock:
+    """``block`` without the experts whose gates are dropped; every row of the router stays, for it has a share."""
+    if plan.keep != tuple(leads_to):
+        raise UserError(
+            f"the plan keeps experts {list(plan.keep)} of layer {block.name}, whose router drops the gates of all but "
+            f"{list(leads_to)}",
+            hint="leave this layer out of the plan",
+        )
+    return dataclasses.replace(
+        block,
         experts=_prune_experts(block.experts, plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
     )

@@ -149,10 +149,10 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     axes = AxisReader(EXPERTS if ids is None else SLOTS)
     router, weights_on, x = _gating(node, ffn, weighing, ids, axes, weights)
     hidden = _hidden_of(x, router)
-    experts = experts_of(ffn, router.weight_EH.shape[0], weights)
+    experts = experts_of(ffn, router.columns, weights)
     if weights_on == ON_INPUT and (experts.up_bias_EF or experts.gate_bias_EF or experts.down_bias_EH):
         raise FormError("the weights multiply the input of experts that have biases", node)
-    axes.size(EXPERTS, router.weight_EH.shape[0])
+    axes.size(EXPERTS, router.columns)
     axes.size(HIDDEN, router.weight_EH.shape[1])
     axes.size(WIDTH, experts.up_EHF.shape[2])
     axes.know(hidden, TOKENS, HIDDEN)
@@ -165,7 +165,7 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
         out=sum_of(weighing, axes, experts.down_EFH),
         router=router,
         experts=experts,
-        keep=tuple(range(router.weight_EH.shape[0])),
+        keep=tuple(range(router.columns)),
         weights_on=weights_on,
     )
 

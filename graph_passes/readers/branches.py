@@ -40,6 +40,17 @@ def branch_sums(graph: gs.Graph) -> list[gs.Node]:
 
 def terms_of(total: gs.Node) -> list[gs.Tensor]:
     """What Adds and Sums add up to the output of ``total``, but zeros; what was added first comes first."""
+    return [term for term in _terms(total) if constant_value(term) != 0.0]
+
+
+def silent_terms_of(total: gs.Node) -> list[gs.Tensor]:
+    """What is multiplied by a constant 0 before ``total`` adds it."""
+    products = [produced_by(term, "Mul") for term in _terms(total) if constant_value(term) == 0.0]
+    factors = [[x for x in node.inputs if constant_value(x) != 0.0] for node in products if node is not None]
+    return [others[0] for others in factors if others]
+
+
+def _terms(total: gs.Node) -> list[gs.Tensor]:
     terms, front = [], [total]
     while front:
         for tensor in front.pop().inputs:
@@ -47,7 +58,7 @@ def terms_of(total: gs.Node) -> list[gs.Tensor]:
             node = produced_by(term, "Add", "Sum")
             if node is not None and not any(isinstance(operand, gs.Constant) for operand in node.inputs):
                 front.append(node)
-            elif constant_value(term) != 0.0:
+            else:
                 terms.append(term)
     return terms[::-1]
 

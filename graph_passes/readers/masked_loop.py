@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS, AxisReader, axes_of
-from graph_passes.readers.branches import CASTS, branch_sums, terms_of
+from graph_passes.readers.branches import CASTS, branch_sums, silent_terms_of, terms_of
 from graph_passes.readers.columns import Column, column_of
 from graph_passes.readers.layout import EXPERTS_SCOPE
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
@@ -60,6 +60,8 @@ def read(total: gs.Node, name: str, weights: Weights) -> MoEBlock:
         return _read_stack(total, name, weights)
     branches = [_read_branch(term, weights) for term in terms_of(total)]
     router = _route(branches, total, weights)
+    if len(branches) < router.weight_EH.shape[0]:
+        branches, router = _with_silent(branches, router, total, weights)
     ordered = _in_order(branches, router, total)
     experts = stack_experts([branch.parts for branch in ordered])
     return _block(ordered, router, experts, in_dtype_of(experts.down_EFH, total.outputs[0]), name)
@@ -134,6 +136,21 @@ def _route(branches: Sequence[Branch], total: gs.Node, weights: Weights) -> Rout
         return read_slots(first.ids, first.weights, weights)
     assert first.gates is not None
     return read_gates(first.gates, weights)
+
+
+def _with_silent(
+    branches: list[Branch], router: Router, total: gs.Node, weights: Weights
+) -> tuple[list[Branch], Router]:
+    """The branches whose gate is a constant 0 too, for the rows of the router that lead to no other."""
+    count = router.weight_EH.shape[0]
+    reached = {branch.column.expert % count for branch in branches if branch.column is not None}
+    free = [expert for expert in range(count) if expert not in reached]
+    silent = [read_ffn(output, weights) for output in silent_terms_of(total)]
+    if len(silent) != len(free) or branches[0].column is None:
+        return branches, router
+    columns = [dataclasses.replace(branches[0].column, expert=expert) for expert in free]
+    added = [Branch(*ffn, column, ON_OUTPUT) for ffn, column in zip(silent, columns, strict=True)]
+    return [*branches, *added], dataclasses.replace(router, leads_to=tuple(sorted(reached)))
 
 
 def _in_order(branches: Sequence[Branch], router: Router, total: gs.Node) -> list[Branch]:

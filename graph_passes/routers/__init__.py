@@ -5,6 +5,8 @@ Readers of expert forms call one of the functions here. One file an idea: `linea
 `sparsemixer` and `rounds` (choices one by one), `slots` and `gates` (how all this is combined).
 """
 
+import dataclasses
+
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import SCORE_FIRST, FormError, Router, Slots
@@ -13,8 +15,9 @@ from graph_passes.routers.finish import Finish
 from graph_passes.routers.gates import gate_steps, product_steps
 from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.routers.products import Product, factors
+from graph_passes.routers.silence import strip_silence
 from graph_passes.routers.slots import restricted_steps, slot_steps
-from graph_passes.walk import producer, source
+from graph_passes.walk import produced_by, producer, source
 
 __all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_masked", "read_ranked", "read_slots"]
 
@@ -34,8 +37,11 @@ def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:
     Raises:
         FormError: with the first thing that is no step of a known router.
     """
-    steps, slots = gate_steps(gates_TE)
-    return assemble(steps, weights_of, slots=slots, gates=gates_TE)
+    every_gate, leads_to = strip_silence(gates_TE)
+    steps, slots = gate_steps(every_gate)
+    router = assemble(steps, weights_of, slots=slots, gates=gates_TE)
+    gathered = produced_by(source(gates_TE), "Gather") is not None
+    return dataclasses.replace(router, leads_to=leads_to, gathered=gathered and leads_to is not None)
 
 
 def read_masked(mask: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Router:

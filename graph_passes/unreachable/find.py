@@ -16,6 +16,8 @@ from graph_passes.unreachable.ranges import Ranges, ranges_of
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
 
+SILENT = "its gate is 0 for every input"
+
 SUSPICIOUS = 100.0
 """A bias this far below the K-th best is meant as a mask."""
 
@@ -78,6 +80,8 @@ class _Proof:
 def find_unreachable(block: MoEBlock, directory: Path) -> Findings:
     """The experts of ``block`` that no input can choose; its weights lie in ``directory``."""
     router = block.router
+    if router.leads_to is not None:
+        return _find_silent(block, router.leads_to)
     if router.bias_E is None and router.selection_bias_E is None:
         return Findings(None, (), ())
     ranges = ranges_of(router, directory)
@@ -94,6 +98,17 @@ def find_unreachable(block: MoEBlock, directory: Path) -> Findings:
         for found in (proof.reasons, doubts)
     )
     return Findings(plan, proven, open_)
+
+
+def _find_silent(block: MoEBlock, leads_to: Sequence[int]) -> Findings:
+    """Experts whose gates are dropped; the router keeps its rows, of which the softmax has shares."""
+    if len(leads_to) == block.num_experts:
+        return Findings(None, (), ())
+    silent = [expert for expert in range(block.num_experts) if expert not in leads_to]
+    top_k = min(block.router.top_k, len(leads_to))
+    plan = LayerPlan(block.name, block.num_experts, top_k, tuple(leads_to))
+    place = place_of(block.router.gates)
+    return Findings(plan, tuple(Unreachable(block.name, expert, SILENT, place) for expert in silent), ())
 
 
 def _plan(block: MoEBlock, proof: _Proof) -> LayerPlan | None:

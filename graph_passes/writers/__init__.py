@@ -21,12 +21,15 @@ WRITERS: Mapping[str, ModuleType] = {
 }
 
 PREFERENCES: Mapping[str, Sequence[str]] = {
-    "quantised": ("ffn", "qmoe", "sorted", "dense"),
+    "quantised": ("qmoe", "ffn", "sorted", "dense"),
     "all selected": ("ffn", "dense", "sorted", "gather"),
     "some selected": ("sorted", "dense", "gather"),
     "one token": ("moe", "sorted", "dense", "gather"),
 }
 """What ``auto`` tries, by how the block is used. Only the CPU takes ``sorted`` and ``moe``; TensorRT gets ``dense``."""
+
+OF_ONE_RUNTIME = ("moe", "qmoe", "trt_moe")
+"""Forms of ops that are not in the ONNX standard: a file gets them where a target is named that has them."""
 
 AUTO = "auto"
 FORMS = (AUTO, *WRITERS)
@@ -34,6 +37,8 @@ FORMS = (AUTO, *WRITERS)
 
 def why_not(block: MoEBlock, form: str) -> str | None:
     """Why ``form`` cannot express ``block``; None where it can."""
+    if block.router.leads_to is not None and form != "dense":
+        return "some rows of its router lead to no expert"
     asked = getattr(WRITERS[form], "why_not", None)
     return None if asked is None else asked(block)
 
@@ -42,15 +47,15 @@ def choose_form(block: MoEBlock, accepted: Sequence[str], tokens: int | None = N
     """The form for ``block`` among those that a target accepts; ``tokens`` are those of a run, where they are known.
 
     The first that can express the block, of the list that ``PREFERENCES`` has for its case (measured in
-    benchmarks/forms.md).
+    benchmarks/forms.md), then of whatever else the target accepts.
 
     Raises:
         UserError: none of them can.
     """
-    preferred = PREFERENCES[_case(block, tokens)]
-    found = next((form for form in preferred if form in accepted and why_not(block, form) is None), None)
+    preferred = [form for form in PREFERENCES[_case(block, tokens)] if form in accepted]
+    found = next((form for form in (*preferred, *accepted) if why_not(block, form) is None), None)
     if found is None:
-        tried = [f"{form}: {why_not(block, form) or 'auto does not choose it here'}" for form in accepted]
+        tried = [f"{form}: {why_not(block, form)}" for form in accepted]
         raise UserError(
             f"no form that the target takes can express layer {block.name} ({'; '.join(tried)})",
             hint="choose another --target, or a --form",

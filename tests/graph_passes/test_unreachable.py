@@ -152,8 +152,8 @@ def test_experts_with_one_reason_share_a_line():
 
 # --- whole files ----------------------------------------------------------------------------------------------------
 
-REFUSED = ("if.add", "if.constant_if", "scan.add", "stacked.zero_gates", "masked_loop.zero_branch", "nonzero.id_table")
-"""Experts in bodies; rows of the router that lead to no expert; ids from a table."""
+REFUSED = ("if.add", "if.constant_if", "scan.add", "nonzero.id_table")
+"""Experts in bodies; ids from a table."""
 
 READ = tuple(name for name in MASKED if name not in REFUSED)
 
@@ -261,3 +261,36 @@ def test_a_masked_expert_goes_whatever_router_masks_it(tmp_path, kind):
     manifest = optimize(tmp_path / "block.onnx", tmp_path / "out", RUNNER)
     assert [block.keep for block in manifest.blocks] == [tuple(e for e in range(8) if e not in gone)]
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+
+
+SILENT = ("stacked.zero_gates", "masked_loop.zero_branch")
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_experts_whose_gate_is_0_go_and_the_router_keeps_their_share(tmp_path, name):
+    onnx.save(MASKED[name](), tmp_path / "masked.onnx")
+    manifest = optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER)
+    assert {entry["reason"] for entry in manifest.details["unreachable"]} == {"its gate is 0 for every input"}
+    (block,) = read_model(tmp_path / "out").blocks
+    assert (block.form, block.num_experts, block.keep) == ("dense", 2, (1, 5))
+    assert block.router.weight_EH.shape[0] == 8
+    again = optimize(tmp_path / "out", tmp_path / "again", RUNNER)
+    assert not any(entry.modified for entry in again.passes)
+
+
+def test_only_dense_leaves_rows_of_a_router_without_an_expert(tmp_path):
+    onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
+    with pytest.raises(UserError) as error:
+        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, form="sorted")
+    assert error.value.what == ("form sorted cannot express layer moe.0: some rows of its router lead to no expert")
+
+
+def test_a_plan_for_a_layer_that_drops_gates_must_drop_the_same(tmp_path):
+    onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
+    layer = LayerPlan("moe.0", 8, 2, (1, 2, 5))
+    planned = PruningPlan(onnx_sha256(tmp_path / "masked.onnx"), "by hand", (layer,))
+    with pytest.raises(UserError) as error:
+        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, plan=planned)
+    assert error.value.what == (
+        "the plan keeps experts [1, 2, 5] of layer moe.0, whose router drops the gates of all but [1, 5]"
+    )
