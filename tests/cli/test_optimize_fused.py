@@ -1,0 +1,76 @@
+"""The options of `optimize` for fused ops, quantised experts and forced routing, as a user types them."""
+
+import json
+import re
+
+import onnx
+import pytest
+
+from tests.cli.helpers import invoke
+from tests.graph_passes.block_models import NAME, Spec, save
+
+
+@pytest.fixture
+def block(tmp_path):
+    path = tmp_path / "block.onnx"
+    save(Spec(hidden=64, width=32), path)
+    return path
+
+
+def ops(path) -> set[str]:
+    return {node.op_type for node in onnx.load(path / "model.onnx").graph.node}
+
+
+def test_experts_are_quantised_and_the_line_says_what_that_costs(block, tmp_path):
+    code, out, _ = invoke("optimize", block, "--form", "qmoe", "--bits", 4, "--block-size", 32, "-o", tmp_path / "out")
+    assert code == 0
+    first, layer = out.splitlines()
+    number = r"\d\.\de[-+]\d\d"
+    assert re.fullmatch(
+        rf"{tmp_path / 'out'}: proven to {number} beside the rounded experts; "
+        rf"quantising changes outputs by up to {number} of their range",
+        first,
+    )
+    assert layer == f"  {NAME}: 8 experts, K=2, qmoe, 32,771 bytes"
+    assert "QMoE" in ops(tmp_path / "out")
+
+
+def test_the_same_for_machines(block, tmp_path):
+    code, out, _ = invoke("optimize", block, "--form", "qmoe", "--bits", 8, "--json", "-o", tmp_path / "out")
+    details = json.loads(out)["details"]
+    assert (code, details["quantization"]) == (0, {"bits": 8, "block_size": None})
+    assert 0 < details["quantization_error"] < 0.05
+
+
+def test_the_forms_of_onnx_runtime_are_offered_for_its_target_only(block, tmp_path):
+    assert invoke("optimize", block, "--form", "moe", "--target", "cpu", "-o", tmp_path / "out")[0] == 0
+    assert "MoE" in ops(tmp_path / "out")
+    code, _, error = invoke("optimize", block, "--form", "moe", "--target", "sm89", "-o", tmp_path / "no")
+    assert (code, error) == (
+        1,
+        "error: the target does not take form 'moe'\nhint: it takes: dense, gather, ffn\n",
+    )
+
+
+def test_forced_routing_is_one_more_file(block, tmp_path):
+    code, _, _ = invoke("optimize", block, "--form", "sorted", "--forced", "-o", tmp_path / "out")
+    assert code == 0
+    inputs = [value.name for value in onnx.load(tmp_path / "out" / "forced.onnx").graph.input]
+    assert inputs == ["x", f"{NAME}/forced/ids", f"{NAME}/forced/weights"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "hint"),
+    [
+        (("--bits", 5), "experts cannot be quantised to 5 bits", "--bits 4 or --bits 8"),
+        (
+            ("--bits", 4, "--block-size", 33),
+            "there are no blocks of 33 inputs",
+            "--block-size is one of 32, 64, 128",
+        ),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused(block, tmp_path, options, what, hint):
+    code, out, error = invoke("optimize", block, *options, "-o", tmp_path / "out")
+    assert (code, out, error) == (1, "", f"error: {what}\nhint: {hint}\n")
+    assert not (tmp_path / "out").exists()
