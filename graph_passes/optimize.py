@@ -95,7 +95,7 @@ def optimize(
         passes = _passes(model, decisions, findings, before, staging)
         entries = _observe(model, written, staging)
         is_new = _is_new(model, [item.rewritten for item in written])
-        work = Work(model, plan, layers, entries if is_new else (), quantization)
+        work = Work(model, plan, layers, entries if is_new else (), quantization if is_new else None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
         copy_companions(model.path.parent, staging)
