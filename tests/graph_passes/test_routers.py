@@ -6,11 +6,12 @@ import onnx.parser
 import pytest
 
 from graph_passes.block import FormError
-from graph_passes.describe import read_model
+from graph_passes.describe import inspect_model, read_model
 from graph_passes.model_file import load_graph
 from graph_passes.optimize import optimize
 from graph_passes.routers import Weights, read_gates, read_logits, read_masked, read_slots
 from moe_spec.identity import onnx_sha256
+from moe_spec.plan import LayerPlan, PruningPlan
 from tests.graph_passes.block_models import ROUTERS, compute, plan, save, spec_of, weights, why_not
 from tests.zoo import RUNNER
 
@@ -284,3 +285,32 @@ def test_fewer_experts_than_a_router_selects_are_exact(tmp_path, name, keep):
     got = RUNNER.run(tmp_path / "out" / "model.onnx", [{"x": x}])[0]["out"]
     np.testing.assert_allclose(got, compute(spec, x, keep), rtol=1e-4, atol=1e-5)
     assert all(entry["agreeing"] == entry["tokens"] for entry in manifest.details["choices"])
+
+
+REAL = {
+    "batched_mm_phimoe": "sparsemixer, top-k",
+    "batched_mm_ernie4_5_moe": "softmax, selection bias, top-k, renormalised",
+    "batched_mm_deepseek_v2": "softmax, 2 of 4 groups, top-k",
+    "masked_loop_switch": "softmax, top-k, capacity",
+    "masked_loop_soft": "softmax, top-k",
+    "masked_loop_ids": "sigmoid, selection bias, top-k, renormalised",
+    "stacked_llama4": "top-k, sigmoid",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_routers_of_real_exports_are_exact_after_pruning(zoo, tmp_path, name):
+    source = zoo.foreign(name)
+    model = read_model(source)
+    assert {block.router.kind for block in model.blocks} == {REAL[name]}
+    for keep in ((0, 3, 5), (2,)):
+        layers = tuple(
+            LayerPlan(block.name, 8, min(block.router.top_k, len(keep)), keep, groups=block.router.groups)
+            for block in model.blocks
+        )
+        made = PruningPlan(model.source_sha256, "by hand", layers)
+        out = tmp_path / f"{len(keep)} experts"
+        manifest = optimize(source, out, RUNNER, plan=made)
+        assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+        assert all(entry["agreeing"] == entry["tokens"] for entry in manifest.details["choices"])
+        assert inspect_model(out).unrecognised == ()
