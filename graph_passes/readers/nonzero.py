@@ -264,7 +264,11 @@ def _try(branches: list[Branch], values: gs.Tensor, end: gs.Node, trial: Trial, 
         read = run.of(branch.x)
         trial.require_tokens(read, slots, branch.parts.up.node, weighed=on_input)
         found.append(trial.expert_of(slots, branch.parts.up.node))
-        rows = trial.outputs(len(slots), branch.parts.down.weight.shape[1])
+        width = branch.parts.down.weight.shape[1]
+        if width != trial.hidden_TH.shape[1]:
+            reason = f"an expert reads {trial.hidden_TH.shape[1]} channels and gives {width}"
+            raise FormError(reason, branch.parts.down.node)
+        rows = trial.outputs(len(slots), width)
         run.give(branch.output, rows.reshape(*read.shape[:-1], -1))
         wanted_TH = wanted_TH + trial.summed(slots, rows if on_input else rows * trial.weights_of(slots))
     trial.require_all(found, end)

@@ -15,13 +15,14 @@ from tests.graph_passes.block_models.kinds import FORM_FIELDS
 from tests.graph_passes.damage import DAMAGE
 from tests.zoo import RUNNER
 
+FORMS = ("batched_mm", "stacked", "masked_loop", "nonzero", "grouped", "dispatch", "moe", "qmoe")
 SPECS = {
     "experts": Spec(biased=True, router_bias=True),
     "groups": Spec(score="sigmoid", selection_bias=True, renormalize=True, groups=Groups(2, 1), scale=2.5),
     "top-k first": Spec(topk_first=True, interleaved=True, transposed=True),
-    **{form: Spec(form=form, **FORM_FIELDS.get(form, {})) for form in ("batched_mm", "stacked", "masked_loop", "moe")},
+    **{form: Spec(form=form, **FORM_FIELDS.get(form, {})) for form in FORMS},
 }
-SEEDS = 3
+SEEDS = 2
 
 
 def prune(path, out) -> None:
