@@ -130,9 +130,8 @@ def test_auto_goes_by_what_is_left_the_tokens_of_a_run_and_the_target(tmp_path, 
 
 def test_a_target_that_takes_nothing_that_fits_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
-        written(tmp_path, Spec(score="sigmoid"), (1, 3, 5), accepted=["ffn", "trt_moe"])
+        written(tmp_path, Spec(score="sigmoid"), (1, 3, 5), accepted=["ffn"])
     assert error.value.what == (
-        "no form that the target takes can express layer layers.0.mlp (ffn: it has 3 experts, a plain FFN is one; "
-        "trt_moe: auto does not choose it here)"
+        "no form that the target takes can express layer layers.0.mlp (ffn: it has 3 experts, a plain FFN is one)"
     )
     assert error.value.hint == "choose another --target, or a --form"
