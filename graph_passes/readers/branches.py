@@ -79,20 +79,20 @@ def _joins(node: gs.Node, marks: dict[int, Mark], joins: dict[int, gs.Node]) -> 
 
 def _stacks(node: gs.Node, marks: dict[int, Mark]) -> bool:
     """Whether ``node`` puts branches of different experts side by side, or outputs of FFNs that are weighed there."""
-    if node.op != "Concat":
+    if node.op != "Concat" or not _may_stack(node, marks):
         return False
-    found = [marks.get(id(tensor)) for tensor in node.inputs]
+    weighing = follow(node.outputs[0], None, lambda _: False)
+    weighed = weighing.gates is not None or id(node.inputs[0]) in marks
+    return weighed and produced_by(weighing.sums[0], *SUMS) is not None
+
+
+def _may_stack(concat: gs.Node, marks: dict[int, Mark]) -> bool:
+    found = [marks.get(id(tensor)) for tensor in concat.inputs]
     experts = {mark.expert for mark in found if mark is not None and mark.projected}
-    return len(experts) == len(node.inputs) or _is_weighed_stack(node)
-
-
-def _is_weighed_stack(concat: gs.Node) -> bool:
-    """Whether outputs of projections are stacked, multiplied by something, and summed."""
+    if experts:
+        return len(experts) == len(concat.inputs)
     parts = [produced_by(tensor, "Unsqueeze") for tensor in concat.inputs]
-    if len(parts) < 2 or not all(part is not None and is_projected(part.inputs[0]) for part in parts):
-        return False
-    weighing = follow(concat.outputs[0], None, lambda _: False)
-    return weighing.gates is not None and produced_by(weighing.sums[0], *SUMS) is not None
+    return len(parts) > 1 and all(part is not None and is_projected(part.inputs[0]) for part in parts)
 
 
 def _mark(node: gs.Node, marks: dict[int, Mark]) -> Mark | None:

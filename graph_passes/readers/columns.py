@@ -31,12 +31,14 @@ class Column:
         gates: the gates (T, E) of all experts that it was cut from; or
         ids: (T, K), of which those that equal ``expert`` count, with
         weights: (T, K).
+        axis: of the gates, along which the experts are.
     """
 
     expert: int
     gates: gs.Tensor | None = None
     ids: gs.Tensor | None = None
     weights: gs.Tensor | None = None
+    axis: int = 1
 
     @property
     def origin(self) -> tuple[int, ...]:
@@ -95,8 +97,8 @@ def _cut(gates: gs.Tensor, expert: int, axis: int) -> Column | None:
     gates = before_whole_slices(gates)
     if is_projected(gates):
         return None
-    if axis in (1, -1):
-        return Column(expert, gates=gates)
+    if axis != 0:
+        return Column(expert, gates=gates, axis=abs(axis))
     turned = produced_by(source(gates, {"Cast", "Identity"}), "Transpose") if axis == 0 else None
     return Column(expert, gates=before_whole_slices(turned.inputs[0])) if turned is not None else None
 

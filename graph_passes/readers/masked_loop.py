@@ -132,6 +132,8 @@ def _route(branches: Sequence[Branch], total: gs.Node, weights: Weights) -> Rout
     first = columns[0]
     if any(column.origin != first.origin for column in columns):
         raise FormError("the branches take their gates from different routers", total)
+    if first.axis != 1:
+        raise FormError(f"the gates have their experts on axis {first.axis}, expected (tokens, experts)", total)
     if first.ids is not None and first.weights is not None:
         return read_slots(first.ids, first.weights, weights)
     assert first.gates is not None

@@ -104,6 +104,33 @@ def test_lost_experts_are_named(zoo, tmp_path):
         read_model(path)
 
 
+SEQUENCES = """
+    zero = Constant<value_ints = [0]>()
+    one = Constant<value_ints = [1]>()
+    two = Constant<value_ints = [2]>()
+    router = Constant<value = float[4, 2] {0,1,2,3,4,5,6,7}>()
+    w = Constant<value = float[4, 4] {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}>()
+    logits = MatMul(x, router)
+    gates = Softmax<axis = -1>(logits)
+    first = Slice(gates, zero, one, two)
+    second = Slice(gates, one, two, two)
+    up = MatMul(x, w)
+    middle = Relu(up)
+    down = MatMul(middle, w)
+    left = Mul(first, down)
+    right = Mul(second, down)
+    out = Add(left, right)
+"""
+
+
+def test_tokens_in_two_axes_are_refused(tmp_path):
+    text = f'<ir_version: 10, opset_import: ["" : 20]> m (float[b, s, 4] x) => (float[b, s, 4] out) {{ {SEQUENCES} }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    assert said(tmp_path / "model.onnx", "masked_loop") == [
+        "masked_loop: the gates have their experts on axis 2, expected (tokens, experts) (at Add 'out')"
+    ]
+
+
 def test_convolutions_are_refused_by_node(zoo):
     refusals = said(zoo.foreign("masked_loop_images"), "masked_loop")
     assert refusals
@@ -211,6 +238,18 @@ ORDINARY = {
         wide = Mul(left, x)
         high = Mul(top, x)
         out = Add(wide, high)""",
+    "gated projections side by side": """
+        zero = Constant<value_ints = [0]>()
+        one = Constant<value_ints = [1]>()
+        two = Constant<value_ints = [2]>()
+        w = Constant<value = float[4, 2] {0,1,2,3,4,5,6,7}>()
+        plain = MatMul(x, w)
+        shares = Softmax(x)
+        left = Slice(shares, zero, one, one)
+        top = Slice(shares, one, two, one)
+        wide = Mul(left, plain)
+        high = Mul(top, plain)
+        out = Concat<axis = 1>(wide, high)""",
     "a gated projection beside a plain one": """
         w = Constant<value = float[4, 4] {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}>()
         gate = Sigmoid(x)
