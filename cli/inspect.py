@@ -66,8 +66,7 @@ def _onnx(path: Path) -> Description:
 
     model = inspect_model(path)
     blocks = [_found(block) for block in model.blocks]
-    if model.manifest is not None:  # layers that are plain FFNs by now
-        blocks += [entry for entry in model.manifest.to_json()["blocks"] if not entry["router"]]
+    blocks += [dataclasses.asdict(entry) for entry in model.settled]
     lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks)} MoE layers"]
     lines += [_row(block) for block in blocks]
     lines += [textwrap.indent(f"not recognised: {layer}", "  ") for layer in model.unrecognised]

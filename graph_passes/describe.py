@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,6 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, PassEntry, TensorSpec
-
-NO_ROUTER = "ffn"
-"""The form that leaves no MoE layer to be read."""
 
 TOOLS = ("moe-edge", "onnx", "onnx-graphsurgeon")
 
@@ -51,6 +49,13 @@ class Model:
     reduced: bool
     findings: tuple[Findings, ...]
 
+    @property
+    def settled(self) -> tuple[BlockEntry, ...]:
+        """Layers of the manifest that are no MoE layers any more: one expert was left, and no top-k."""
+        names = {block.name for block in self.blocks}
+        entries = () if self.manifest is None else self.manifest.blocks
+        return tuple(entry for entry in entries if entry.experts == 1 and entry.name not in names)
+
 
 def inspect_model(path: Path) -> Model:
     """Read an ONNX file or model directory, recognised or not.
@@ -66,7 +71,7 @@ def inspect_model(path: Path) -> Model:
     reading = read_blocks(graph, file.parent)
     identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
     parent = identity if manifest is None else sha256_file(manifest_path)
-    blocks = tuple(_with_ids(block, manifest) for block in reading.blocks)
+    blocks = _with_ids(reading.blocks, () if manifest is None else manifest.blocks)
     return Model(
         path=file,
         graph=graph,
@@ -94,7 +99,7 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
             f"{model.path}: {len(model.unrecognised)} MoE layer(s) not recognised\n{found}",
             hint="--allow-partial leaves these layers as they are",
         )
-    if not model.blocks and not _is_reduced(model):
+    if not model.blocks and not model.settled:
         raise UserError(
             f"{model.path} has no MoE layer",
             hint="give a model with routed experts; `moe-edge inspect` shows what it has",
@@ -102,16 +107,18 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
     return model
 
 
-def _is_reduced(model: Model) -> bool:
-    """Whether the model has been optimised until no layer had a router."""
-    return model.manifest is not None and any(block.form == NO_ROUTER for block in model.manifest.blocks)
+def _with_ids(blocks: Sequence[MoEBlock], entries: Sequence[BlockEntry]) -> tuple[MoEBlock, ...]:
+    """The blocks with the names and ids that they have in the source model, as the manifest says.
 
-
-def _with_ids(block: MoEBlock, manifest: Manifest | None) -> MoEBlock:
-    """The block with the ids that its experts have in the source model, as the manifest says."""
-    entries = () if manifest is None else manifest.blocks
-    entry = next((entry for entry in entries if entry.name == block.name), None)
-    return block if entry is None else dataclasses.replace(block, keep=entry.keep)
+    Where the graph has lost its names, blocks are counted, and a layer that has become a plain FFN counts no more.
+    """
+    ranked = [entry for entry in entries if entry.experts > 1]
+    if [entry.experts for entry in ranked] == [block.num_experts for block in blocks]:
+        named = zip(blocks, ranked, strict=True)
+        return tuple(dataclasses.replace(block, name=entry.name, keep=entry.keep) for block, entry in named)
+    known = {(entry.name, entry.experts): entry for entry in entries}
+    found = [(block, known.get((block.name, block.num_experts))) for block in blocks]
+    return tuple(block if entry is None else dataclasses.replace(block, keep=entry.keep) for block, entry in found)
 
 
 def entry_of(block: MoEBlock, gates: str | None = None, scores: str | None = None) -> BlockEntry:

@@ -190,7 +190,15 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
             entries.append(entry_of(item.block))
     sort_nodes(model.graph)
     save_variant(model.graph, staging / OBSERVED)
-    return tuple(entries)
+    return _in_order(model, entries)
+
+
+def _in_order(model: Model, entries: Sequence[BlockEntry]) -> tuple[BlockEntry, ...]:
+    """``entries`` and those of layers that were settled before, in the order of the manifest that names them all."""
+    unobserved = (dataclasses.replace(entry, gates=None, scores=None) for entry in model.settled)
+    by_name = {entry.name: entry for entry in (*entries, *unobserved)}
+    order = [entry.name for entry in (model.manifest.blocks if model.manifest is not None else entries)]
+    return tuple(by_name[name] for name in order if name in by_name)
 
 
 def _write_config(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:

@@ -8,6 +8,9 @@ from tests.graph_passes.block_models.spec import Spec
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
+SPREAD, SPREAD_IN_A_ROW = 0.5, 0.25
+"""Of weights: smaller in layers in a row, whose sum would grow until a float32 sigmoid of some logits is 0."""
+
 
 def weights(spec: Spec, layer: int = 0) -> dict[str, np.ndarray]:
     """Random weights in transformers' layout; where they are quantised, what the stored ones stand for."""
@@ -28,7 +31,7 @@ def drawn(spec: Spec, layer: int) -> dict[str, np.ndarray]:
     E, H, F = spec.experts, spec.hidden, spec.width * (2 if spec.gated else 1)
 
     def draw(*shape: int) -> np.ndarray:
-        return rng.normal(0, 0.5, shape).astype(DTYPES[spec.dtype])
+        return rng.normal(0, SPREAD if spec.layers == 1 else SPREAD_IN_A_ROW, shape).astype(DTYPES[spec.dtype])
 
     up, down = draw(E, F, H), draw(E, H, spec.width)
     if spec.transposed:
