@@ -1,5 +1,6 @@
 """Random inputs for a graph that nobody has told us anything about."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
 from graph_passes.walk import SHAPE_ONLY, is_weight, sink
+from moe_spec.errors import UserError
+
+MOST_ELEMENTS = 1 << 28
+"""Of one input; no model is proven with more."""
 
 LENGTH = 31
 """The sequence length of the largest inputs."""
@@ -58,6 +63,11 @@ def _shape(tensor: gs.Tensor, names: dict[str, int], size: tuple[int, int]) -> t
         else:
             key = dim or f"{tensor.name}.{axis}"
             dims.append(names.setdefault(key, size[0] if not names else size[1]))
+    if not 0 <= math.prod(dims) <= MOST_ELEMENTS or min(dims, default=0) < 0:
+        raise UserError(
+            f"input {tensor.name!r} has the shape {dims}, too large or too odd to be fed with random numbers",
+            hint="check the model; --no-prove writes the result without comparing it",
+        )
     return tuple(dims)
 
 

@@ -87,6 +87,8 @@ def check_stored(proto: onnx.TensorProto) -> None:
         UserError: an unknown type, a negative length, or bytes that are missing or left over.
     """
     shape, dtype = list(proto.dims), dtype_of(proto)
+    if dtype.kind == "c":
+        raise UserError(f"weight {proto.name} is complex, which is not supported", hint=_MEND)
     if any(length < 0 for length in shape):
         raise UserError(f"weight {proto.name} has the shape {shape}, whose lengths cannot be negative", hint=_MEND)
     if onnx.external_data_helper.uses_external_data(proto):
@@ -116,10 +118,8 @@ def external_info(proto: onnx.TensorProto) -> onnx.external_data_helper.External
 
 
 def _entries(proto: onnx.TensorProto, shape: Sequence[int]) -> int:
-    """How many entries of its typed field hold a tensor; complex numbers take two, small ones share one."""
+    """How many entries of its typed field hold a tensor; small numbers share one."""
     small = bits_of(dtype_of(proto))
-    if proto.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
-        return 2 * math.prod(shape)
     return -(-math.prod(shape) * small // 8) if small < 8 else math.prod(shape)
 
 
