@@ -40,6 +40,13 @@ def numbers(tensor: gs.Tensor | None) -> list[int]:
         return []
     tensor = source(tensor)
     if isinstance(tensor, gs.Constant):
-        return [int(value) for value in tensor.values.reshape(-1)]
+        whole = tensor.values.dtype.kind in "iu"
+        return [int(value) if whole else -1 for value in tensor.values.reshape(-1)]
     node = produced_by(tensor, "Concat")
     return [-1] if node is None else [entry for part in node.inputs for entry in numbers(part)]
+
+
+def whole_number(tensor: gs.Tensor | None) -> int | None:
+    """The one integer that ``tensor`` is full of, whatever its type."""
+    value = constant_value(tensor)
+    return int(value) if value is not None and value.is_integer() else None

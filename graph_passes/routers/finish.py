@@ -33,8 +33,8 @@ class Finish:
         """
         if not self.renormalize:
             return dataclasses.replace(earlier, scale=earlier.scale * self.scale)
-        if earlier.renormalize and earlier.eps:
-            raise FormError("the weights are renormalised twice", node)
+        if (earlier.renormalize and earlier.eps) or not earlier.scale:
+            raise FormError("the weights are renormalised twice, or all are 0", node)
         return dataclasses.replace(self, eps=self.eps / earlier.scale)  # c a / (c sum + eps) = a / (sum + eps / c)
 
 
@@ -62,7 +62,7 @@ def _step(tensor: gs.Tensor) -> tuple[gs.Tensor, Finish] | None:
         parts = split_number(node)
         return None if parts is None else (parts[0], Finish(scale=parts[1]))
     divisor = constant_value(node.inputs[1])
-    if divisor is not None:
+    if divisor:
         return node.inputs[0], Finish(scale=1.0 / divisor)
     numerator = source(node.inputs[0])
     total, eps, clips = strip_eps(node.inputs[1])

@@ -75,9 +75,7 @@ def _selected(where: gs.Node) -> tuple[gs.Tensor, tuple[int, ...]] | None:
         return scatter.inputs[1], ()
     counted = produced_by(mask, "ReduceSum")
     equal = None if counted is None else produced_by(source(counted.inputs[0]), "Equal")
-    if equal is None or not isinstance(equal.inputs[1], gs.Constant):
-        return None
-    return equal.inputs[0], tuple(int(group) for group in equal.inputs[1].values.reshape(-1))
+    return None if equal is None else (equal.inputs[0], tuple(numbers(equal.inputs[1])))
 
 
 def check_fill(grouping: Grouping, bias: gs.Constant | None) -> None:

@@ -34,6 +34,7 @@ class Linear:
 class _Masked:
     """A ``Where`` on the way: rows that are not ``kept`` have the constant ``fill`` as their logit."""
 
+    node: gs.Node
     kept: Array
     fill: float
 
@@ -77,7 +78,7 @@ def _peel(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Constant | _Masked] | None:
     for index, value in enumerate(branches):
         if isinstance(mask, gs.Constant) and isinstance(value, gs.Constant) and np.prod(value.shape, dtype=int) == 1:
             kept = np.ravel(mask.values).astype(bool)
-            return branches[1 - index], _Masked(~kept if index == 0 else kept, float(value.values.reshape(-1)[0]))
+            return branches[1 - index], _Masked(node, ~kept if index == 0 else kept, float(value.values.reshape(-1)[0]))
     return None
 
 
@@ -94,7 +95,7 @@ def _fold(weight: Weight, steps: list[gs.Constant | _Masked], weights: Weights) 
             bias = bias + _vector(step, experts, weights)
             continue
         if len(step.kept) != experts:
-            raise FormError(f"a mask over the logits has {len(step.kept)} entries, expected {experts}", None)
+            raise FormError(f"a mask over the logits has {len(step.kept)} entries, expected {experts}", step.node)
         bias = np.where(step.kept, bias, np.float32(step.fill))
         if np.isfinite(step.fill):  # the logit is this constant, whatever the token
             weight = _zero_rows(weight, step.kept)
@@ -133,9 +134,10 @@ def _lies_by_expert(node: gs.Node) -> bool:
     if node.op != "Einsum":
         return bool(node.attrs.get("transB", 0))
     left, _, result = node.attrs["equation"].replace(" ", "").partition("->")
-    hidden, kernel = left.split(",")
-    if len(kernel) == 2 and hidden[:-1] + kernel[0] == result and kernel[1] == hidden[-1]:
-        return True
-    if len(kernel) == 2 and hidden[:-1] + kernel[1] == result and kernel[0] == hidden[-1]:
-        return False
+    terms = left.split(",")
+    hidden, kernel = terms if len(terms) == 2 and all(terms) else ("", "")
+    expert, channel = (*kernel,) if len(kernel) == len(set(kernel)) == 2 else ("", "")
+    for is_by_expert, row, column in ((True, expert, channel), (False, channel, expert)):
+        if row and column == hidden[-1] and result == hidden[:-1] + row:
+            return is_by_expert
     raise FormError("the router's Einsum is no projection", node)

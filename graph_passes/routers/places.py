@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Capacity, FormError
-from graph_passes.routers.constants import constant_value
+from graph_passes.routers.constants import constant_value, numbers, whole_number
 from graph_passes.routers.hits import ids_of
 from graph_passes.routers.ranking import read_ranking
 from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
@@ -122,11 +122,11 @@ def _read_place(tensor: gs.Tensor, depth: int = DEEPEST) -> _Place | None:
         inner = produced_by(source(node.inputs[0], TURNS), "Mul", "Sub")
         return None if inner is None else _read_place(inner.outputs[0], depth)
     if node.op == "Sub":
-        inner, step = _read_place(node.inputs[0], depth), constant_value(node.inputs[1])
+        inner, step = _read_place(node.inputs[0], depth), whole_number(node.inputs[1])
         if inner is None or step is None:
             return None
-        outside = None if inner.outside is None else inner.outside - int(step)
-        return dataclasses.replace(inner, shift=inner.shift - int(step), outside=outside)
+        outside = None if inner.outside is None else inner.outside - step
+        return dataclasses.replace(inner, shift=inner.shift - step, outside=outside)
     if node.op == "Mul":
         inner = _read_place(node.inputs[0], depth) or _read_place(node.inputs[1], depth)
         return None if inner is None else dataclasses.replace(inner, outside=0)
@@ -153,22 +153,22 @@ def _bound(node: gs.Node) -> tuple[gs.Tensor, int, int]:
         return bound, -1, 0
     counting = produced_by(bound, "Range")
     if counting is not None:
-        first = constant_value(counting.inputs[0])
+        first = whole_number(counting.inputs[0])
         if first is None or constant_value(counting.inputs[2]) != 1.0:
             raise FormError("places are compared with something else than 0, 1, 2 ...", node)
-        return source(counting.inputs[1]), -1, int(first)
-    values = bound.values.reshape(-1) if isinstance(bound, gs.Constant) else np.zeros(0)
-    if not len(values) or not np.array_equal(values, values[0] + np.arange(len(values))):
+        return source(counting.inputs[1]), -1, first
+    values = numbers(bound)
+    if not values or values[0] < 0 or values != list(range(values[0], values[0] + len(values))):
         raise FormError("places are compared with something else than 0, 1, 2 ...", node)
-    return gs.Constant(bound.name, np.asarray(int(values[-1]))), 0, int(values[0])
+    return gs.Constant(bound.name, np.asarray(values[-1])), 0, values[0]
 
 
 def _shifted(bound: gs.Tensor, added: int, node: gs.Node) -> gs.Tensor:
     """``bound + added``: the number of places."""
-    value = scalar(bound)
+    value = whole_number(bound)
     if value is not None:
-        return gs.Constant(f"{bound.name}.capacity", np.asarray(int(value) + added))
-    if added:
+        return gs.Constant(f"{bound.name}.capacity", np.asarray(value + added))
+    if added or constant_value(bound) is not None:
         raise FormError("a computed capacity is off by one", node)
     return bound
 

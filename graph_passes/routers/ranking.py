@@ -5,7 +5,7 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.routers.constants import constant_value
+from graph_passes.routers.constants import whole_number
 from graph_passes.walk import operand, producer, source
 
 
@@ -51,10 +51,10 @@ def top_k_of(topk: gs.Node) -> int:
     Raises:
         FormError: it is computed.
     """
-    k = constant_value(operand(topk, 1))
-    if k is None or not k.is_integer():
+    k = whole_number(operand(topk, 1))
+    if k is None:
         raise FormError("K is no constant", topk)
-    return int(k)
+    return k
 
 
 def last_axis(node: gs.Node, default: int) -> bool:

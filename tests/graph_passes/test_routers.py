@@ -93,8 +93,42 @@ def test_biases_and_masks_are_one_vector(tmp_path, biases):
     np.testing.assert_allclose(exponentials / exponentials.sum(-1, keepdims=True), got, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "projection",
+    [
+        ["logits = MatMul (x, w)"],
+        ["turned = Transpose <perm = [1, 0]> (by_row)", "logits = MatMul (x, turned)"],
+        ["logits = Gemm <transB = 1> (x, by_row)"],
+        ['logits = Einsum <equation = "th,he->te"> (x, w)'],
+        ['logits = Einsum <equation = "th, eh -> te"> (x, by_row)'],
+    ],
+)
+def test_a_projection_may_be_written_in_many_ways(tmp_path, projection):
+    graph, weights_of = parsed(tmp_path, [*projection, "gates = Sigmoid (logits)"])
+    router = read_gates(tensor(graph, "gates"), weights_of)
+    np.testing.assert_array_equal(router.weight_EH.load(), CONSTANTS["by_row"])
+    assert (router.hidden.name, router.kind, router.top_k, router.is_ranked) == ("x", "sigmoid, top-k", 6, False)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_router_may_read_something_else_than_the_experts(tmp_path, rank):
+    spec, path = spec_of("stacked", "softmax_renormalised", rank=rank), tmp_path / "block.onnx"
+    save(spec, path)
+    model = onnx.load(path)
+    gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
+    bent = onnx.helper.make_node("Tanh", [gemm.input[0]], ["bent"])
+    gemm.input[0] = "bent"
+    model.graph.node.insert(list(model.graph.node).index(gemm), bent)
+    onnx.save(model, path)
+    for form in ("dense", "sorted"):
+        manifest = optimize(path, tmp_path / form, RUNNER, plan=plan(spec, (1, 4, 5), onnx_sha256(path)), form=form)
+        assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+
+
 CONSTANTS = {
     "w": np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32),
+    "by_row": np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32).T,
+    "short": np.array([True, False, True]),
     "bias": np.arange(6, dtype=np.float32),
     "mask": np.array([[0, -np.inf, 0, 0, -1e4, 0]], np.float32),
     "keep": np.array([1, 0, 1, 1, 1, 0], bool),
@@ -175,6 +209,18 @@ def tensor(graph, name: str):
              "gates, ids = TopK (scores, two)"],
             "the logits are no Gemm or MatMul",
             "Add 'shifted'",
+        ),
+        (
+            ["logits = MatMul (x, w)", "cut = Where (short, logits, low)", "scores = Sigmoid (cut)",
+             "gates, ids = TopK (scores, two)"],
+            "a mask over the logits has 3 entries, expected 6",
+            "Where 'cut'",
+        ),
+        (
+            ['logits = Einsum <equation = "th,hh->th"> (x, w)', "scores = Sigmoid (logits)",
+             "gates, ids = TopK (scores, two)"],
+            "the router's Einsum is no projection",
+            "Einsum 'logits'",
         ),
         (
             ["logits = Gemm <alpha = 0.5> (x, w)", "scores = Sigmoid (logits)", "gates, ids = TopK (scores, two)"],
