@@ -59,7 +59,7 @@ def optimize(
         source: whoever exported it.
         out: gets model.onnx, its weights, observed.onnx (router tensors as outputs), config.json, manifest.json.
         runner: runs original and result for the proof.
-        plan: which experts stay; None keeps all.
+        plan: which experts stay. In layers that it does not name, all do that an input can choose.
         form: one of ``FORMS``; ``auto`` chooses for each layer among ``accepted``.
         accepted: the forms that the target takes, which also limit ``form``; None: no target in view, so that only
             what loses experts is written anew.
