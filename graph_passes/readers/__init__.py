@@ -106,6 +106,8 @@ def _try(reader: ModuleType, node: gs.Node, name: str, weights: Weights) -> MoEB
         block = agree(reader.read(node, name, weights), node)
     except FormError as reason:
         return Refusal(reader.FORM, reason.reason, reason.node)
+    except RecursionError:
+        return Refusal(reader.FORM, "its ops are nested deeper than any exporter nests them", place_of(node))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if node.domain in (None, ""):
             raise

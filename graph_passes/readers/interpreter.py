@@ -4,19 +4,17 @@ Exporters spell one gather in a dozen ways. What a spelling does is found out by
 and hidden states, and sees which of them arrive where. Nothing of a projection is run, so this costs next to nothing.
 """
 
+import math
 from collections import Counter
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
-from graph_passes.readers.kernels import KERNELS, Inputs, widened
+from graph_passes.readers.kernels import KERNELS, MOST_ENTRIES, Inputs, widened
 from graph_passes.routers import Weights
 from graph_passes.walk import is_weight, producer
 from graph_passes.weights import Array
-
-MOST_ENTRIES = 1 << 22
-"""Of a constant that is no weight: shapes, ids, zeros."""
 
 
 SAME_SHAPE = frozenset(
@@ -91,7 +89,7 @@ class Interpreter:
         weight = self._weights.of(tensor)
         if weight.dtype.kind in "OSUc":
             raise FormError(f"where tokens go depends on a constant of type {weight.dtype.name}", tensor)
-        if weight.nbytes > MOST_ENTRIES:
+        if math.prod(weight.shape) > MOST_ENTRIES:
             raise FormError("where tokens go depends on a large constant", tensor)
         return widened(weight.load())
 
@@ -114,15 +112,15 @@ class Interpreter:
                 self._values.pop(id(item), None)
 
 
-def dims_of(tensor: gs.Tensor) -> list[int | str | None] | None:
+def dims_of(tensor: gs.Tensor, *, embedded: bool = False) -> list[int | str | None] | None:
     """The axes of ``tensor``: as the graph states them, or those of what it is computed from entry by entry."""
     while tensor.shape is None:
         node = producer(tensor)
         values = [] if node is None else [value for value in node.inputs if isinstance(value, gs.Variable)]
         if node is None or not values:
             return None
-        if node.op == "Gather" and is_weight(node.inputs[0], 2):  # an embedding
-            ids = dims_of(node.inputs[1])
+        if node.op == "Gather" and is_weight(node.inputs[0], 2) and not embedded:  # an embedding of ids
+            ids = dims_of(node.inputs[1], embedded=True)
             return None if ids is None else [*ids, node.inputs[0].shape[1]]
         if node.op not in SAME_SHAPE:
             return None

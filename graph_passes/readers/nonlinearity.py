@@ -14,6 +14,9 @@ GELU_CUBE = 0.044715
 CLOSE = 1e-3
 """Relative: constants were rounded to half precision where the graph is."""
 
+DEEPEST_PRODUCT = 6
+"""Products of products that are looked through: each may double the factors."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Nonlinearity:
@@ -113,21 +116,21 @@ def _is_tanh_of(x: gs.Tensor, inner: gs.Tensor) -> bool:
     return terms == [x] * 3 and bool(np.isclose(weight, GELU_CUBE, rtol=CLOSE))
 
 
-def _product(tensor: gs.Tensor) -> tuple[float, list[gs.Tensor]]:
+def _product(tensor: gs.Tensor, depth: int = 0) -> tuple[float, list[gs.Tensor]]:
     """``tensor`` as a constant times factors; whole powers count as that many factors."""
     node = produced_by(tensor, "Mul", "Div", "Pow")
-    if node is None:
+    if node is None or depth == DEEPEST_PRODUCT:
         return 1.0, [tensor]
     left, right = (scalar(term) for term in node.inputs)
     if node.op == "Pow":
-        constant, factors = _product(node.inputs[0])
+        constant, factors = _product(node.inputs[0], depth + 1)
         whole = right is not None and right in (2.0, 3.0)
         return (constant ** int(right or 0), factors * int(right or 0)) if whole else (1.0, [tensor])
     if node.op == "Div":
-        constant, factors = _product(node.inputs[0])
+        constant, factors = _product(node.inputs[0], depth + 1)
         return (constant / right, factors) if right else (1.0, [tensor])
     sides = [
-        (value, []) if value is not None else _product(term)
+        (value, []) if value is not None else _product(term, depth + 1)
         for value, term in zip((left, right), node.inputs, strict=True)
     ]
     return sides[0][0] * sides[1][0], [*sides[0][1], *sides[1][1]]

@@ -185,6 +185,7 @@ def rows_of(values: Array, table: Array, node: gs.Node | None) -> Array:
     """
     width = table.shape[1]
     flat = values.reshape(-1, width) if values.size % width == 0 else values.reshape(1, -1)
+    flat = np.nan_to_num(flat)
     rows = ((flat[:, 0] - 1) // width).astype(np.int64)
     inside = flat.shape[1] == width and bool(((rows >= 0) & (rows < len(table))).all())
     if not inside or not np.array_equal(table[rows], flat):

@@ -1,6 +1,7 @@
 """Experts that pick their tokens with NonZero: every spelling is read, every near miss is refused."""
 
 import numpy as np
+import onnx
 import pytest
 
 from graph_passes.block import ON_INPUT
@@ -159,6 +160,20 @@ NEAR_MISSES = {
 def test_a_near_miss_is_refused_with_the_node(tmp_path, miss):
     change, reason = NEAR_MISSES[miss]
     assert said(edited(SMALL, tmp_path, change), "nonzero") == [f"nonzero: {reason}"]
+
+
+def test_ops_that_are_nested_without_end_are_refused(tmp_path):
+    def turn_the_weight_many_times(graph):
+        name = node_of(graph, "linear_1").input[1]
+        for turn in range(4000):
+            node = onnx.helper.make_node("Transpose", [name], [f"turned_{turn}"], perm=[1, 0])
+            graph.node.insert(turn, node)
+            name = f"turned_{turn}"
+        let_read(graph, "linear_1", 1, name)
+
+    assert said(edited(SMALL, tmp_path, turn_the_weight_many_times), "nonzero") == [
+        "nonzero: its ops are nested deeper than any exporter nests them (at ScatterND 'out')"
+    ]
 
 
 def test_nonzero_elsewhere_is_no_moe(tmp_path):

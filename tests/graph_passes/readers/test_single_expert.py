@@ -220,3 +220,10 @@ def test_what_is_no_known_ffn_is_refused_at_its_node(tmp_path, name):
     with pytest.raises(FormError) as refusal:
         experts_of(body, tmp_path)
     assert f"{refusal.value.reason} ({refusal.value.node})" == reason
+
+
+def test_products_of_products_are_looked_through_no_deeper_than_needed(tmp_path):
+    squares = " ".join(f"q{level + 1} = Mul(q{level}, q{level})" for level in range(60))
+    with pytest.raises(FormError) as refusal:
+        experts_of(f"q0 = MatMul(x, up) {squares} m = Mul(q60, q59) {DOWN}", tmp_path)
+    assert refusal.value.reason == "Mul ends no known activation"
