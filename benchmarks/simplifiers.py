@@ -98,7 +98,7 @@ def _apply(tool: Tool, graph: MaskedGraph, source: Path, out: Path, before: Sequ
     try:
         tool.run(source, out)
     except UserError as error:
-        return Outcome(None, problem=REFUSED, details=error.what.removeprefix(f"{source}: "))
+        return Outcome(None, problem=REFUSED, details=_first_reason(error.what.removeprefix(f"{source}: ")))
     except Exception as error:  # each tool has errors of its own
         return Outcome(None, problem=FAILED, details=f"{type(error).__name__}: {error}")
     removed = parameters(source) - parameters(out / MODEL)
@@ -108,6 +108,11 @@ def _apply(tool: Tool, graph: MaskedGraph, source: Path, out: Path, before: Sequ
         return Outcome(removed, math.inf, NOT_LOADABLE, error.what.replace(f"{out}/", ""))
     difference = max(error_between(old["out"], new["out"])[1] for old, new in zip(before, after, strict=True))
     return Outcome(removed, difference, "" if difference <= TOLERANCE["float32"] else WRONG)
+
+
+def _first_reason(refusal: str) -> str:
+    """The layer and what the reader that came furthest said; `moe-edge inspect` shows what all the others did."""
+    return "\n".join(refusal.splitlines()[:3])
 
 
 def _feeds() -> list[Arrays]:
