@@ -41,6 +41,7 @@ def run_forced(manifest: Manifest, folder, x: np.ndarray, ids: np.ndarray, share
 def test_forced_to_what_the_router_chose_nothing_changes(tmp_path, form, keep):
     manifest, x = forced(SPEC, tmp_path / form, form, keep), tokens(SPEC)
     out = tmp_path / form / "out"
+    assert manifest.blocks[0].gates is not None
     gates = RUNNER.run(out / OBSERVED, [{"x": x}])[0][manifest.blocks[0].gates]
     ids = np.argsort(-gates, axis=1)[:, :2]
     got = run_forced(manifest, tmp_path / form, x, ids, np.take_along_axis(gates, ids, axis=1))

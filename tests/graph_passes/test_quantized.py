@@ -1,6 +1,7 @@
 """Quantised weights keep their bytes through every form that can say them; what cannot is refused."""
 
 import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from tests.graph_passes.block_models.kinds import spec_of
 from tests.graph_passes.readers.proofs import ALL, ONE, THREE, assert_pruned_exactly, edited, said, saved
 from tests.zoo import RUNNER
 
-WIDE = {"hidden": 64, "width": 32, "opset": 21}
+WIDE: dict[str, Any] = {"hidden": 64, "width": 32, "opset": 21}
 KINDS = ("int8", "uint8", "int4", "fp8", "matmulnbits")
 SOURCES = ("batched_mm", "stacked", "masked_loop", "nonzero", "grouped", "dispatch")
 POSSIBLE = [
@@ -56,7 +57,8 @@ def test_values_scales_and_zero_points_of_kept_experts_are_the_original_ones(tmp
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 kept = np.broadcast_to(mine.load(), (8, *mine.shape[1:]))[list(THREE)]
-                np.testing.assert_array_equal(*np.broadcast_arrays(kept, theirs.load()))
+                left, right = np.broadcast_arrays(kept, theirs.load())
+                np.testing.assert_array_equal(left, right)
 
 
 def test_matmulnbits_nodes_stay_such_nodes(tmp_path):
@@ -122,7 +124,7 @@ def test_a_quantised_router_is_refused(tmp_path):
         weight = next(value for value in graph.initializer if value.name == linear.input[1])
         shape = tuple(weight.dims)
         weight.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, np.int8), weight.name))
-        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.1), "scale"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(0.1, np.float32), "scale"))
         node = onnx.helper.make_node("DequantizeLinear", [weight.name, "scale"], ["router.float"], "dequantize")
         linear.input[1] = "router.float"
         graph.node.insert(0, node)

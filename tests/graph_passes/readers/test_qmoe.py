@@ -1,5 +1,7 @@
 """``com.microsoft.QMoE``: packed weights are taken as they lie, and its router is what ONNX Runtime makes of it."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +16,7 @@ from tests.graph_passes.block_models.kinds import spec_of
 from tests.graph_passes.readers.proofs import ALL, ONE, THREE, assert_pruned_exactly, blocks_of, edited, said, saved
 from tests.zoo import RUNNER
 
-WIDE = {"hidden": 64, "width": 32, "opset": 21}
+WIDE: dict[str, Any] = {"hidden": 64, "width": 32, "opset": 21}
 STORED = {
     "int4, blocks of 32": {},
     "int4, blocks of 16": {"block": 16},
@@ -34,7 +36,7 @@ def qmoe(router: str = "softmax_renormalised", **fields) -> Spec:
     return spec_of("qmoe", router, **{**WIDE, "scale": 1.0, **fields})
 
 
-def initialisers(path) -> dict[str, np.ndarray]:
+def initialisers(path) -> dict[int, np.ndarray]:
     """Weights and their parts by where the fused node reads them."""
     model = onnx.load(path)
     (node,) = (node for node in model.graph.node if node.op_type == "QMoE")
