@@ -6,7 +6,7 @@
     out = sum over experts of gates * (middle @ down)
 
 The gates may multiply the experts' outputs, what the down projection reads, or the experts' input. How the constants
-hold the experts is the form's own (``Layout``); that all axes are where they belong is proven (``axes``).
+hold the experts is the form's own (``Layout``); that all axes are where they belong is proven (``axis_reader``).
 """
 
 import dataclasses
@@ -17,18 +17,8 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, Middle, read_activation
-from graph_passes.readers.axes import (
-    ELEMENTWISE,
-    EXPERTS,
-    HIDDEN,
-    PARTS,
-    SLOTS,
-    TOKENS,
-    WIDTH,
-    Axes,
-    Axis,
-    AxisReader,
-)
+from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
+from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.layout import EXPERTS_SCOPE
 from graph_passes.readers.weighing import MOVES, Weighing, follow, route, sum_of
 from graph_passes.routers import Weights

@@ -16,9 +16,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError, MoEBlock, Router
-from graph_passes.readers.axes import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH, AxisReader, subscripts
+from graph_passes.readers.axes import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH
+from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.batched_ffn import DOWN, Projection, experts_of, read_ffn
 from graph_passes.readers.interpreter import Interpreter
+from graph_passes.readers.operands import subscripts
 from graph_passes.readers.single_expert import read_ffn as read_single
 from graph_passes.readers.single_expert import stack_experts
 from graph_passes.readers.stacked import LAYOUT

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
-from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS, AxisReader, axes_of
+from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS
+from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.branches import CASTS, branch_sums, silent_terms_of, terms_of
 from graph_passes.readers.columns import Column, column_of
 from graph_passes.readers.layout import EXPERTS_SCOPE
+from graph_passes.readers.operands import axes_of
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
 from graph_passes.readers.weighing import follow, in_dtype_of, route, sum_of
 from graph_passes.routers import Weights, read_gates, read_slots
