@@ -116,8 +116,9 @@ def prune(source: Path, out: Path) -> Cost:
     _, status, usage = os.wait4(child.pid, 0)
     os.sync()
     seconds = time.perf_counter() - started
-    if status:
-        raise RuntimeError(f"moe-edge optimize ended with status {status}")
+    child.returncode = os.waitstatus_to_exitcode(status)  # wait4 gives memory too, and Popen did not see it
+    if child.returncode:
+        raise RuntimeError(f"moe-edge optimize ended with exit code {child.returncode}")
     passes = Manifest.load(out).passes
     first, last = passes[0], passes[-1]
     peak = usage.ru_maxrss * 1024
