@@ -116,6 +116,7 @@ def _quantized(weight: Weight, how: Quantization) -> Weight:
             dtype=dtype,
             scales=dataclasses.replace(scales, dtype=np.dtype(np.float32)),
             zero_points=from_array(np.full((1, 1, 1), middle).astype(dtype)),
+            cast_to=None if stored.dtype == np.float32 else stored.dtype,
         )
 
     return _by_output(weight, change)

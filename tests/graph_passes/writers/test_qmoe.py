@@ -76,6 +76,14 @@ def test_experts_take_a_quarter_and_an_eighth_of_the_bytes(tmp_path):
     assert (sizes[0] // sizes[1], sizes[0] // sizes[2]) == (4, 8)
 
 
+@pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
+def test_experts_in_float16_stay_so_between_their_products(tmp_path, form):
+    spec = spec_of("experts", "softmax_renormalised", **WIDE, dtype="float16")
+    manifest = quantised(spec, tmp_path, HOW, form)
+    assert {entry["dtype"] for entry in manifest.details["oracle"]} == {"float16"}
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 2e-3
+
+
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.bits} bits, {how.block_size}")
 @pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
 def test_twice_is_once(tmp_path, how, form):
