@@ -16,7 +16,6 @@ from graph_passes.routers import Weights
 from graph_passes.walk import is_weight, producer
 from graph_passes.weights import Array
 
-
 SAME_SHAPE = frozenset(
     {"Add", "Cast", "Div", "Identity", "LayerNormalization", "Mul", "RMSNormalization", "Sub"}
     | {"SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}

@@ -145,9 +145,12 @@ def read(end: gs.Node, name: str, weights: Weights) -> MoEBlock:
 
 def _scatters(end: gs.Node) -> Iterator[gs.Node]:
     """Every scatter that ``end`` adds up, itself included."""
-    waiting = [end]
+    waiting, seen = [end], set[int]()
     while waiting:
         node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
         if node.op in SCATTERS and produced_by(source(node.inputs[1], INDEX_OPS), "NonZero"):
             yield node
         waiting += [inner for tensor in _addends(node) if (inner := produced_by(tensor, *SCATTERS, *SUMS))]
@@ -216,7 +219,7 @@ def _read_router(branch: Branch, weights: Weights) -> Routed:
         if pick is None:
             raise FormError("an expert does not read gathered tokens", branch.parts.up.node)
         try:
-            if values is asked:
+            if values is source(asked, PICKS):
                 return Routed(read_gates(values, weights), gathered_from(pick), None, values)
             return Routed(read_slots(asked, values, weights), gathered_from(pick), asked, values)
         except FormError as error:

@@ -96,6 +96,20 @@ def test_an_export_of_fixed_shapes_is_read_and_pruned(tmp_path, name):
     assert_fixed_shapes_are_pruned(name, tmp_path)
 
 
+def test_gates_may_be_compared_with_zero(tmp_path):
+    def compare(graph):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0).reshape(()), "nothing"))
+        for number, found in enumerate([node for node in graph.node if node.op_type == "NonZero"]):
+            mask = node_of(graph, found.input[0])
+            equal = onnx.helper.make_node("Equal", [mask.input[0], "nothing"], [f"is_nothing_{number}"])
+            mask.CopyFrom(onnx.helper.make_node("Not", [f"is_nothing_{number}"], list(mask.output)))
+            graph.node.insert(list(graph.node).index(mask), equal)
+
+    spec = Spec(form="nonzero", hit="gates", scatter="ScatterND")
+    (block,) = blocks_of(edited(spec, tmp_path, compare), "nonzero")
+    assert_weights_are_original(spec, block)
+
+
 def test_which_expert_a_branch_is_follows_from_the_id_not_from_the_order(tmp_path):
     def swap(graph):
         first, last = (node_of(graph, name) for name in ("eq", "eq_2"))
