@@ -20,7 +20,7 @@ from graph_passes.readers.activation import INTERLEAVED, SEPARATE, Middle, read_
 from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.layout import EXPERTS_SCOPE
-from graph_passes.readers.weighing import MOVES, Weighing, follow, route, sum_of
+from graph_passes.readers.weighing import MOVES, Weighing, check_tokens, check_weights_on, follow, route, sum_of
 from graph_passes.routers import Weights
 from graph_passes.walk import produced_by, producer, source
 from graph_passes.weights import Weight
@@ -140,8 +140,7 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     router, weights_on, x = _gating(node, ffn, weighing, ids, axes, weights)
     hidden = _hidden_of(x, router)
     experts = experts_of(ffn, router.columns, weights)
-    if weights_on == ON_INPUT and (experts.up_bias_EF or experts.gate_bias_EF or experts.down_bias_EH):
-        raise FormError("the weights multiply the input of experts that have biases", node)
+    check_weights_on(weights_on, experts, node)
     axes.size(EXPERTS, router.columns)
     axes.size(HIDDEN, router.weight_EH.shape[1])
     axes.size(WIDTH, experts.up_EHF.shape[2])
@@ -246,8 +245,7 @@ def _hidden_of(x: gs.Tensor, router: Router) -> gs.Tensor:
             break
         x = node.inputs[0]
         node = producer(x)
-    if x.shape is not None and len(x.shape) != 2:
-        raise FormError(f"the experts read tokens in {len(x.shape)} axes, expected (tokens, channels)", node or x)
+    check_tokens(x)
     return x
 
 

@@ -20,6 +20,7 @@ from graph_passes.readers.batched_ffn import (
     reaches_product,
     read_block,
 )
+from graph_passes.readers.operands import STORED
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.weighing import MOVES
 from graph_passes.routers import Weights
@@ -28,9 +29,6 @@ from graph_passes.weights import Weight
 
 FORM = "dense"
 LOOKS_FOR = "product of gated channels of all experts with one matrix"
-
-STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
-"""Ops that a weight passes before it is multiplied."""
 
 
 class SideBySide:

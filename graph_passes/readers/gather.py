@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.readers.axes import EXPERTS, Axis
 from graph_passes.readers.batched_ffn import Held, Layout, Product, is_down, read_block
+from graph_passes.readers.operands import STORED
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.weighing import MOVES
 from graph_passes.routers import Weights
@@ -22,9 +23,6 @@ from graph_passes.weights import Weight
 
 FORM = "gather"
 LOOKS_FOR = "Gather of stacked expert weights"
-
-STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
-"""Ops that a weight passes before it is gathered."""
 
 
 class Gathered:

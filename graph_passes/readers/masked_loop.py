@@ -22,7 +22,7 @@ from graph_passes.readers.columns import Column, column_of
 from graph_passes.readers.layout import EXPERTS_SCOPE
 from graph_passes.readers.operands import axes_of
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
-from graph_passes.readers.weighing import follow, in_dtype_of, route, sum_of
+from graph_passes.readers.weighing import check_tokens, check_weights_on, follow, in_dtype_of, route, sum_of
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import produced_by, producer, source
 
@@ -182,11 +182,8 @@ def _block(branches: Sequence[Branch], router: Router, experts: Experts, out: gs
     for branch in branches:
         if branch.tokens is not first.tokens or branch.weights_on != first.weights_on:
             raise FormError("the branches read different values", branch.parts.up.node)
-    if first.tokens.shape is not None and len(first.tokens.shape) != 2:
-        rank = len(first.tokens.shape)
-        raise FormError(f"the experts read tokens in {rank} axes, expected (tokens, channels)", first.parts.up.node)
-    if first.weights_on == ON_INPUT and any((experts.up_bias_EF, experts.gate_bias_EF, experts.down_bias_EH)):
-        raise FormError("the weights multiply the input of experts that have biases", first.parts.down.node)
+    check_tokens(first.tokens)
+    check_weights_on(first.weights_on, experts, first.parts.down.node)
     return MoEBlock(
         name=_scope(first) or router.scope or name,
         form=FORM,

@@ -5,6 +5,9 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError
 from graph_passes.walk import operand, producer
 
+STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
+"""Ops that a weight passes before it is multiplied or gathered."""
+
 
 def subscripts(einsum: gs.Node) -> tuple[list[str], str]:
     """The letters of each operand, and of the result, of an Einsum with an explicit result.

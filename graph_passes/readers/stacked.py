@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.axes import EXPERTS, ONE, Axes, Axis
 from graph_passes.readers.batched_ffn import Held, Layout, Product, is_down, read_block
-from graph_passes.readers.operands import subscripts
+from graph_passes.readers.operands import STORED, subscripts
 from graph_passes.readers.projection import read_weight
 from graph_passes.routers import Weights
 from graph_passes.walk import produced_by, source
@@ -20,9 +20,6 @@ from graph_passes.weights import Weight
 
 FORM = "stacked"
 LOOKS_FOR = "product of every token with stacked expert weights"
-
-STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
-"""Ops that a weight passes before it is multiplied."""
 
 
 class Stacked:
