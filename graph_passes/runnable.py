@@ -20,7 +20,7 @@ def _has_fc3(node: gs.Node) -> bool:
 
 
 def _has_halves(node: gs.Node) -> bool:
-    return node.op in FC3 and int(node.attrs.get("swiglu_fusion", 0)) == HALVES
+    return node.op in FC3 and node.attrs.get("swiglu_fusion", 0) == HALVES
 
 
 def _is_sparse(node: gs.Node) -> bool:

@@ -44,6 +44,18 @@ class Projections:
     fc3_bias: Weight | None
 
 
+def integer(node: gs.Node, key: str, default: int) -> int:
+    """An attribute of an op that no checker knows.
+
+    Raises:
+        FormError: it is no whole number.
+    """
+    value = node.attrs.get(key, default)
+    if not isinstance(value, int):
+        raise FormError(f"attribute {key} is {value!r}, expected a whole number", node)
+    return value
+
+
 def optional(node: gs.Node, index: int, weights: Weights) -> Weight | None:
     """The weight at input ``index``; None where it is left out.
 
@@ -60,7 +72,7 @@ def experts_of(node: gs.Node, parts: Projections) -> Experts:
     Raises:
         FormError: an activation that is not known, or shapes that do not fit together.
     """
-    activation, fusion = _activation(node), _fusion(node)
+    activation, fusion = _activation(node), _fusion(node, has_fc3=parts.fc3 is not None)
     _check_shapes(node, parts, 2 if fusion else 1)
     fc1_EHN, down_EFH = parts.fc1.swap(), parts.fc2.swap()
     if fusion:
@@ -99,28 +111,37 @@ def check_logits(node: gs.Node, router: Router) -> None:
 
 def sparse(node: gs.Node, router: Router) -> Router:
     """``router`` as the sparse mixer that ``use_sparse_mixer`` makes of it (https://arxiv.org/abs/2409.12136)."""
-    if not node.attrs.get("use_sparse_mixer", 0):
+    if not integer(node, "use_sparse_mixer", 0):
         return router
     return dataclasses.replace(router, score="sparsemixer", renormalize=False, jitter_eps=SPARSE_MIXER_JITTER)
 
 
 def _activation(node: gs.Node) -> Activation:
-    name = node.attrs.get("activation_type", "relu")
+    name = str(node.attrs.get("activation_type", "relu"))
     if name not in KINDS:
         raise FormError(f"activation_type {name!r} is none of {', '.join(KINDS)}", node)
     if name != "swiglu":
         return Activation(KINDS[name])
-    limit = float(node.attrs.get("swiglu_limit", math.inf))
+    alpha, beta, limit = (
+        _real(node, key, default)
+        for key, default in (("activation_alpha", 1.0), ("activation_beta", 0.0), ("swiglu_limit", math.inf))
+    )
     if not limit > 0:
         raise FormError(f"swiglu_limit is {limit:g}, expected more than 0", node)
-    alpha, beta = (float(node.attrs.get(f"activation_{key}", default)) for key, default in (("alpha", 1), ("beta", 0)))
     return Activation("silu", alpha, NO_LIMIT if math.isinf(limit) else limit, beta)
 
 
-def _fusion(node: gs.Node) -> int:
+def _real(node: gs.Node, key: str, default: float) -> float:
+    value = node.attrs.get(key, default)
+    if not isinstance(value, float):
+        raise FormError(f"attribute {key} is {value!r}, expected a number", node)
+    return value
+
+
+def _fusion(node: gs.Node, *, has_fc3: bool) -> int:
     """0 where fc1 is one projection, else how gate and up share it."""
     is_swiglu = node.attrs.get("activation_type") == "swiglu"
-    fusion, has_fc3 = int(node.attrs.get("swiglu_fusion", 0)), len(node.inputs) > 6
+    fusion = integer(node, "swiglu_fusion", 0)
     if not is_swiglu or fusion in (INTERLEAVED, HALVES):
         return fusion if is_swiglu else 0
     if fusion == 0 and has_fc3:

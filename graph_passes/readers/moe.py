@@ -11,7 +11,16 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Router
-from graph_passes.readers.contrib import DOMAIN, Projections, check_logits, experts_of, leading_axes, optional, sparse
+from graph_passes.readers.contrib import (
+    DOMAIN,
+    Projections,
+    check_logits,
+    experts_of,
+    integer,
+    leading_axes,
+    optional,
+    sparse,
+)
 from graph_passes.routers import Weights, read_gates, read_logits
 from graph_passes.walk import produced_by, source
 
@@ -34,8 +43,8 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
         raise FormError(f"the node has {len(node.inputs)} inputs, expected at least 5", node)
     router = read_fused_router(node, weights)
     fc1, fc2, fc3, *biases = (optional(node, index, weights) for index in (2, 4, 6, 3, 5, 7))
-    if fc1 is None or fc2 is None:
-        raise FormError("fc1 or fc2 is left out", node)
+    if fc1 is None or fc2 is None or {len(part.shape) for part in (fc1, fc2, fc3) if part is not None} != {3}:
+        raise FormError("fc1 or fc2 is left out, or has another rank than 3", node)
     if fc2.shape[1:2] != router.weight_EH.shape[1:2] == fc2.shape[2:]:
         fc1, fc2, fc3 = fc1.swap(), fc2.swap(), None if fc3 is None else fc3.swap()
     experts = experts_of(node, Projections(fc1, fc2, fc3, *biases))
@@ -57,7 +66,7 @@ def read_fused_router(node: gs.Node, weights: Weights) -> Router:
     Raises:
         FormError: no known router.
     """
-    top_k, renormalize = int(node.attrs.get("k", 1)), bool(node.attrs.get("normalize_routing_weights", 0))
+    top_k, renormalize = integer(node, "k", 1), bool(integer(node, "normalize_routing_weights", 0))
     logarithm = produced_by(source(node.inputs[1]), "Log")
     if logarithm is None:
         router = read_logits(node.inputs[1], top_k=top_k, renormalize=renormalize, weights_of=weights)

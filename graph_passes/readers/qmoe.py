@@ -22,6 +22,7 @@ from graph_passes.readers.contrib import (
     check_logits,
     dtype_of,
     experts_of,
+    integer,
     leading_axes,
     optional,
     sparse,
@@ -77,12 +78,12 @@ def _projection(node: gs.Node, places: tuple[int, int, int, int], index: int, we
     stored, scales, _, zero_points = (None if part == places[2] else optional(node, part, weights) for part in places)
     if stored is None:
         return None
-    bits = int(node.attrs.get(f"fc{index}_expert_weight_bits", node.attrs.get("expert_weight_bits", 4)))
+    bits = integer(node, f"fc{index}_expert_weight_bits", integer(node, "expert_weight_bits", 4))
     if bits not in INTEGERS or scales is None or stored.dtype != np.uint8 or len(stored.shape) != 3:
         raise FormError(f"fc{index} has {bits} bits, expected uint8 (E, out, in) of 4 or 8 bits with scales", node)
     values = unpacked(stored, INTEGERS[bits])
     experts, rows, columns = values.shape
-    block = int(node.attrs.get("block_size", 0))
+    block = integer(node, "block_size", 0)
     blocks = columns // block if block > 0 and len(scales.shape) == 3 else 1
     if scales.shape not in ((experts, rows), (experts, rows, blocks)) or (blocks > 1 and columns % block):
         raise FormError(f"fc{index} of shape {list(values.shape)} has scales {list(scales.shape)}", node)
@@ -108,7 +109,7 @@ def _zero_points(node: gs.Node, packed: Weight | None, shape: tuple[int, int, in
 
 
 def _router(node: gs.Node, weights: Weights) -> Router:
-    top_k, renormalize = int(node.attrs.get("k", 1)), bool(node.attrs.get("normalize_routing_weights", 0))
+    top_k, renormalize = integer(node, "k", 1), bool(integer(node, "normalize_routing_weights", 0))
     scores = operand(node, ROUTER_WEIGHTS)
     if scores is None:
         router = read_logits(node.inputs[1], top_k=top_k, renormalize=True, weights_of=weights)

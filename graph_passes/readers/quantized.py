@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError
 from graph_passes.packing import unpacked
+from graph_passes.readers.contrib import integer
 from graph_passes.routers import Weights
 from graph_passes.walk import is_weight, operand, source
 from graph_passes.weights import Weight, from_array
@@ -53,7 +54,9 @@ def read_nbits(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:
     Raises:
         FormError: a layout that cannot be written again.
     """
-    inputs, outputs, bits, size = (int(node.attrs.get(key, 4)) for key in ("K", "N", "bits", "block_size"))
+    if len(node.inputs) < 3:
+        raise FormError(f"MatMulNBits has {len(node.inputs)} inputs, expected at least 3", node)
+    inputs, outputs, bits, size = (integer(node, key, 4) for key in ("K", "N", "bits", "block_size"))
     if bits not in INTEGERS or size < 1 or inputs % size or operand(node, 4) is not None:
         raise FormError(f"MatMulNBits has {bits} bits, {inputs} inputs in blocks of {size}, or a group index", node)
     blocks, stored = inputs // size, weights.of(node.inputs[1])
@@ -71,7 +74,7 @@ def read_nbits(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:
         row = -(-blocks * bits // 8)
         entries = unpacked(_entries(node, packed, (outputs, row)), INTEGERS[bits])
         zeros = entries.map((outputs, blocks), lambda rows: rows[:, :blocks], row_wise=True)
-    level = int(node.attrs.get("accuracy_level", 0))
+    level = integer(node, "accuracy_level", 0)
     weight = dataclasses.replace(values, scales=scales, zero_points=zeros, matmul_nbits=level).swap()
     return weight, None if bias is None else weights.of(bias)
 

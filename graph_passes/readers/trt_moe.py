@@ -8,7 +8,7 @@ three biases, all or none. ``activation_type`` 1 is silu, 0 (what it is where it
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError, MoEBlock
-from graph_passes.readers.contrib import leading_axes
+from graph_passes.readers.contrib import integer, leading_axes
 from graph_passes.readers.projection import read_weight
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import Activation
@@ -35,7 +35,7 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
     """
     if len(node.inputs) not in (PLAIN, BIASED):
         raise FormError(f"the node has {len(node.inputs)} inputs, expected {PLAIN} or {BIASED}", node)
-    kind = int(node.attrs.get("activation_type", 0))
+    kind = integer(node, "activation_type", 0)
     if kind != SILU:
         raise FormError(f"activation_type is {kind}, expected {SILU} (silu)", node)
     hidden, ids, gates = node.inputs[:3]

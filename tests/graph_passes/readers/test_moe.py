@@ -106,6 +106,8 @@ def renamed(attribute: str, value: object):
         ("swiglu_limit", 0.0, "swiglu_limit is 0, expected more than 0"),
         ("swiglu_fusion", 0, "swiglu_fusion 0 needs a gate of its own"),
         ("k", 9, "k is 9, but there are 8 experts"),
+        ("k", [2, 2], "attribute k is [2, 2], expected a whole number"),
+        ("activation_alpha", "one", "attribute activation_alpha is 'one', expected a number"),
     ],
 )
 def test_near_misses_are_refused(tmp_path, attribute, value, reason):
