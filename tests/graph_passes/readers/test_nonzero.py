@@ -64,7 +64,7 @@ def test_every_spelling_gives_the_same_record(tmp_path, hit, scatter, fields):
         {"hit": "equal", "scatter": "assign", "score": "sigmoid", "selection_bias": True, "groups": Groups(4, 2)},
         {"hit": "gates", "scatter": "ScatterElements", "topk_first": True, "router_bias": True},
         {"hit": "one_hot", "scatter": "assign", "dtype": "float16", "weights_float": True},
-        ROUTERS["llama4"] | {"hit": "equal", "scatter": "ScatterElements"},
+        {**ROUTERS["llama4"], "hit": "equal", "scatter": "ScatterElements"},
     ],
     ids=["mixtral", "deepseek", "gates", "half", "llama4"],
 )
@@ -87,7 +87,7 @@ def test_what_real_exporters_write_is_read(zoo, name):
 
 
 def test_llama4_weighs_what_experts_read(tmp_path):
-    (block,) = blocks_of(saved(Spec(form="nonzero", **ROUTERS["llama4"] | {"hit": "equal"}), tmp_path), "nonzero")
+    (block,) = blocks_of(saved(Spec(form="nonzero", **{**ROUTERS["llama4"], "hit": "equal"}), tmp_path), "nonzero")
     assert block.weights_on == ON_INPUT
 
 
@@ -98,7 +98,7 @@ def test_an_export_of_fixed_shapes_is_read_and_pruned(tmp_path, name):
 
 def test_gates_may_be_compared_with_zero(tmp_path):
     def compare(graph):
-        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0).reshape(()), "nothing"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), "nothing"))
         for number, found in enumerate([node for node in graph.node if node.op_type == "NonZero"]):
             mask = node_of(graph, found.input[0])
             equal = onnx.helper.make_node("Equal", [mask.input[0], "nothing"], [f"is_nothing_{number}"])
