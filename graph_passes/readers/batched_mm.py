@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, read_activation
 from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
+from graph_passes.readers.no_ops import before, behind
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.quantized import is_stored
 from graph_passes.routers import Weights, read_slots
@@ -39,7 +40,7 @@ class Projection:
 
 def anchors(graph: gs.Graph) -> list[gs.Node]:
     """The nodes that gather down projections: GatherND of stacked matrices whose product is multiplied by a gate."""
-    stacked = [node for node in graph.nodes if node.op == "GatherND" and is_stored(node.inputs[0], 3)]
+    stacked = [node for node in graph.nodes if node.op == "GatherND" and is_stored(before(node.inputs[0]), 3)]
     return [node for node in stacked if _gating(node) is not None]
 
 
@@ -58,9 +59,9 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
     if middle.gate is not None:
         raise FormError("gate and up are gathered from two weights", producer(middle.gate))
     up = _read_projection(middle.projection)
-    if up.transposed != down.transposed or source(up.gather.inputs[1]) is not source(down.gather.inputs[1]):
+    ids = _ids_of(up.gather)
+    if up.transposed != down.transposed or ids is not _ids_of(down.gather):
         raise FormError("the two projections gather by different ids or layouts", up.gather)
-    ids = source(up.gather.inputs[1])
     op = ExpertsOp(
         activation=middle.activation,
         gated=middle.gating is not None,
@@ -68,7 +69,7 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
         transposed=up.transposed,
         biased=up.bias is not None,
     )
-    tensors = (up.gather.inputs[0], down.gather.inputs[0], up.bias, down.bias)
+    tensors = (before(up.gather.inputs[0]), before(down.gather.inputs[0]), up.bias, down.bias)
     up_weight, down_weight, up_bias, down_bias = (
         None if part is None else read_weight(part, weights) for part in tensors
     )
@@ -89,7 +90,7 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
 
 def _gating(gather: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Tensor] | None:
     """(Mul, its product side, its gate side) where the gathered product is multiplied with what has K slots a token."""
-    matmul = next((node for node in gather.outputs[0].outputs if node.op == "MatMul"), None)
+    matmul = next((node for node in behind(gather.outputs[0]).outputs if node.op == "MatMul"), None)
     if matmul is None:
         return None
     value = sink(matmul.outputs[0])
@@ -115,10 +116,18 @@ def _read_projection(tensor: gs.Tensor) -> Projection:
     if node is None or node.op != "MatMul":
         raise FormError("a projection is no MatMul", node or tensor)
     for side in (0, 1):
-        gather = produced_by(node.inputs[side], "GatherND")
-        if gather is not None and is_stored(gather.inputs[0], 3):
+        gather = produced_by(before(node.inputs[side]), "GatherND")
+        if gather is not None and is_stored(before(gather.inputs[0]), 3):
             return Projection(gather, source(node.inputs[1 - side]), bias, transposed=side == 1)
     raise FormError("a projection does not multiply by gathered weights", node)
+
+
+def _ids_of(gather: gs.Node) -> gs.Tensor:
+    """What ``gather`` gathers by, before it was reshaped."""
+    ids = gather.inputs[1]
+    while (earlier := source(before(ids))) is not ids:
+        ids = earlier
+    return ids
 
 
 def _read_hidden(repeated: gs.Tensor) -> gs.Tensor:
@@ -131,8 +140,9 @@ def _read_hidden(repeated: gs.Tensor) -> gs.Tensor:
 
 
 def _gathered_bias(tensor: gs.Tensor) -> gs.Tensor | None:
-    gather = produced_by(tensor, "GatherND")
-    return gather.inputs[0] if gather is not None and is_stored(gather.inputs[0], 2) else None
+    gather = produced_by(before(tensor), "GatherND")
+    stored = None if gather is None else before(gather.inputs[0])
+    return stored if stored is not None and is_stored(stored, 2) else None
 
 
 def _read_sum(mul: gs.Node) -> gs.Tensor:
@@ -144,5 +154,5 @@ def _read_sum(mul: gs.Node) -> gs.Tensor:
 
 def _scope(gather: gs.Node) -> str | None:
     """The block's name, where the exporter kept the name of the weight."""
-    scope, found, _ = source(gather.inputs[0], {"DequantizeLinear"}).name.rpartition(EXPERTS_SCOPE)
+    scope, found, _ = source(before(gather.inputs[0]), {"DequantizeLinear"}).name.rpartition(EXPERTS_SCOPE)
     return scope if found else None
