@@ -80,17 +80,22 @@ def read_weight(tensor: gs.Tensor, weights: Weights) -> Weight:
             if node.attrs.get("perm", [*reversed(range(rank))]) == [*range(rank - 2), rank - 1, rank - 2]:
                 return inner.swap()
         case "Cast":
-            inner = read_weight(node.inputs[0], weights)
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
-            if inner.scales is None:
-                return inner.astype(dtype)
-            if inner.cast_to is None:
-                return dataclasses.replace(inner, cast_to=None if dtype == inner.scales.dtype else dtype)
+            return _cast(read_weight(node.inputs[0], weights), node)
         case "Gather" | "Squeeze" | "Reshape":
             row = _row(node, weights)
             if row is not None:
                 return row
     raise FormError("a weight is no constant", node)
+
+
+def _cast(weight: Weight, node: gs.Node) -> Weight:
+    """``weight`` in the dtype that ``node`` casts it to; a quantised one once it is dequantised."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
+    if weight.scales is None:
+        return weight.astype(dtype)
+    if weight.cast_to is not None:
+        raise FormError("a dequantised weight is cast twice", node)
+    return dataclasses.replace(weight, cast_to=None if dtype == weight.scales.dtype else dtype)
 
 
 def _row(node: gs.Node, weights: Weights) -> Weight | None:

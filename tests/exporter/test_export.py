@@ -71,7 +71,7 @@ def test_the_batch_of_a_classifier_is_dynamic(zoo):
 def test_the_manifest_and_the_graph_agree_on_every_layer(name, zoo):
     said = Manifest.load(zoo.exported(name)).blocks
     found = inspect_model(zoo.exported(name))
-    assert found.refusals == ()
+    assert found.unrecognised == ()
     assert [(block.name, block.experts, block.top_k, block.keep, block.form, block.bytes) for block in said] == [
         (block.name, EXPERTS, TOP_K, tuple(range(EXPERTS)), "experts", block.nbytes) for block in found.blocks
     ]

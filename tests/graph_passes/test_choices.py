@@ -26,13 +26,12 @@ def chosen(tmp_path, spec: Spec, keeps, **watched):
     source = tmp_path / "block.onnx"
     save(spec, source)
     outs = [tmp_path / "one", tmp_path / "other"]
-    entries = [
+    first, second = (
         mask_model(source, plan(spec, keep, onnx_sha256(source)), out).blocks[0]
         for keep, out in zip(keeps, outs, strict=True)
-    ]
-    one = Watched(*entries, keep=ALL, by_score=True)
-    files = (out / OBSERVED for out in outs)
-    return compare_choices([dataclasses.replace(one, **watched)], batches(spec), *files, RUNNER)
+    )
+    pair = dataclasses.replace(Watched(first, second, keep=ALL, by_score=True), **watched)
+    return compare_choices([pair], batches(spec), outs[0] / OBSERVED, outs[1] / OBSERVED, RUNNER)
 
 
 def test_a_router_that_chooses_other_experts_is_found(tmp_path):

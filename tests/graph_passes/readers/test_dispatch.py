@@ -53,7 +53,9 @@ def test_a_capacity_drops_tokens_after_pruning_too(zoo, tmp_path):
     plan = PruningPlan(model.source_sha256, "by hand", (LayerPlan(block.name, 8, 1, (0, 3)),))
     manifest = optimize(source, tmp_path / "out", RUNNER, plan=plan, form="dense")
     x = np.random.default_rng(0).standard_normal((40, 16)).astype(np.float32)
-    gates = RUNNER.run(tmp_path / "out" / "observed.onnx", [{"x": x}])[0][manifest.blocks[0].gates]
+    name = manifest.blocks[0].gates
+    assert name is not None
+    gates = RUNNER.run(tmp_path / "out" / "observed.onnx", [{"x": x}])[0][name]
     assert ((gates != 0).sum(axis=0) == 4).all()
 
 
