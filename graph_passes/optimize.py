@@ -14,6 +14,7 @@ from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
 from graph_passes.order import sort_nodes, tidy
+from graph_passes.other_readers import check_choice_is_unread
 from graph_passes.proof import Proof, Work
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
@@ -139,6 +140,8 @@ def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: 
         shutil.copyfile(model.path, staging / MODEL)
         return
     tidy(model.graph)
+    both = zip(model.blocks, written, strict=True)
+    check_choice_is_unread(model.graph, [block for block, item in both if item.block.num_experts < block.num_experts])
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
 
 
