@@ -5,7 +5,8 @@ asked for by name, or a target is given that another form suits better.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -19,6 +20,8 @@ from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why
 from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
+
+T = TypeVar("T")
 
 OPSETS = range(17, 26)
 """Versions of the standard operators that every writer's ops are valid in."""
@@ -108,11 +111,8 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
     Raises:
         UserError: the graph is of an opset that the writers do not write.
     """
-    if graph.opset not in OPSETS and any(decision.form is not None for decision in decisions):
-        raise UserError(
-            f"the model is written for opset {graph.opset}, its layers can be written for {OPSETS[0]} to {OPSETS[-1]}",
-            hint="convert it first: onnx.version_converter.convert_version(model, 20)",
-        )
+    if any(decision.form is not None for decision in decisions):
+        check_opset(graph)
     names, written = Names(graph), []
     for decision in reversed(decisions):
         if decision.form is None:
@@ -125,16 +125,34 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
     return written[::-1]
 
 
+def check_opset(graph: gs.Graph) -> None:
+    """Refuse a graph of an opset that the writers do not write.
+
+    Raises:
+        UserError: it is none of `OPSETS`.
+    """
+    if graph.opset not in OPSETS:
+        raise UserError(
+            f"the model is written for opset {graph.opset}, its layers can be written for {OPSETS[0]} to {OPSETS[-1]}",
+            hint="convert it first: onnx.version_converter.convert_version(model, 20)",
+        )
+
+
 def _write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]:
-    """Write ``block`` on (T, H), whatever axes it has in the graph."""
-    writer = WRITERS[block.form]
+    out, routing = on_tokens(emitter, block, WRITERS[block.form].write)
+    return out, routing
+
+
+def on_tokens(
+    emitter: Emitter, block: MoEBlock, write: Callable[[Emitter, MoEBlock], tuple[gs.Tensor, T]]
+) -> tuple[gs.Tensor, T]:
+    """What ``write`` gives of ``block`` on (T, H), its first result in the axes that ``block`` has in the graph."""
     if block.shaped_like is None:
-        out, routing = writer.write(emitter, block)
-        return out, routing
+        return write(emitter, block)
     shape = emitter.emit("Shape", block.shaped_like, label="shape")
     router, width = block.router, block.experts.down_EFH.shape[2]
     hidden = emitter.reshape(block.hidden, (-1, width), "tokens")
     read = hidden if router.hidden is block.hidden else emitter.reshape(router.hidden, (-1, width), "router_tokens")
     flat = dataclasses.replace(block, hidden=hidden, router=dataclasses.replace(router, hidden=read))
-    out, routing = writer.write(emitter, flat)
-    return emitter.emit("Reshape", out, shape, label="out_shaped"), routing
+    out, further = write(emitter, flat)
+    return emitter.emit("Reshape", out, shape, label="out_shaped"), further

@@ -4,6 +4,8 @@ Only the selected work is done, so this is the form for many experts and many to
 data.
 """
 
+import dataclasses
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -13,10 +15,34 @@ from graph_passes.writers.expert_math import gate_dtype, single_ffn
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 
 
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A block in this form, and what is computed on the way.
+
+    Attributes:
+        out: (T, H).
+        ids: (T, K) int64.
+        weights: (T, K) float32, 0 where an expert had no place for the token.
+        outputs: (T K, H) what the experts give, the slots of one behind those of the other, before ``weights``.
+        places: (T K,) where in that order each slot is.
+    """
+
+    out: gs.Tensor
+    ids: gs.Tensor
+    weights: gs.Tensor
+    outputs: gs.Tensor
+    places: gs.Tensor
+
+
 def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     """Nodes that compute ``block.out``, and the routing they use."""
-    experts, count, top_k = block.experts, block.num_experts, block.router.top_k
     routing = emit_routing(emitter, block)
+    return compute(emitter, block, routing).out, routing
+
+
+def compute(emitter: Emitter, block: MoEBlock, routing: Routing) -> Computed:
+    """Nodes for the experts of ``block`` behind ``routing``."""
+    experts, count, top_k = block.experts, block.num_experts, block.router.top_k
     ids, weights = slots_of(emitter, routing, count)
     flat = emitter.reshape(ids, (-1,), "slots")
     slots = emitter.emit("Shape", flat, label="slot_count")
@@ -27,12 +53,14 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     sorted_gates = emitter.emit("Gather", gates, order, label="sorted_gates", axis=0)
     if block.weights_on == ON_INPUT:
         tokens = emitter.emit("Mul", tokens, sorted_gates, label="gated_tokens")
-    outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
+    gated = outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
     if block.weights_on == ON_OUTPUT:
-        outputs = emitter.emit("Mul", outputs, sorted_gates, label="gated")
-    back = emitter.emit("Gather", outputs, _argsort(emitter, order, slots, "inverse"), label="unsorted", axis=0)
+        gated = emitter.emit("Mul", outputs, sorted_gates, label="gated")
+    places = _argsort(emitter, order, slots, "inverse")
+    back = emitter.emit("Gather", gated, places, label="unsorted", axis=0)
     by_token = emitter.reshape(back, (-1, top_k, experts.down_EFH.shape[2]), "by_token")
-    return emitter.emit("ReduceSum", by_token, emitter.ints(1), label="out", keepdims=0), routing
+    out = emitter.emit("ReduceSum", by_token, emitter.ints(1), label="out", keepdims=0)
+    return Computed(out, ids, weights, outputs, places)
 
 
 def _argsort(emitter: Emitter, values: gs.Tensor, count: gs.Tensor, label: str) -> gs.Tensor:
