@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graph_passes.checks import check_file
 from graph_passes.protos import every_graph
 from graph_passes.simplify import Simplified, simplify
-from graph_passes.stored import ExternalValues, external_info, of_constant, packed_bytes
+from graph_passes.stored import ExternalValues, LazyWeight, external_info, of_constant, packed_bytes, place_in
 from graph_passes.walk import constants, every_node
 from graph_passes.weights import Weight
 from moe_spec.errors import UserError
@@ -80,22 +81,53 @@ def save_graph(
     data, done = target.with_name(target.name + ".data"), 0
     with data.open("wb") as file:
         for tensor, weight in weights:
-            if weight.nbytes < INLINE_BYTES:
-                tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
-            else:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                tensor._values = ExternalValues(_external(tensor.name, weight, data.name, file.tell()), target.parent)
-                for piece in weight.pieces():
-                    packed_bytes(piece).tofile(file)
-            tensor.data_location = None
+            _store(tensor, weight, file, data)
             done += weight.nbytes
             if on_progress is not None:
                 on_progress(done, total)
     if data.stat().st_size == 0:
         data.unlink()
     save_variant(graph, target)
+    _check_valid(target)
+
+
+def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
+    """Write ``graph``, a variant of a model beside ``target`` some of whose layers were written anew.
+
+    Weights whose bytes lie in one run in a data file of the model are shared, whatever larger weight they are a part
+    of; ``target.data`` gets the others.
+    """
+    data = target.with_name(target.name + ".data")
+    with data.open("wb") as file:
+        for tensor in constants(graph):
+            if isinstance(tensor._values, LazyWeight):
+                weight = tensor._values.weight
+                place = None if weight.nbytes < INLINE_BYTES else place_in(target.parent, weight.load())
+                if place is None:
+                    _store(tensor, weight, file, data)
+                else:
+                    tensor._values = ExternalValues(_external(tensor.name, weight, *place), target.parent)
+    if data.stat().st_size == 0:
+        data.unlink()
+    save_variant(graph, target)
+    _check_valid(target)
+
+
+def _store(tensor: gs.Constant, weight: Weight, file: BinaryIO, data: Path) -> None:
+    """Let ``tensor`` lie at the end of the data file, which is ``data``, or in the .onnx file where it is small."""
+    if weight.nbytes < INLINE_BYTES:
+        tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
+    else:
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        tensor._values = ExternalValues(_external(tensor.name, weight, data.name, file.tell()), data.parent)
+        for piece in weight.pieces():
+            packed_bytes(piece).tofile(file)
+    tensor.data_location = None
+
+
+def _check_valid(path: Path) -> None:
     try:
-        onnx.checker.check_model(str(target))
+        onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -171,6 +171,20 @@ def packed_bytes(array: Array) -> Array:
     return joined
 
 
+def place_in(directory: Path, array: Array) -> tuple[str, int] | None:
+    """The file of ``directory``, and the offset in it, that ``array`` is one run of bytes of; None where it is not."""
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous or array.filename is None:
+        return None
+    whole = array
+    while isinstance(whole.base, np.memmap):
+        whole = whole.base
+    file = Path(array.filename)
+    if not file.is_relative_to(directory.resolve()):
+        return None
+    offset = whole.offset + array.ctypes.data - whole.ctypes.data
+    return file.relative_to(directory.resolve()).as_posix(), offset
+
+
 @functools.lru_cache(maxsize=64)
 def _data_file(directory: Path, location: str) -> Path:
     return inside(directory, location, directory / "model.onnx")

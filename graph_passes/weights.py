@@ -268,7 +268,10 @@ def stack(weights: Sequence[Weight]) -> Weight:
         raise ValueError("experts have weights of different shapes or types")
 
     def read(rows: Rows | None) -> Array:
-        return np.stack([weights[row].load() for row in (range(len(weights)) if rows is None else rows)])
+        chosen = tuple(range(len(weights))) if rows is None else rows
+        if len(chosen) == 1:  # a view: what lies in a file can be told to lie there
+            return weights[chosen[0]].load()[None]
+        return np.stack([weights[row].load() for row in chosen])
 
     scales = None if first.scales is None else stack([weight.scales for weight in weights if weight.scales is not None])
     zeros = [weight.zero_points for weight in weights if weight.zero_points is not None]
