@@ -31,6 +31,9 @@ def optimize(
     clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
     any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
     forced: Annotated[bool, typer.Option(help="Write forced.onnx too: ids and weights are inputs.")] = False,
+    observe_experts: Annotated[
+        bool, typer.Option(help="Write experts.onnx too: logits, ids, weights and expert norms are outputs.")
+    ] = False,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
     allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
     as_json: AsJson = False,
@@ -61,6 +64,7 @@ def optimize(
             any_model=any_model,
             prove=prove,
             forced=forced,
+            observe_experts=observe_experts,
             allow_partial=allow_partial,
         )
     rows = [

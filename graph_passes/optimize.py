@@ -13,9 +13,10 @@ from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
 from graph_passes.observe import observe_routing, routing_of
+from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.order import sort_nodes, tidy
 from graph_passes.other_readers import check_choice_is_unread
-from graph_passes.proof import Proof, Work
+from graph_passes.proof import Proof, Work, prove_variant
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
 from graph_passes.quantize import Quantization
@@ -49,6 +50,7 @@ def optimize(
     any_model: bool = False,
     prove: bool = True,
     forced: bool = False,
+    observe_experts: bool = False,
     allow_partial: bool = False,
     on_progress: Progress | None = None,
 ) -> Manifest:
@@ -68,6 +70,8 @@ def optimize(
         quantization: how the experts are quantised; None leaves them what they are.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         forced: write forced.onnx too, whose routing is an input (`graph_passes.force`).
+        observe_experts: write experts.onnx too, which gives logits, ids, weights and norms of what experts give
+            (`graph_passes.observe_experts`).
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
         on_progress: called with a step, and how much of it is done.
@@ -99,6 +103,9 @@ def optimize(
         work = Work(model, plan, layers, entries if is_new else (), quantization if is_new else None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
+        experts_outputs = save_experts_observed(staging) if observe_experts else {}
+        if experts_outputs and prove:
+            prove_variant(staging, EXPERTS, runner)
         copy_companions(model.path.parent, staging)
         _write_config(model.path.parent, staging, entries)
         manifest = Manifest(
@@ -116,6 +123,7 @@ def optimize(
                 "oracle": [dataclasses.asdict(entry) for entry in proof.oracle],
                 "choices": [dataclasses.asdict(entry) for entry in proof.choices],
                 "forced": forced_inputs,
+                "experts": experts_outputs,
                 "quantization": None if quantization is None else dataclasses.asdict(quantization),
                 "quantization_error": proof.quantization_error,
                 "left_alone": [str(layer) for layer in model.unrecognised],

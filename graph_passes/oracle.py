@@ -11,6 +11,8 @@ from moe_spec.runner import Feeds, Runner, error_between
 TOLERANCE: Mapping[str, float] = {"float64": 1e-5, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest difference allowed, relative to the largest magnitude of the output, by the output's dtype."""
 
+BETWEEN = "the optimised graph differs from the original with the dropped experts unselectable"
+
 
 @dataclasses.dataclass(frozen=True)
 class OracleEntry:
@@ -23,8 +25,10 @@ class OracleEntry:
     max_rel: float
 
 
-def check(batches: Sequence[Feeds], reference: Path, candidate: Path, runner: Runner) -> list[OracleEntry]:
-    """`compare`, and refuse a difference.
+def check(
+    batches: Sequence[Feeds], reference: Path, candidate: Path, runner: Runner, between: str = BETWEEN
+) -> list[OracleEntry]:
+    """`compare`, and refuse a difference; ``between`` says what differs from what.
 
     Raises:
         VerificationError: an output differs by more than `TOLERANCE`.
@@ -34,9 +38,8 @@ def check(batches: Sequence[Feeds], reference: Path, candidate: Path, runner: Ru
         allowed = TOLERANCE.get(entry.dtype, 0.0)
         if entry.max_rel > allowed:
             raise VerificationError(
-                f"output {entry.output!r} of the optimised graph differs from the original with the dropped experts "
-                f"unselectable by {entry.max_rel:.2e} of its range (allowed {allowed:.0e} for {entry.dtype}); "
-                "nothing was written"
+                f"output {entry.output!r} of {between} by {entry.max_rel:.2e} of its range "
+                f"(allowed {allowed:.0e} for {entry.dtype}); nothing was written"
             )
     return entries
 

@@ -96,6 +96,18 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
         return Proof(tuple(oracle), tuple(choices), error)
 
 
+def prove_variant(directory: Path, variant: str, runner: Runner) -> None:
+    """Compare file ``variant`` in ``directory`` with model.onnx beside it, in all that both give.
+
+    Raises:
+        VerificationError: an output differs.
+    """
+    graph = load_graph(directory / MODEL)
+    batches = random_batches(graph, read_blocks(graph, directory).blocks)
+    between = f"{variant} differs from that of {MODEL}"
+    check(batches, directory / MODEL, directory / variant, runner, between)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reference:
     """The original with the dropped experts unselectable.
