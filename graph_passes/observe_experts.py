@@ -66,7 +66,7 @@ def observe_experts(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[
     if reason is not None:
         raise UserError(
             f"the experts of layer {block.name} cannot be observed: {reason}",
-            hint="leave --observe-experts out, or write the layer in form dense first",
+            hint="leave --observe-experts out; observed.onnx has gates and scores of the other layers",
         )
     out, observed = on_tokens(emitter, block, _write)
     replace_uses(graph, block.out, out)

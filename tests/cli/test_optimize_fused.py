@@ -59,6 +59,13 @@ def test_forced_routing_is_one_more_file(block, tmp_path):
     assert inputs == ["x", f"{NAME}/forced/ids", f"{NAME}/forced/weights"]
 
 
+def test_observed_experts_are_one_more_file(block, tmp_path):
+    code, _, _ = invoke("optimize", block, "--observe-experts", "-o", tmp_path / "out")
+    assert code == 0
+    outputs = [value.name for value in onnx.load(tmp_path / "out" / "experts.onnx").graph.output]
+    assert outputs == ["out", *(f"{NAME}/observed/{label}" for label in ("logits", "ids", "weights", "norms"))]
+
+
 @pytest.mark.parametrize(
     ("options", "what", "hint"),
     [

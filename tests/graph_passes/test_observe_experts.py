@@ -4,13 +4,15 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.masked import MASKED
 from graph_passes.observe_experts import EXPERTS
 from graph_passes.optimize import optimize
 from graph_passes.stored import place_in
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, OBSERVED, Manifest
 from moe_spec.runner import Arrays, error_between
+from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, plan, weights, why_not, why_not_run
 from tests.graph_passes.block_models.kinds import FORM_NAMES, spec_of
 from tests.graph_passes.block_models.reference.experts import one_expert
@@ -212,3 +214,40 @@ def test_the_place_of_bytes_is_known_only_where_they_are_one_run_of_the_director
     assert place_in(tmp_path, stored[1:3] + 1) is None
     assert place_in(tmp_path, stored[[1, 2]]) is None
     assert place_in(tmp_path / "elsewhere", stored) is None
+
+
+def test_rows_of_a_router_without_an_expert_are_refused_by_layer(tmp_path):
+    onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
+    with pytest.raises(UserError) as error:
+        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, observe_experts=True)
+    assert error.value.what == (
+        "the experts of layer moe.0 cannot be observed: some rows of its router lead to no expert"
+    )
+    assert error.value.hint == "leave --observe-experts out; observed.onnx has gates and scores of the other layers"
+    assert not (tmp_path / "out").exists()
+
+
+class WrongOnExperts(OnnxRuntimeRunner):
+    """Moves what experts.onnx computes by the whole of its range."""
+
+    def run(self, model, batches, outputs=None):
+        results = super().run(model, batches, outputs)
+        if model.name != EXPERTS:
+            return results
+        return [result | {"out": result["out"] + np.abs(result["out"]).max()} for result in results]
+
+
+def test_a_variant_that_computes_something_else_is_not_written(tmp_path):
+    source = saved(spec_of("grouped"), tmp_path)
+    said = r"output 'out' of experts.onnx differs from that of model.onnx by 1.00e\+00 of its range"
+    with pytest.raises(VerificationError, match=said):
+        optimize(source, tmp_path / "out", WrongOnExperts(threads=1), observe_experts=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_proof_an_op_that_does_not_run_here_is_observed_all_the_same(tmp_path):
+    spec = spec_of("trt_moe", "softmax_renormalised")
+    manifest = optimize(saved(spec, tmp_path), tmp_path / "out", RUNNER, observe_experts=True, prove=False)
+    x = tokens(spec)
+    _, (found,) = run(manifest, tmp_path, x)
+    assert_as_computed(spec, ALL, x, found)
