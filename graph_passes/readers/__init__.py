@@ -79,22 +79,35 @@ def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
 def _try_all(graph: gs.Graph, order: Mapping[int, int], weights: Weights) -> tuple[list[MoEBlock], list[_Failure]]:
     """Blocks in graph order, each once; and what failed."""
     anchors = [(order[id(node)], reader, node) for reader in READERS for node in reader.anchors(graph)]
-    blocks: dict[int, MoEBlock] = {}
+    read: dict[int, list[MoEBlock]] = {}
     failures = []
     for position, reader, node in sorted(anchors, key=lambda item: item[0]):
-        result = _try(reader, node, f"moe.{len(blocks)}", weights)
+        result = _try(reader, node, "", weights)
         if isinstance(result, Refusal):
             failures.append(_Failure(position, result))
         else:
-            blocks.setdefault(id(result.out), result)
-    return _named_apart(list(blocks.values())), failures
+            router = projection_before(result.router.logits) or result.out
+            read.setdefault(id(router), []).append(result)
+    return _named_apart([block for blocks in read.values() for block in _most_specific(blocks)]), failures
+
+
+def _most_specific(blocks: Sequence[MoEBlock]) -> list[MoEBlock]:
+    """Of blocks behind one router those of the first reader; the others may end the same layer at another node."""
+    forms = [reader.FORM for reader in READERS]
+    first = min((block.form for block in blocks), key=forms.index)
+    return list({id(block.out): block for block in blocks if block.form == first}.values())
 
 
 def _named_apart(blocks: Sequence[MoEBlock]) -> list[MoEBlock]:
-    """Layers that share all weights have the name of one: the second is called ``<name>_2``."""
+    """Every layer with a name of its own.
+
+    ``moe.<index>`` where the graph has lost it; layers that share all weights have the name of one, so the second is
+    called ``<name>_2``.
+    """
     counts: Counter[str] = Counter()
     named = []
-    for block in blocks:
+    for index, block in enumerate(blocks):
+        block = block if block.name else dataclasses.replace(block, name=f"moe.{index}")
         counts[block.name] += 1
         number = counts[block.name]
         named.append(block if number == 1 else dataclasses.replace(block, name=f"{block.name}_{number}"))

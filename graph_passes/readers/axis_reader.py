@@ -233,6 +233,13 @@ class AxisReader:
             raise FormError("Gather takes from another axis than the experts'", node)
         return (*self.of(node.inputs[1]), *self.of(node.inputs[0])[1:])
 
+    def _gather_nd(self, node: gs.Node) -> Axes:
+        """Rows of axis 0, one for each id, which have an axis of their own."""
+        ids = self.of(node.inputs[1])
+        if node.attrs.get("batch_dims", 0) or ids[-1:] != (ONE,):
+            raise FormError("GatherND takes by more than one index", node)
+        return (*ids[:-1], *self.of(node.inputs[0])[1:])
+
     def _gather_elements(self, node: gs.Node) -> Axes:
         """K experts of each token, by ids that are the same for all channels."""
         axes, ids = self.of(node.inputs[0]), self.of(source(node.inputs[1], {"Expand"}))
@@ -282,6 +289,7 @@ _RULES: Mapping[str, Callable[[AxisReader, gs.Node], Axes]] = {
     "Expand": AxisReader._expand,
     "Gather": AxisReader._gather,
     "GatherElements": AxisReader._gather_elements,
+    "GatherND": AxisReader._gather_nd,
     "Gemm": AxisReader._gemm,
     "MatMul": AxisReader._matmul,
     "ReduceSum": AxisReader._reduce_sum,

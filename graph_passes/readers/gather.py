@@ -6,8 +6,10 @@
     down = MatMul(act(up), Gather(W_down (E, F, H), ids)) + Unsqueeze(Gather(b_down (E, H), ids))
     out = ReduceSum(down * weights (T, K, 1, 1), axes of K and 1)
 
-The ids may be flat (T K), each token K times.
+The ids may be flat (T K), each token K times. torch's ``W[ids]`` is exported as ``GatherND(W, Unsqueeze(ids, -1))``.
 """
+
+import dataclasses
 
 import onnx_graphsurgeon as gs
 
@@ -38,14 +40,14 @@ class Gathered:
             gather = _gather_of(node.inputs[side], 3)
             if gather is None:
                 continue
-            kernel = _held(gather, ends[::-1] if side == 0 else ends, flipped=side == 0)
-            return Product(node, node.inputs[1 - side], kernel, ids=gather.inputs[1])
+            kernel = _held(gather.table, ends[::-1] if side == 0 else ends, flipped=side == 0)
+            return Product(node, node.inputs[1 - side], kernel, ids=gather.ids)
         return None
 
     def bias(self, term: gs.Tensor, width: Axis, gates: gs.Tensor | None) -> Held | None:
         """Rows of (E, out), gathered likewise."""
         gather = _gather_of(source(term, MOVES), 2)
-        return None if gather is None or gates is not None else _held(gather, (width,), flipped=False)
+        return None if gather is None or gates is not None else _held(gather.table, (width,), flipped=False)
 
 
 LAYOUT: Layout = Gathered()
@@ -65,17 +67,33 @@ def read(down: gs.Node, name: str, weights: Weights) -> MoEBlock:
     return read_block(LAYOUT, down, name, weights)
 
 
-def _gather_of(tensor: gs.Tensor, rank: int) -> gs.Node | None:
-    gather = produced_by(source(tensor, {"Cast", "Identity"}), "Gather")
-    if gather is None or gather.attrs.get("axis", 0) != 0 or isinstance(gather.inputs[1], gs.Constant):
+@dataclasses.dataclass(frozen=True)
+class _Gather:
+    """Rows of ``table`` with the ``ids``."""
+
+    table: gs.Tensor
+    ids: gs.Tensor
+
+
+def _gather_of(tensor: gs.Tensor, rank: int) -> _Gather | None:
+    gather = produced_by(source(tensor, {"Cast", "Identity"}), "Gather", "GatherND")
+    ids = None if gather is None else _ids_of(gather)
+    if gather is None or ids is None or isinstance(ids, gs.Constant):
         return None
     stored = source(gather.inputs[0], STORED)
-    return gather if isinstance(stored, gs.Constant) and len(stored.shape) == rank else None
+    fits = isinstance(stored, gs.Constant) and len(stored.shape) == rank
+    return _Gather(gather.inputs[0], ids) if fits else None
 
 
-def _held(gather: gs.Node, rest: tuple[Axis, ...], *, flipped: bool) -> Held:
-    table = gather.inputs[0]
+def _ids_of(gather: gs.Node) -> gs.Tensor | None:
+    """Ids of rows of axis 0; None where something else is gathered."""
+    if gather.op == "Gather":
+        return gather.inputs[1] if gather.attrs.get("axis", 0) == 0 else None
+    column = produced_by(gather.inputs[1], "Unsqueeze")
+    return None if column is None else column.inputs[0]
 
+
+def _held(table: gs.Tensor, rest: tuple[Axis, ...], *, flipped: bool) -> Held:
     def load(weights: Weights, _: int) -> Weight:
         weight = read_weight(table, weights)
         return weight.swap() if flipped else weight

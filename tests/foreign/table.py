@@ -8,6 +8,7 @@ from tests.foreign.decoders import block, decoder
 from tests.foreign.dispatch import DISPATCH
 from tests.foreign.exporters import dynamo, fused
 from tests.foreign.foreign import Foreign
+from tests.foreign.gathered import GATHERED
 from tests.foreign.grouped import GROUPED
 from tests.foreign.inputs import HIDDEN_STATES, LAYER_INPUT, TEXT
 from tests.foreign.lost import LOST
@@ -25,6 +26,7 @@ FOREIGN: Mapping[str, Foreign] = {
     **MASKED_LOOP,
     **NONZERO,
     **DISPATCH,
+    **GATHERED,
     **LOST,
     "sorted_jetmoe": Foreign("sorted", TOP_K_FIRST, partial(decoder, "jetmoe"), TEXT, dynamo, layers=2),
     "moe_qwen3_moe": _moe(RENORMALISED, partial(decoder, "qwen3_moe"), TEXT),
