@@ -127,7 +127,8 @@ def _reference(work: Work, batches: Sequence[Feeds], runner: Runner, target: Pat
     original = work.model.path
     target.mkdir()
     graph = load_graph(original)  # anew: the one that was read before has become the candidate
-    blocks: Sequence[MoEBlock] = read_blocks(graph, original.parent).blocks
+    read = zip(read_blocks(graph, original.parent).blocks, work.model.blocks, strict=True)
+    blocks: Sequence[MoEBlock] = [dataclasses.replace(block, name=known.name) for block, known in read]
     names, layers = Names(graph), match_layers(work.plan, blocks)
     if work.plan is not None and work.model.reduced:  # the masked graph starts from what is left: proven first
         link_weights(graph, original.parent, target)

@@ -17,10 +17,11 @@ from graph_passes.prune import match_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
-from moe_spec.manifest import Manifest
+from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.runner import error_between
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from tests.graph_passes.block_models import NAME, Spec, plan, save
+from tests.graph_passes.block_models import NAME, Spec, compute, plan, save
 from tests.zoo import RUNNER
 
 KEEP = (0, 2, 5)
@@ -194,3 +195,20 @@ def test_shared_weights_are_cloned_not_edited(tmp_path):
     manifest = optimize(path, tmp_path / "out", RUNNER, plan=PruningPlan(onnx_sha256(path), "by hand", (layer,)))
     assert manifest.details["oracle"]
     assert np.isfinite(max(entry["max_rel"] for entry in manifest.details["oracle"]))
+
+
+def test_a_layer_that_became_an_ffn_does_not_shift_the_names_of_others(tmp_path):
+    """Where a graph has lost its names, layers are counted; the manifest still knows them all."""
+    spec, source = Spec(form="batched_mm", layers=2, named=False), tmp_path / "block.onnx"
+    save(spec, source)
+    first, second = (LayerPlan("moe.0", 8, 1, (5,)), LayerPlan("moe.1", 8, 2, (1, 3, 6)))
+    identity = onnx_sha256(source)
+    optimize(source, tmp_path / "one", RUNNER, plan=PruningPlan(identity, "by hand", (first,)))
+    manifest = optimize(tmp_path / "one", tmp_path / "both", RUNNER, plan=PruningPlan(identity, "by hand", (second,)))
+    assert [(entry.name, entry.keep, entry.form) for entry in manifest.blocks] == [
+        ("moe.0", (5,), "ffn"),
+        ("moe.1", (1, 3, 6), "sorted"),
+    ]
+    x = np.random.default_rng(0).standard_normal((7, spec.hidden)).astype(np.float32)
+    got = RUNNER.run(tmp_path / "both" / MODEL, [{"x": x}])[0]["out"]
+    assert error_between(compute(spec, x, (5,), (1, 3, 6)), got)[1] <= 1e-5
