@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,12 @@ def inspect_model(path: Path) -> Model:
     file = model_path(path)
     manifest_path = file.parent / FILE_NAME
     manifest = Manifest.load(file.parent) if manifest_path.is_file() else None
-    loaded = load_model(file)
-    graph = loaded.graph
-    reading = read_blocks(graph, file.parent)
-    identity = onnx_sha256(file) if manifest is None else manifest.source_sha256
+    with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes as long as reading a large graph
+        hashed = beside.submit(lambda: onnx_sha256(file) if manifest is None else manifest.source_sha256)
+        loaded = load_model(file)
+        graph = loaded.graph
+        reading = read_blocks(graph, file.parent)
+        identity = hashed.result()
     parent = identity if manifest is None else sha256_file(manifest_path)
     blocks = _with_ids(reading.blocks, () if manifest is None else manifest.blocks)
     return Model(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.files import new_directory, refuse_existing
+from moe_spec.files import new_directory, refuse_existing, sha256_file
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, PassEntry, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
@@ -93,9 +94,10 @@ def optimize(
         for block, layer in zip(model.blocks, layers, strict=True)
     ]
     before = measure(model.graph, model.path.parent)
-    with new_directory(out) as staging:
+    with new_directory(out) as staging, ThreadPoolExecutor(1) as beside:
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, on_progress)
+        hashed = beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
         entries = _observe(model, written, staging)
@@ -112,7 +114,7 @@ def optimize(
             kind="optimized",
             source_sha256=model.source_sha256,
             parent_sha256=model.parent_sha256,
-            files=list_files(staging),
+            files=list_files(staging, hashed.result()),
             inputs=inputs,
             outputs=outputs,
             blocks=entries,
@@ -151,6 +153,12 @@ def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: 
     both = zip(model.blocks, written, strict=True)
     check_choice_is_unread(model.graph, [block for block, item in both if item.block.num_experts < block.num_experts])
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
+
+
+def _hash_weights(directory: Path) -> dict[str, str]:
+    """The hash of the data file, gigabytes of it perhaps, while the graph is looked at."""
+    data = directory / f"{MODEL}.data"
+    return {data.name: sha256_file(data)} if data.is_file() else {}
 
 
 def _is_new(model: Model, rewritten: Sequence[bool]) -> bool:

@@ -157,12 +157,14 @@ class Manifest:
                 raise UserError(f"{path} is not the file that {FILE_NAME} describes (sha256 differs)", hint=_REMAKE)
 
 
-def list_files(directory: Path) -> tuple[FileEntry, ...]:
-    """An entry for every file in ``directory`` but the manifest, by name."""
+def list_files(directory: Path, known: Mapping[str, str] | None = None) -> tuple[FileEntry, ...]:
+    """An entry for every file in ``directory`` but the manifest, by name; ``known`` hashes are not computed again."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != FILE_NAME)
-    return tuple(
-        FileEntry(path.relative_to(directory).as_posix(), sha256_file(path), path.stat().st_size) for path in paths
-    )
+    hashes, entries = known or {}, []
+    for path in paths:
+        name = path.relative_to(directory).as_posix()
+        entries.append(FileEntry(name, hashes.get(name) or sha256_file(path), path.stat().st_size))
+    return tuple(entries)
 
 
 def _flat(kind: type[Any], record: Record) -> Any:
