@@ -85,10 +85,7 @@ def save_graph(
             done += weight.nbytes
             if on_progress is not None:
                 on_progress(done, total)
-    if data.stat().st_size == 0:
-        data.unlink()
-    save_variant(graph, target)
-    _check_valid(target)
+    _finish(graph, target, data)
 
 
 def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
@@ -107,6 +104,11 @@ def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
                     _store(tensor, weight, file, data)
                 else:
                     tensor._values = ExternalValues(_external(tensor.name, weight, *place), target.parent)
+    _finish(graph, target, data)
+
+
+def _finish(graph: gs.Graph, target: Path, data: Path) -> None:
+    """Write the graph whose weights are in the data file, which goes where nothing is in it."""
     if data.stat().st_size == 0:
         data.unlink()
     save_variant(graph, target)

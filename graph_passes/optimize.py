@@ -93,15 +93,17 @@ def optimize(
         decide(block, layer, form, accepted, quantization, tokens)
         for block, layer in zip(model.blocks, layers, strict=True)
     ]
+    is_new = model.reduced or any(decision.form is not None for decision in decisions)
     before = measure(model.graph, model.path.parent)
     with new_directory(out) as staging, ThreadPoolExecutor(1) as beside:
         written = carry_out(model.graph, decisions)
-        _save(model, staging, written, on_progress)
+        _save(model, staging, written, is_new, on_progress)
         hashed = beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
+        if not is_new:  # the file as it was
+            passes = tuple(pass_entry(entry.name, False, before, before) for entry in passes)
         entries = _observe(model, written, staging)
-        is_new = _is_new(model, [item.rewritten for item in written])
         work = Work(model, plan, layers, entries if is_new else (), quantization if is_new else None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
@@ -144,8 +146,9 @@ def _check_form(form: str, accepted: Sequence[str] | None) -> None:
         raise UserError(f"the target does not take form {form!r}", hint=f"it takes: {', '.join(accepted)}")
 
 
-def _save(model: Model, staging: Path, written: Sequence[Written], on_progress: Progress | None) -> None:
-    if not _is_new(model, [item.rewritten for item in written]):
+def _save(model: Model, staging: Path, written: Sequence[Written], is_new: bool, on_progress: Progress | None) -> None:
+    """Write the graph; a model in which nothing is to be done is copied byte for byte."""
+    if not is_new:
         copy_weights(model.path, staging)
         shutil.copyfile(model.path, staging / MODEL)
         return
@@ -161,11 +164,6 @@ def _hash_weights(directory: Path) -> dict[str, str]:
     return {data.name: sha256_file(data)} if data.is_file() else {}
 
 
-def _is_new(model: Model, rewritten: Sequence[bool]) -> bool:
-    """Whether the file is written anew; a model in which nothing is to be done is copied byte for byte."""
-    return model.reduced or any(rewritten)
-
-
 def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:
     return None if on_progress is None else lambda done, total: on_progress("writing weights", done, total)
 
@@ -179,16 +177,17 @@ def _passes(
     planned = sum(lost) - unreached
     reached = Size(before.nodes, before.bytes - unreached)
     kept = Size(before.nodes, reached.bytes - planned)
-    rewritten = [decision.form is not None for decision in decisions]
-    entries = (
+    return (
         *model.passes,
         pass_entry("delete-unreachable", unreached > 0, before, reached),
         pass_entry("prune-experts", planned > 0, reached, kept),
-        pass_entry("write-blocks", any(rewritten), kept, measure(model.graph, staging)),
+        pass_entry(
+            "write-blocks",
+            any(decision.form is not None for decision in decisions),
+            kept,
+            measure(model.graph, staging),
+        ),
     )
-    if _is_new(model, rewritten):
-        return entries
-    return tuple(pass_entry(entry.name, False, before, before) for entry in entries)  # the file as it was
 
 
 def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[BlockEntry, ...]:

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_graphsurgeon as gs
+
 from graph_passes.block import MoEBlock
 from graph_passes.choices import ChoiceEntry, Watched, check_choices, compare_choices
 from graph_passes.describe import Model
@@ -76,10 +78,11 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
     """
     original = work.model.path
     check_runnable(work.model.graph.nodes, f"the result of {original}")
-    check_runnable(load_graph(original).nodes, str(original))
-    batches = random_batches(load_graph(original), work.model.blocks)
+    graph = load_graph(original)  # anew: the one that was read before has become the candidate
+    check_runnable(graph.nodes, str(original))
+    batches = random_batches(graph, work.model.blocks)
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as directory:
-        reference = _reference(work, batches, runner, Path(directory) / "masked")
+        reference = _reference(work, graph, batches, runner, Path(directory) / "masked")
         files = (reference.directory / OBSERVED, candidate / OBSERVED)
         if work.how is None:
             oracle = check(batches, reference.path, candidate, runner)
@@ -123,10 +126,10 @@ class _Reference:
     watched: tuple[Watched, ...]
 
 
-def _reference(work: Work, batches: Sequence[Feeds], runner: Runner, target: Path) -> _Reference:
+def _reference(work: Work, graph: gs.Graph, batches: Sequence[Feeds], runner: Runner, target: Path) -> _Reference:
+    """Write the reference; ``graph`` is the original's, and is masked."""
     original = work.model.path
     target.mkdir()
-    graph = load_graph(original)  # anew: the one that was read before has become the candidate
     read = zip(read_blocks(graph, original.parent).blocks, work.model.blocks, strict=True)
     blocks: Sequence[MoEBlock] = [dataclasses.replace(block, name=known.name) for block, known in read]
     names, layers = Names(graph), match_layers(work.plan, blocks)

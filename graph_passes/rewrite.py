@@ -119,7 +119,7 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
             written.append(Written(decision.read, None, rewritten=False))
             continue
         block = dataclasses.replace(decision.pruned, form=decision.form)
-        out, routing = _write(Emitter(graph, block.name, names), block)
+        out, routing = on_tokens(Emitter(graph, block.name, names), block, WRITERS[block.form].write)
         replace_uses(graph, block.out, out)
         written.append(Written(block, routing, rewritten=True))
     return written[::-1]
@@ -136,11 +136,6 @@ def check_opset(graph: gs.Graph) -> None:
             f"the model is written for opset {graph.opset}, its layers can be written for {OPSETS[0]} to {OPSETS[-1]}",
             hint="convert it first: onnx.version_converter.convert_version(model, 20)",
         )
-
-
-def _write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]:
-    out, routing = on_tokens(emitter, block, WRITERS[block.form].write)
-    return out, routing
 
 
 def on_tokens(

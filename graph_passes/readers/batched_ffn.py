@@ -19,8 +19,9 @@ from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, Middle, read_activation
 from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
 from graph_passes.readers.axis_reader import AxisReader
-from graph_passes.readers.layout import EXPERTS_SCOPE
-from graph_passes.readers.weighing import MOVES, Weighing, check_tokens, check_weights_on, follow, route, sum_of
+from graph_passes.readers.layout import scope_in
+from graph_passes.readers.single_expert import require_unbiased
+from graph_passes.readers.weighing import MOVES, Weighing, check_tokens, follow, route, sum_of
 from graph_passes.routers import Weights
 from graph_passes.walk import produced_by, producer, source
 from graph_passes.weights import Weight
@@ -140,7 +141,8 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     router, weights_on, x = _gating(node, ffn, weighing, ids, axes, weights)
     hidden = _hidden_of(x, router)
     experts = experts_of(ffn, router.columns, weights)
-    check_weights_on(weights_on, experts, node)
+    if weights_on == ON_INPUT:
+        require_unbiased(experts, node)
     axes.size(EXPERTS, router.columns)
     axes.size(HIDDEN, router.weight_EH.shape[1])
     axes.size(WIDTH, experts.up_EHF.shape[2])
@@ -148,7 +150,7 @@ def read_block(layout: Layout, node: gs.Node, name: str, weights: Weights) -> Mo
     for held in ffn.held():
         axes.know(held.tensor, *held.axes)
     return MoEBlock(
-        name=_scope(ffn) or router.scope or name,
+        name=scope_in(ffn.up.product.kernel.tensor.name) or router.scope or name,
         form=layout.form,
         hidden=hidden,
         out=sum_of(weighing, axes, experts.down_EFH),
@@ -288,9 +290,3 @@ def _check(experts: Experts, node: gs.Node) -> None:
     if not fits:
         shapes = [list(weight.shape) for weight in experts.weights()]
         raise FormError(f"the experts' weights have shapes {shapes}, which do not fit together", node)
-
-
-def _scope(ffn: Ffn) -> str:
-    """The block's name, where the exporter kept the name of a weight."""
-    scope, found, _ = ffn.up.product.kernel.tensor.name.rpartition(EXPERTS_SCOPE)
-    return scope if found else ""

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock
 from graph_passes.readers.activation import INTERLEAVED, read_activation
-from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
+from graph_passes.readers.layout import check_stacked, from_stacked, scope_in
 from graph_passes.readers.no_ops import before, behind
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.quantized import is_stored
@@ -78,7 +78,7 @@ def read(down_gather: gs.Node, name: str, weights: Weights) -> MoEBlock:
     check_stacked(up.gather, up_weight, down_weight, up_bias, down_bias, op)
     router = read_slots(ids, gate_tensor, weights)
     return MoEBlock(
-        name=_scope(up.gather) or router.scope or name,
+        name=scope_in(source(before(up.gather.inputs[0]), {"DequantizeLinear"}).name) or router.scope or name,
         form=FORM,
         hidden=_read_hidden(up.x),
         out=_read_sum(mul),
@@ -150,9 +150,3 @@ def _read_sum(mul: gs.Node) -> gs.Tensor:
     if reduce.op != "ReduceSum":
         raise FormError("the gated outputs are not summed over the slots of a token", reduce)
     return reduce.outputs[0]
-
-
-def _scope(gather: gs.Node) -> str | None:
-    """The block's name, where the exporter kept the name of the weight."""
-    scope, found, _ = source(before(gather.inputs[0]), {"DequantizeLinear"}).name.rpartition(EXPERTS_SCOPE)
-    return scope if found else None

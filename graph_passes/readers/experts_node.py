@@ -3,7 +3,7 @@
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock
-from graph_passes.readers.layout import EXPERTS_SCOPE, check_stacked, from_stacked
+from graph_passes.readers.layout import check_stacked, from_stacked, scope_in
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import DOMAIN, ExpertsOp
 
@@ -31,9 +31,8 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
     check_stacked(node, up, down, up_bias, down_bias, op)
     experts = from_stacked(up, down, up_bias, down_bias, op)
     router = read_slots(ids, gates, weights)
-    scope, found, _ = node.inputs[3].name.rpartition(EXPERTS_SCOPE)
     return MoEBlock(
-        name=scope if found else name,
+        name=scope_in(node.inputs[3].name) or name,
         form=FORM,
         hidden=hidden,
         out=node.outputs[0],

@@ -10,6 +10,16 @@ EXPERTS_SCOPE = ".experts."
 """What stands between the name of a block and the name of an expert parameter in transformers."""
 
 
+def scope_in(weight_name: str) -> str:
+    """The path of the MoE block, where the exporter kept the name of an expert's weight.
+
+    >>> scope_in("model.layers.0.mlp.experts.3.up_proj.weight"), scope_in("val_12")
+    ('model.layers.0.mlp', '')
+    """
+    scope, found, _ = weight_name.rpartition(EXPERTS_SCOPE)
+    return scope if found else ""
+
+
 def from_stacked(up: Weight, down: Weight, up_bias: Weight | None, down_bias: Weight | None, op: ExpertsOp) -> Experts:
     """The record of experts stored as (E, out, in), or (E, in, out) where ``op.transposed``; see ``check_stacked``.
 

@@ -19,10 +19,10 @@ from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.branches import CASTS, branch_sums, silent_terms_of, terms_of
 from graph_passes.readers.columns import Column, column_of
-from graph_passes.readers.layout import EXPERTS_SCOPE
+from graph_passes.readers.layout import scope_in
 from graph_passes.readers.operands import axes_of
-from graph_passes.readers.single_expert import ExpertParts, read_ffn, stack_experts
-from graph_passes.readers.weighing import check_tokens, check_weights_on, follow, in_dtype_of, route, sum_of
+from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
+from graph_passes.readers.weighing import check_tokens, follow, in_dtype_of, route, sum_of
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.walk import produced_by, producer, source
 
@@ -183,9 +183,10 @@ def _block(branches: Sequence[Branch], router: Router, experts: Experts, out: gs
         if branch.tokens is not first.tokens or branch.weights_on != first.weights_on:
             raise FormError("the branches read different values", branch.parts.up.node)
     check_tokens(first.tokens)
-    check_weights_on(first.weights_on, experts, first.parts.down.node)
+    if first.weights_on == ON_INPUT:
+        require_unbiased(experts, first.parts.down.node)
     return MoEBlock(
-        name=_scope(first) or router.scope or name,
+        name=scope_in(first.parts.down.node.inputs[1].name) or router.scope or name,
         form=FORM,
         hidden=first.tokens,
         out=out,
@@ -194,9 +195,3 @@ def _block(branches: Sequence[Branch], router: Router, experts: Experts, out: gs
         keep=tuple(range(len(branches))),
         weights_on=first.weights_on,
     )
-
-
-def _scope(branch: Branch) -> str:
-    """The block's name, where the exporter kept the name of a weight."""
-    scope, found, _ = branch.parts.down.node.inputs[1].name.rpartition(EXPERTS_SCOPE)
-    return scope if found else ""

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, FormError
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, read_activation
-from graph_passes.readers.layout import EXPERTS_SCOPE
+from graph_passes.readers.layout import scope_in
 from graph_passes.readers.projection import Linear, read_linear
 from graph_passes.routers import Weights
 from graph_passes.walk import source
@@ -81,8 +81,7 @@ def stack_experts(parts: Sequence[ExpertParts]) -> Experts:
 
 def scope_of(parts: ExpertParts) -> str:
     """The path of the MoE block, where the exporter kept the name of an expert's weight."""
-    scope, found, _ = source(parts.down.node.inputs[1], {"Transpose", "Identity"}).name.rpartition(EXPERTS_SCOPE)
-    return scope if found else ""
+    return scope_in(source(parts.down.node.inputs[1], {"Transpose", "Identity"}).name)
 
 
 def require_unbiased(experts: Experts, node: gs.Node) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, Experts, FormError, Router
+from graph_passes.block import FormError, Router
 from graph_passes.readers.axes import EXPERTS, HIDDEN, ONE, SLOTS, TOKENS
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.routers import Weights, read_gates, read_slots
@@ -117,17 +117,6 @@ def check_tokens(tokens: gs.Tensor) -> None:
         raise FormError(
             f"the experts read tokens in {rank} axes, expected (tokens, channels)", producer(tokens) or tokens
         )
-
-
-def check_weights_on(weights_on: str, experts: Experts, node: gs.Node) -> None:
-    """Refuse gates on the input of experts with biases: an expert whose gate is 0 would still give those.
-
-    Raises:
-        FormError: the experts have biases.
-    """
-    biases = (experts.up_bias_EF, experts.gate_bias_EF, experts.down_bias_EH)
-    if weights_on == ON_INPUT and any(bias is not None for bias in biases):
-        raise FormError("the weights multiply the input of experts that have biases", node)
 
 
 def in_dtype_of(weight: Weight, tensor: gs.Tensor) -> gs.Tensor:
