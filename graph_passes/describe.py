@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import onnx
@@ -32,8 +33,7 @@ class Model:
         blocks: the MoE layers that were recognised, in graph order.
         unrecognised: those that no reader takes, and why.
         manifest: of the directory, if it has one.
-        source_sha256: identity of the model at the start of the chain.
-        parent_sha256: hash of the manifest, or of the ONNX file where there is none.
+        identity: of the model at the start of the chain; gigabytes are hashed while the graph is worked on.
         passes: what was done to the graph before it was read.
         reduced: whether what can never run is gone from the graph already.
         findings: for each block, the experts that no input can choose.
@@ -44,11 +44,20 @@ class Model:
     blocks: tuple[MoEBlock, ...]
     unrecognised: tuple[Unrecognised, ...]
     manifest: Manifest | None
-    source_sha256: str
-    parent_sha256: str
+    identity: Future[str]
     passes: tuple[PassEntry, ...]
     reduced: bool
     findings: tuple[Findings, ...]
+
+    @property
+    def source_sha256(self) -> str:
+        """Identity of the model at the start of the chain."""
+        return self.identity.result()
+
+    @property
+    def parent_sha256(self) -> str:
+        """Hash of the manifest, or of the ONNX file where there is none."""
+        return self.source_sha256 if self.manifest is None else sha256_file(self.path.parent / FILE_NAME)
 
     @property
     def settled(self) -> tuple[BlockEntry, ...]:
@@ -65,15 +74,11 @@ def inspect_model(path: Path) -> Model:
         UserError: no ONNX model, or weights that are missing or cut.
     """
     file = model_path(path)
-    manifest_path = file.parent / FILE_NAME
-    manifest = Manifest.load(file.parent) if manifest_path.is_file() else None
-    with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes as long as reading a large graph
-        hashed = beside.submit(lambda: onnx_sha256(file) if manifest is None else manifest.source_sha256)
-        loaded = load_model(file)
-        graph = loaded.graph
-        reading = read_blocks(graph, file.parent)
-        identity = hashed.result()
-    parent = identity if manifest is None else sha256_file(manifest_path)
+    manifest = Manifest.load(file.parent) if (file.parent / FILE_NAME).is_file() else None
+    identity = _identify(file, manifest)
+    loaded = load_model(file)
+    graph = loaded.graph
+    reading = read_blocks(graph, file.parent)
     blocks = _with_ids(reading.blocks, () if manifest is None else manifest.blocks)
     return Model(
         path=file,
@@ -81,12 +86,28 @@ def inspect_model(path: Path) -> Model:
         blocks=blocks,
         unrecognised=reading.unrecognised,
         manifest=manifest,
-        source_sha256=identity,
-        parent_sha256=parent,
+        identity=identity,
         passes=loaded.passes,
         reduced=loaded.reduced,
         findings=tuple(find_unreachable(block, file.parent) for block in blocks),
     )
+
+
+def _identify(file: Path, manifest: Manifest | None) -> Future[str]:
+    """Hash the ONNX file in a thread that nobody waits for at an early end; where a manifest knows, take its word."""
+    identity: Future[str] = Future()
+    if manifest is not None:
+        identity.set_result(manifest.source_sha256)
+        return identity
+
+    def work() -> None:
+        try:
+            identity.set_result(onnx_sha256(file))
+        except OSError as error:
+            identity.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return identity
 
 
 def read_model(path: Path, *, allow_partial: bool = False) -> Model:

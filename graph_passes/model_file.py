@@ -4,31 +4,22 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import onnx
 import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from graph_passes.checks import check_file
+from graph_passes.data_file import INLINE_BYTES, DataFile, external
 from graph_passes.protos import every_graph
 from graph_passes.simplify import Simplified, simplify
-from graph_passes.stored import ExternalValues, LazyWeight, external_info, of_constant, packed_bytes, place_in
+from graph_passes.stored import ExternalValues, LazyWeight, external_info, of_constant, place_in
 from graph_passes.walk import constants, every_node
-from graph_passes.weights import Weight
 from moe_spec.errors import UserError
 from moe_spec.files import inside, require_file
 from moe_spec.manifest import MODEL
-
-ALIGNMENT = 4096
-"""Offsets in the data file, so that runtimes can memory-map each weight."""
-
-INLINE_BYTES = 1024
-"""Smaller constants stay in the .onnx file: shapes, axes, scales."""
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it prints to stdout, which belongs to results
 
@@ -76,16 +67,10 @@ def save_graph(
     Afterwards the graph's weights lie in the new data file, so that a variant of it can be saved beside ``target``
     with `save_variant`, sharing the weights. ``on_progress(done, total)`` counts bytes.
     """
-    weights = [(tensor, of_constant(tensor, source)) for tensor in constants(graph)]
-    total = sum(weight.nbytes for _, weight in weights)
-    data, done = target.with_name(target.name + ".data"), 0
-    with data.open("wb") as file:
-        for tensor, weight in weights:
-            _store(tensor, weight, file, data)
-            done += weight.nbytes
-            if on_progress is not None:
-                on_progress(done, total)
-    _finish(graph, target, data)
+    data = DataFile(target.with_name(target.name + ".data"))
+    for tensor, weight in [(tensor, of_constant(tensor, source)) for tensor in constants(graph)]:
+        data.hold(tensor, weight)
+    data.write(lambda: _save_checked(graph, target), on_progress)
 
 
 def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
@@ -94,37 +79,21 @@ def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
     Weights whose bytes lie in one run in a data file of the model are shared, whatever larger weight they are a part
     of; ``target.data`` gets the others.
     """
-    data = target.with_name(target.name + ".data")
-    with data.open("wb") as file:
-        for tensor in constants(graph):
-            if isinstance(tensor._values, LazyWeight):
-                weight = tensor._values.weight
-                place = None if weight.nbytes < INLINE_BYTES else place_in(target.parent, weight.load())
-                if place is None:
-                    _store(tensor, weight, file, data)
-                else:
-                    tensor._values = ExternalValues(_external(tensor.name, weight, *place), target.parent)
-    _finish(graph, target, data)
+    data = DataFile(target.with_name(target.name + ".data"))
+    for tensor in constants(graph):
+        if isinstance(tensor._values, LazyWeight):
+            weight = tensor._values.weight
+            place = None if weight.nbytes < INLINE_BYTES else place_in(target.parent, weight.load())
+            if place is None:
+                data.hold(tensor, weight)
+            else:
+                tensor._values = ExternalValues(external(tensor.name, weight, *place), target.parent)
+    data.write(lambda: _save_checked(graph, target))
 
 
-def _finish(graph: gs.Graph, target: Path, data: Path) -> None:
-    """Write the graph whose weights are in the data file, which goes where nothing is in it."""
-    if data.stat().st_size == 0:
-        data.unlink()
+def _save_checked(graph: gs.Graph, target: Path) -> None:
     save_variant(graph, target)
     _check_valid(target)
-
-
-def _store(tensor: gs.Constant, weight: Weight, file: BinaryIO, data: Path) -> None:
-    """Let ``tensor`` lie at the end of the data file, which is ``data``, or in the .onnx file where it is small."""
-    if weight.nbytes < INLINE_BYTES:
-        tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
-    else:
-        file.write(b"\0" * (-file.tell() % ALIGNMENT))
-        tensor._values = ExternalValues(_external(tensor.name, weight, data.name, file.tell()), data.parent)
-        for piece in weight.pieces():
-            packed_bytes(piece).tofile(file)
-    tensor.data_location = None
 
 
 def _check_valid(path: Path) -> None:
@@ -202,14 +171,6 @@ def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
             os.link(original.resolve(), link)
         except OSError:  # another file system
             shutil.copyfile(original, link)
-
-
-def _external(name: str, weight: Weight, location: str, offset: int) -> onnx.TensorProto:
-    proto = onnx.TensorProto(name=name, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
-    proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(weight.nbytes))):
-        proto.external_data.add(key=key, value=value)
-    return proto
 
 
 def _forget_shapes(graph: gs.Graph) -> None:

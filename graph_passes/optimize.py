@@ -84,8 +84,6 @@ def optimize(
     refuse_existing(out)
     _check_form(form, accepted)
     model = read_model(source, allow_partial=allow_partial)
-    if plan is not None and not any_model:
-        plan.require_model(model.source_sha256, str(source))
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
     layers = [layer if found is None else found.plan for layer, found in zip(layers, findings, strict=True)]
@@ -98,6 +96,8 @@ def optimize(
     with new_directory(out) as staging, ThreadPoolExecutor(1) as beside:
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, is_new, on_progress)
+        if plan is not None and not any_model:  # here, because a large model is hashed while its weights are written
+            plan.require_model(model.source_sha256, str(source))
         hashed = beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)

@@ -10,16 +10,11 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 
-_CHUNK = 1 << 20
-
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(text: str) -> str:
