@@ -180,7 +180,7 @@ def _plan(path: Path) -> Description:
 
 
 def _statistics(path: Path) -> Description:
-    from moe_spec.statistics import SUMS, Statistics
+    from moe_spec.statistics import Statistics
 
     statistics = Statistics.load(path)
     lines = [f"{path}: statistics of model {statistics.model_sha256[:12]}"]
@@ -192,7 +192,8 @@ def _statistics(path: Path) -> Description:
     payload = {
         "model_sha256": statistics.model_sha256,
         "layers": [
-            {"name": layer.name, "token_count": layer.token_count} | {key: layer[key].tolist() for key in SUMS}
+            {"name": layer.name, "token_count": layer.token_count}
+            | {key: values.tolist() for key, values in layer.sums.items() if values.ndim == 1}
             for layer in statistics.layers
         ],
     }

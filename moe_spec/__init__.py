@@ -21,7 +21,7 @@ from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.feasibility import Groups
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import LayerPlan, Merge, PruningPlan
 from moe_spec.runner import Arrays, Feeds, Runner
 from moe_spec.statistics import LayerStatistics, Statistics
 
@@ -33,6 +33,7 @@ __all__ = [
     "LayerPlan",
     "LayerStatistics",
     "Manifest",
+    "Merge",
     "PruningPlan",
     "Runner",
     "Statistics",

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from moe_spec.errors import UserError
+from moe_spec.record import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Groups:
     count: int
     selected: int
     scored_by: int = 2
+
+    @classmethod
+    def from_record(cls, record: Record | None) -> "Groups | None":
+        """Read what stands in plans and statistics; None for a router without groups."""
+        if record is None:
+            return None
+        return cls(record.take("count", int), record.take("selected", int), record.take("scored_by", int, default=2))
 
     def survivors(self, keep: Sequence[int], experts: int) -> list[int]:
         """How many of ``keep`` each group holds.

@@ -1,6 +1,7 @@
 """plan.json: which experts of which layer stay."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,30 @@ from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups, check_keep
 from moe_spec.record import Json, Record, load_record, save_record
 
-SCHEMA = 1
+SCHEMA = 2
 _REMAKE = "make it again with `moe-edge plan`"
+
+ROWS, FULL, MEAN, NEW = "rows", "full", "mean", "new"
+ROUTERS: Mapping[str, str] = {
+    ROWS: "the rows of dropped experts go: a token that chose one gets its next best survivor",
+    FULL: "the router stays as it is: a token that chose a dropped expert gets nothing from it",
+    MEAN: "the row of a survivor is the weighted mean of those merged into it",
+    NEW: "all rows are drawn anew, and have to be trained",
+}
+"""What becomes of a layer's router. Dropping takes the first two, merging all but the second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """The parent's experts that become one survivor: their weighted mean.
+
+    Attributes:
+        experts: ids of the parent's experts, ascending.
+        weights: of each, not negative; they are divided by their sum.
+    """
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +47,9 @@ class LayerPlan:
         keep: ids of the parent's experts that stay, ascending.
         scores: (E,) what the criterion gave; higher is kept.
         groups: the parent's group-limited routing, if it has one.
+        router: one of ``ROUTERS``. With ``full``, K is that of the parent, and fewer than K may stay.
+        merge: for each of ``keep`` what it becomes the mean of, itself included; empty where experts are dropped.
+        align: permute the neurons of merged experts to those of the survivor before they are averaged.
     """
 
     name: str
@@ -32,11 +58,40 @@ class LayerPlan:
     keep: tuple[int, ...]
     scores: tuple[float, ...] = ()
     groups: Groups | None = None
+    router: str = ROWS
+    merge: tuple[Merge, ...] = ()
+    align: bool = False
 
     def __post_init__(self) -> None:
-        check_keep(self.name, self.experts, self.top_k, self.keep, self.groups)
+        if self.router not in ROUTERS or self.router == (FULL if self.merge else MEAN):
+            kind = "merges" if self.merge else "drops"
+            raise UserError(f"layer {self.name} {kind} experts with the router {self.router!r}", hint=_REMAKE)
+        if self.router == FULL:
+            check_keep(self.name, self.experts, 1, self.keep)
+        else:
+            check_keep(self.name, self.experts, self.top_k, self.keep, self.groups)
+        self._check_merge()
         if self.scores and len(self.scores) != self.experts:
             raise UserError(f"layer {self.name} has {len(self.scores)} scores for {self.experts} experts", hint=_REMAKE)
+
+    def _check_merge(self) -> None:
+        """Every survivor is merged from itself and others, no expert twice, with weights that have a sum."""
+        if not self.merge:
+            return
+        ids = [expert for merge in self.merge for expert in merge.experts]
+        fits = len(self.merge) == len(self.keep) and len(set(ids)) == len(ids) and set(ids) <= set(range(self.experts))
+        fits = fits and all(
+            own in merge.experts
+            and len(merge.weights) == len(merge.experts)
+            and min(merge.weights) >= 0
+            and 0 < sum(merge.weights) < math.inf
+            for own, merge in zip(self.keep, self.merge, strict=True)
+        )
+        if not fits:
+            raise UserError(
+                f"layer {self.name} keeps {list(self.keep)} but merges {[list(merge.experts) for merge in self.merge]}",
+                hint=f"each survivor with itself and others, no expert twice, weights above 0; {_REMAKE}",
+            )
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -50,20 +105,22 @@ class LayerPlan:
     @classmethod
     def from_record(cls, record: Record, *, clamp_top_k: bool = False) -> "LayerPlan":
         """Read one layer; feasibility is checked again, because plans are edited by hand."""
-        groups, keep = record.record("groups"), record.items("keep", int)
+        keep = record.items("keep", int)
         top_k = record.take("top_k", int)
+        clamp_top_k = clamp_top_k and record.take("router", str, default=ROWS) != FULL
         return cls(
             name=record.take("name", str),
             experts=record.take("experts", int),
             top_k=min(top_k, max(1, len(keep))) if clamp_top_k else top_k,
             keep=keep,
             scores=record.items("scores", float),
-            groups=None if groups is None else _groups(groups),
+            groups=Groups.from_record(record.record("groups")),
+            router=record.take("router", str, default=ROWS),
+            merge=tuple(
+                Merge(merge.items("experts", int), merge.items("weights", float)) for merge in record.records("merge")
+            ),
+            align=record.take("align", bool, default=False),
         )
-
-
-def _groups(record: Record) -> Groups:
-    return Groups(record.take("count", int), record.take("selected", int), record.take("scored_by", int, default=2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""statistics.safetensors: what the router did on calibration data, as sums that add up across shards."""
+"""statistics.safetensors: what routers and experts did on calibration data, as sums that add up across shards."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,31 +14,62 @@ from moe_spec.feasibility import Groups
 from moe_spec.files import new_file, require_file
 from moe_spec.record import Record, dump_record, parse_record
 
-SCHEMA = 1
+SCHEMA = 2
 _REMAKE = "make it again with `moe-edge calibrate`"
 _HEADER = "moe_edge"
 """The only metadata key: safetensors writes several in random order, and equal statistics shall be equal bytes."""
 
-SUMS: Mapping[str, str] = {
-    "tokens": "n_e, how many tokens selected the expert",
-    "gate": "G_e, sum of the weight g_e(x) that really multiplied the output, over the tokens that selected the expert",
-    "output_norm": "A1_e, sum of the output norm ||f_e(x)||_2 over those tokens",
-    "output_norm_squared": "A2_e, sum of ||f_e(x)||_2^2 over those tokens",
-    "gated_norm": "GA_e, sum of g_e(x) ||f_e(x)||_2 over those tokens",
-}
-"""The additive sums of one layer, each (E,) float64. A shorter name than the papers' symbols, which follow it."""
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One statistic of a layer.
+
+    Attributes:
+        axes: one letter an axis: E experts, H hidden width.
+        what: in the papers' symbols. X_e are the tokens x that selected expert e; g_e(x) is the weight that really
+            multiplied its output f_e(x); z(x) are the router's logits.
+        dense: whether every expert has to run on every token for it.
+        largest: whether shards are merged by the larger value; else they add up.
+    """
+
+    axes: str
+    what: str
+    dense: bool = False
+    largest: bool = False
+
+
+KEYS: Mapping[str, Key] = {
+    "tokens": Key("E", "n_e, how many tokens selected the expert"),
+    "probability": Key("E", "P_e, sum over all tokens of the router's score of the expert, before any is selected"),
+    "gate": Key("E", "G_e, sum of g_e(x) over X_e"),
+    "gate_squared": Key("E", "sum of g_e(x)^2 over X_e"),
+    "output_norm": Key("E", "A1_e, sum of ||f_e(x)||_2 over X_e"),
+    "output_norm_squared": Key("E", "A2_e, sum of ||f_e(x)||_2^2 over X_e"),
+    "gated_norm": Key("E", "GA_e, sum of g_e(x) ||f_e(x)||_2 over X_e"),
+    "gated_norm_squared": Key("E", "sum of (g_e(x) ||f_e(x)||_2)^2 over X_e"),
+    "gated_norm_change": Key("E", "GAS_e, sum of g_e(x) ||f_e(x)||_2 s(x) over X_e, s = max(0, 1 - cos(h, h + y)), "
+                                  "h what the experts read and y the sum that they give"),
+    "output_peak": Key("E", "largest |element| of f_e(x) over X_e", largest=True),
+    "output": Key("EH", "sum of f_e(x) over X_e"),
+    "output_squared": Key("EH", "sum of f_e(x)^2, element by element, over X_e"),
+    "logit_gram": Key("EE", "sum of z_i(x) z_j(x) over all tokens"),
+    "output_of_all": Key("EH", "sum of f_e(x) over all tokens", dense=True),
+    "output_cosine": Key("EE", "sum of cos(f_i(x), f_j(x)) over all tokens", dense=True),
+}  # fmt: skip
+"""Every statistic, each float64. A file may lack some: dense ones cost a run of every expert, and what an ONNX graph
+does not show cannot be seen in it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """Sums of one MoE layer.
+    """Statistics of one MoE layer.
 
     Attributes:
         name: path of the MoE block, as in ``LayerPlan``.
         experts: E.
         top_k: K of the model.
         token_count: valid (not padding) tokens that went through the layer.
-        sums: (E,) float64 for every key of ``SUMS``.
+        sums: float64 arrays by key of ``KEYS``, all of them or some.
         groups: group-limited routing, if the layer has one.
     """
 
@@ -50,15 +81,23 @@ class LayerStatistics:
     groups: Groups | None = None
 
     def __getitem__(self, key: str) -> npt.NDArray[np.float64]:
+        """The statistic ``key``.
+
+        Raises:
+            UserError: the statistics were taken without it.
+        """
+        if key not in self.sums:
+            how = "moe-edge calibrate --dense" if KEYS[key].dense else "moe-edge calibrate on the checkpoint"
+            raise UserError(f"the statistics of layer {self.name} lack {key!r}: {KEYS[key].what}", hint=how)
         return self.sums[key]
 
     def add(self, other: "LayerStatistics") -> "LayerStatistics":
-        """The statistics of both shards together."""
-        return dataclasses.replace(
-            self,
-            token_count=self.token_count + other.token_count,
-            sums={key: self.sums[key] + other.sums[key] for key in SUMS},
-        )
+        """The statistics of both shards together; both have the same keys."""
+        merged = {
+            key: np.maximum(mine, other.sums[key]) if KEYS[key].largest else mine + other.sums[key]
+            for key, mine in self.sums.items()
+        }
+        return dataclasses.replace(self, token_count=self.token_count + other.token_count, sums=merged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +126,15 @@ class Statistics:
                     "top_k": layer.top_k,
                     "token_count": layer.token_count,
                     "groups": None if layer.groups is None else dataclasses.asdict(layer.groups),
+                    "keys": sorted(layer.sums),
                 }
                 for layer in self.layers
             ],
         }
         tensors = {
-            f"{layer.name}/{key}": np.ascontiguousarray(layer.sums[key]) for layer in self.layers for key in SUMS
+            f"{layer.name}/{key}": np.ascontiguousarray(values)
+            for layer in self.layers
+            for key, values in layer.sums.items()
         }
         with new_file(path) as staging:
             safetensors.numpy.save_file(tensors, staging, {_HEADER: dump_record("statistics", SCHEMA, header)})
@@ -123,22 +165,30 @@ class Statistics:
 
 def _layer(record: Record, tensors: Mapping[str, npt.NDArray[np.float64]]) -> LayerStatistics:
     name, experts = record.take("name", str), record.take("experts", int)
-    sums = {}
-    for key in SUMS:
-        tensor = tensors.get(f"{name}/{key}")
-        if tensor is None or tensor.shape != (experts,) or tensor.dtype != np.float64:
-            found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-            raise record.fail(f"tensor {name}/{key} holds {found}, expected float64[{experts}]")
-        sums[key] = tensor
-    groups = record.record("groups")
     return LayerStatistics(
         name=name,
         experts=experts,
         top_k=record.take("top_k", int),
         token_count=record.take("token_count", int),
-        sums=sums,
-        groups=None if groups is None else Groups(groups.take("count", int), groups.take("selected", int)),
+        sums={key: _values(record, key, tensors.get(f"{name}/{key}"), experts) for key in record.items("keys", str)},
+        groups=Groups.from_record(record.record("groups")),
     )
+
+
+def _values(record: Record, key: str, tensor: npt.NDArray[np.float64] | None, experts: int) -> npt.NDArray[np.float64]:
+    if key not in KEYS:
+        raise record.fail(f"{key!r} is no statistic")
+    axes, name = KEYS[key].axes, f"{record.take('name', str)}/{key}"
+    found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+    expected = [experts if axis == "E" else axis for axis in axes]
+    fits = tensor is not None and tensor.ndim == len(axes)
+    if tensor is None or not fits or tensor.dtype != np.float64 or not _same(tensor.shape, expected):
+        raise record.fail(f"tensor {name} holds {found}, expected float64[{', '.join(map(str, expected))}]")
+    return tensor
+
+
+def _same(shape: tuple[int, ...], expected: list[int | str]) -> bool:
+    return all(wanted in (length, "H") for length, wanted in zip(shape, expected, strict=True))
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
@@ -153,10 +203,14 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
             hint="calibrate every shard with the same checkpoint",
         )
     mine, theirs = (
-        [(layer.name, layer.experts, layer.top_k, layer.groups) for layer in shard.layers] for shard in (left, right)
+        [(layer.name, layer.experts, layer.top_k, layer.groups, sorted(layer.sums)) for layer in shard.layers]
+        for shard in (left, right)
     )
     if mine != theirs:
-        raise UserError("the shards have different MoE layers", hint="calibrate every shard with the same checkpoint")
+        raise UserError(
+            "the shards have different MoE layers, or different statistics of them",
+            hint="calibrate every shard with the same checkpoint and the same options",
+        )
     return dataclasses.replace(
         left,
         data_sha256=left.data_sha256 + right.data_sha256,

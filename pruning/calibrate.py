@@ -16,7 +16,7 @@ from moe_spec.dataset import load_dataset
 from moe_spec.files import refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
-from moe_spec.statistics import SUMS, LayerStatistics, Statistics
+from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.inputs import check_inputs
 from pruning.observe import observed
 
@@ -88,13 +88,16 @@ def collect(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     return tuple(sums[layer.experts].statistics() for layer in layers)
 
 
+_KEYS = ("tokens", "gate", "output_norm", "output_norm_squared", "gated_norm")
+
+
 class _Sums:
     """The running sums of one layer, in float64."""
 
     def __init__(self, layer: MoELayer) -> None:
         self._layer = layer
         self._token_count = 0
-        self._sums = {key: torch.zeros(layer.num_experts, dtype=torch.float64) for key in SUMS}
+        self._sums = {key: torch.zeros(layer.num_experts, dtype=torch.float64) for key in _KEYS}
 
     def add(self, ids_TK: Tensor, gates_TK: Tensor, outputs_TKH: Tensor, valid_T: Tensor) -> None:
         """Count the valid tokens of one forward pass."""

@@ -10,7 +10,7 @@ from graph_passes.optimize import optimize
 from moe_spec.identity import checkpoint_sha256, onnx_sha256
 from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
-from moe_spec.statistics import SUMS, LayerStatistics, Statistics
+from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.targets import find_target
@@ -124,7 +124,7 @@ def test_a_parity_report(made, tmp_path):
 
 def test_statistics(tmp_path):
     path = tmp_path / "statistics.safetensors"
-    sums = {key: np.array([3.0, 1.0, 0.0, 4.0]) for key in SUMS}
+    sums = {key: np.array([3.0, 1.0, 0.0, 4.0]) for key, row in KEYS.items() if row.axes == "E"}
     Statistics("m" * 64, ("data",), (LayerStatistics("layers.1.mlp", 4, 2, 4, sums),)).save(path)
     text, payload = described(path)
     assert text == (

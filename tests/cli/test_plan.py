@@ -8,7 +8,7 @@ import moe_spec.record
 from models.checkpoints import save_model
 from moe_spec import LayerStatistics, PruningPlan, Statistics
 from moe_spec.identity import onnx_sha256
-from moe_spec.statistics import SUMS
+from moe_spec.statistics import KEYS
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import Spec, save
 from tests.models_table import TINY
@@ -18,7 +18,10 @@ from tests.models_table import TINY
 def source(tmp_path):
     path = tmp_path / "statistics.safetensors"
     layers = tuple(
-        LayerStatistics(f"layers.{index}.mlp", 8, 2, 40, {key: np.arange(8.0) for key in SUMS}) for index in (1, 3)
+        LayerStatistics(
+            f"layers.{index}.mlp", 8, 2, 40, {key: np.arange(8.0) for key, row in KEYS.items() if row.axes == "E"}
+        )
+        for index in (1, 3)
     )
     Statistics("model", ("data",), layers).save(path)
     return path
@@ -116,7 +119,7 @@ def cut(path):
 
 def newer(path):
     with safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata()["moe_edge"]) | {"schema": 2}
+        header = json.loads(file.metadata()["moe_edge"]) | {"schema": 3}
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, {"moe_edge": json.dumps(header)})
 
 
@@ -131,7 +134,7 @@ REMAKE = "make it again with `moe-edge calibrate`"
     ("spoil", "what", "hint"),
     [
         (cut, "is no complete safetensors file: ", REMAKE),
-        (newer, "has statistics schema 2, this moe-edge reads 1", f"update moe-edge, or {REMAKE}"),
+        (newer, "has statistics schema 3, this moe-edge reads 2", f"update moe-edge, or {REMAKE}"),
         (foreign, "holds no statistics", REMAKE),
     ],
 )

@@ -8,10 +8,12 @@ from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
 from moe_spec import Dataset, Statistics, UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.statistics import SUMS, merge
+from moe_spec.statistics import merge
 from pruning.calibrate import calibrate, collect
 from pruning.observe import observed
 from tests.models_table import EXPERTS, TINY, TOP_K, example_inputs
+
+KEYS = ("tokens", "gate", "output_norm", "output_norm_squared", "gated_norm")
 
 
 def logits(model, inputs):
@@ -31,13 +33,13 @@ def sums_by_hand(model, inputs):
         hook.remove()
     for layer, (hidden_TH, ids_TK, gates_TK) in zip(find_moe_layers(model), seen, strict=True):
         eager = inspect.unwrap(type(layer.experts).forward)
-        sums = {key: np.zeros(EXPERTS) for key in SUMS}
+        sums = {key: np.zeros(EXPERTS) for key in KEYS}
         for token, (ids_K, gates_K) in enumerate(zip(ids_TK.tolist(), gates_TK.tolist(), strict=True)):
             for expert, gate in zip(ids_K, gates_K, strict=True):
                 row = hidden_TH[token : token + 1]
                 norm = eager(layer.experts, row, torch.tensor([[expert]]), torch.ones(1, 1)).norm().item()
                 terms = (1, gate, norm, norm**2, gate * norm)
-                for key, term in zip(SUMS, terms, strict=True):
+                for key, term in zip(KEYS, terms, strict=True):
                     sums[key][expert] += term
         yield sums
 
@@ -45,7 +47,7 @@ def sums_by_hand(model, inputs):
 def assert_same_sums(left, right, rtol=1e-5):
     assert [layer.token_count for layer in left] == [layer.token_count for layer in right]
     for mine, theirs in zip(left, right, strict=True):
-        for key in SUMS:
+        for key in KEYS:
             np.testing.assert_allclose(mine[key], theirs[key], rtol=rtol, atol=1e-12, err_msg=key)
 
 
@@ -67,7 +69,7 @@ def test_the_sums_are_those_of_the_real_router_and_experts(name):
     assert [layer.name for layer in layers] == [layer.name for layer in find_moe_layers(model)]
     for layer, expected in zip(layers, sums_by_hand(model, inputs), strict=True):
         assert layer["tokens"].sum() == TOP_K * layer.token_count
-        for key in SUMS:
+        for key in KEYS:
             assert layer[key].dtype == np.float64
             np.testing.assert_allclose(layer[key], expected[key], rtol=1e-5, err_msg=key)
 

@@ -7,13 +7,13 @@ from models.checkpoints import save_model
 from moe_spec import LayerStatistics, PruningPlan, Statistics, UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.statistics import SUMS
+from moe_spec.statistics import KEYS
 from pruning.plan import PlanOptions, make_plan, plan
 from tests.models_table import TINY
 
 
 def statistics(tokens, gated_norm):
-    sums = {key: np.zeros(4) for key in SUMS}
+    sums = {key: np.zeros(4) for key, row in KEYS.items() if row.axes == "E"}
     sums |= {"tokens": np.asarray(tokens, np.float64), "gated_norm": np.asarray(gated_norm, np.float64)}
     return LayerStatistics("layers.0.mlp", 4, 2, 20, sums)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Groups, LayerPlan, PruningPlan, UserError
+from moe_spec import Groups, LayerPlan, Merge, PruningPlan, UserError
 
 REMAKE = "make it again with `moe-edge plan`"
 IMPOSSIBLE = "layer layers.0.mlp cannot route 8 experts in {} groups of which {} are selected"
@@ -95,3 +95,39 @@ def test_a_layer_that_stands_twice_is_refused(path):
 def test_a_plan_without_a_key_is_refused(key, path):
     edit(path, lambda plan: plan.pop(key))
     assert refusal(path) == (f"{path}: key {key!r} is missing", REMAKE)
+
+
+def test_a_router_that_stays_full_may_select_more_than_stay():
+    assert LayerPlan("mlp", 8, 2, (3,), router="full").top_k == 2
+
+
+@pytest.mark.parametrize(("router", "merge"), [("mean", ()), ("full", (Merge((0, 1), (1, 1)),)), ("none", ())])
+def test_a_router_that_does_not_go_with_dropping_or_merging_is_refused(router, merge):
+    kind = "merges" if merge else "drops"
+    with pytest.raises(UserError, match=re.escape(f"layer mlp {kind} experts with the router {router!r}")):
+        LayerPlan("mlp", 8, 1, (0,), router=router, merge=merge)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        (Merge((0, 1), (1, 1)),),
+        (Merge((0, 1), (1, 1)), Merge((1, 4), (1, 1))),
+        (Merge((0, 1), (1, 1)), Merge((3,), (1,))),
+        (Merge((0, 9), (1, 1)), Merge((4,), (1,))),
+        (Merge((0, 1), (0, 0)), Merge((4,), (1,))),
+        (Merge((0, 1), (1, -1)), Merge((4,), (1,))),
+        (Merge((0, 1), (1,)), Merge((4,), (1,))),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused(merge):
+    found = [list(one.experts) for one in merge]
+    with pytest.raises(UserError, match=re.escape(f"layer mlp keeps [0, 4] but merges {found}")):
+        LayerPlan("mlp", 8, 1, (0, 4), merge=merge)
+
+
+def test_a_plan_that_merges_comes_back_as_it_was(tmp_path):
+    merge = (Merge((0, 1, 2), (3, 1, 0)), Merge((3, 4), (1, 1)))
+    plan = PruningPlan("model", "uncurl", (LayerPlan("mlp", 5, 1, (0, 4), router="new", merge=merge, align=True),))
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
