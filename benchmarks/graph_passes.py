@@ -158,7 +158,7 @@ def report(nodes: Sequence[NodesRow], rounds: Sequence[Round], experts: int, com
 
 Each number is one run of `moe-edge optimize --plan ... --form {WRITTEN_FORM} --no-prove` as a process of its own,
 from start to files on disk; the plan keeps every second expert. Without the proof, because ONNX Runtime would hold
-the model in memory.
+the model in memory. What the written forms cost when they run stands in [forms.md](forms.md).
 
 ## Many nodes
 
