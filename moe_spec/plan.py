@@ -158,6 +158,20 @@ class PruningPlan:
                 "tool: optimize --any-model",
             )
 
+    def require_narrow_routers(self, where: str) -> None:
+        """Refuse a plan that leaves rows of a router without an expert, for what cannot have such.
+
+        Raises:
+            UserError: a layer drops experts and keeps its router full.
+        """
+        full = [layer.name for layer in self.layers if layer.router == FULL and layer.dropped]
+        if full:
+            raise UserError(
+                f"the plan keeps the router of layer {full[0]} full, but {where} has as many experts as its router "
+                "has rows",
+                hint="prune the ONNX graph, which may have fewer: moe-edge optimize exported/ --plan plan.json",
+            )
+
     def to_json(self) -> Json:
         """The plan as it stands in plan.json and, embedded, in manifests."""
         return {

@@ -1,5 +1,6 @@
 """Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, LayerPlan, PruningPlan
 
 PLAN = "plan.json"
 """The plan that a pruned checkpoint was made by, kept in its directory."""
@@ -29,11 +30,12 @@ def prune(checkpoint: Path, plan_path: Path, out: Path) -> Path:
 
     Raises:
         UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
-            torch router or the one count in config.json cannot say.
+            torch router or the one count in config.json cannot say, such as a full router.
     """
     refuse_existing(out)
     plan = PruningPlan.load(plan_path)
     plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
+    plan.require_narrow_routers("a checkpoint")
     rehearsal = load_skeleton(checkpoint)  # refusals come before the weights are read
     apply_plan(rehearsal, plan)
     _require_one_count(rehearsal, checkpoint)
@@ -53,6 +55,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     2. Router weight, bias and selection bias are sliced by the same ids; shared experts and scales stay untouched.
     3. Layers may keep different numbers. The config has one count: it changes only where all layers agree.
     4. All layers are checked before the first is changed.
+    5. Where the router stays full it leads to every expert still: those dropped become zeros, which give 0 whenever
+       they are chosen, and nothing shrinks. That is for measuring; an ONNX graph drops them.
 
     Raises:
         UserError: a layer that the model lacks or has with another number of experts, or one whose router cannot
@@ -63,6 +67,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     todo = [(_find(layers, layer_plan), layer_plan) for layer_plan in plan.layers]
     groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
+        if layer_plan.router == FULL:
+            _silence(layer, layer_plan.dropped)
+            continue
         _slice_layer(layer, layer_plan, row)
         _set_counts(model.get_submodule(layer.name), layer, layer_plan, left, row)
     shapes = _shapes(model)
@@ -80,7 +87,8 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
             f"the plan names layer {plan.name!r}, which the model does not have", hint=did_you_mean(plan.name, layers)
         )
     layer = layers[plan.name]
-    if plan.experts != layer.num_experts or plan.top_k > layer.top_k:
+    fits = plan.top_k == layer.top_k if plan.router == FULL else plan.top_k <= layer.top_k
+    if plan.experts != layer.num_experts or not fits:
         raise UserError(
             f"the plan is for {plan.experts} experts in layer {plan.name} and leaves K={plan.top_k}, "
             f"but the model has {layer.num_experts} there, and K={layer.top_k}",
@@ -91,6 +99,8 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
 
 def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
     """What a torch router of groups of equal length needs to route as before; emptied groups vanish."""
+    if plan.router == FULL:
+        return layer.groups
     check_keep(layer.name, layer.num_experts, plan.top_k, plan.keep, layer.groups)
     if layer.groups is None:
         return None
@@ -103,6 +113,13 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
             hint=_ONNX_WAY,
         )
     return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
+
+
+def _silence(layer: MoELayer, dropped: Sequence[int]) -> None:
+    """Experts of zeros, biases included, give 0 in every family: act(0) is multiplied by 0."""
+    with torch.no_grad():
+        for parameter in layer.experts.parameters(recurse=False):
+            parameter[list(dropped)] = 0
 
 
 def _slice_layer(layer: MoELayer, plan: LayerPlan, row: Family) -> None:

@@ -1,4 +1,4 @@
-"""The oracle of pruning: the unpruned model with the dropped experts made unselectable."""
+"""The oracle of pruning: the unpruned model with the dropped experts made unselectable, or their gates set to 0."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,16 +12,26 @@ from transformers import PreTrainedModel
 from models.families import family
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, ROWS
 
 UNSELECTABLE = -1e30
 """For a selection bias. Finite: in the sum of a group's two best, two dropped experts must not turn into NaN, and they
 must still rank above the experts of groups that were not selected."""
 
 
-def plan_for(model: PreTrainedModel, keeps: Mapping[str, tuple[int, ...]], top_k: int | None = None) -> PruningPlan:
+def plan_for(
+    model: PreTrainedModel, keeps: Mapping[str, tuple[int, ...]], top_k: int | None = None, router: str = ROWS
+) -> PruningPlan:
     """A plan that keeps ``keeps[layer]`` in the layers named; ``top_k`` None leaves K as it is."""
     layers = [
-        LayerPlan(layer.name, layer.num_experts, top_k or layer.top_k, tuple(keeps[layer.name]), groups=layer.groups)
+        LayerPlan(
+            layer.name,
+            layer.num_experts,
+            top_k or layer.top_k,
+            tuple(keeps[layer.name]),
+            groups=layer.groups,
+            router=router,
+        )
         for layer in find_moe_layers(model)
         if layer.name in keeps
     ]
@@ -30,12 +40,18 @@ def plan_for(model: PreTrainedModel, keeps: Mapping[str, tuple[int, ...]], top_k
 
 @contextlib.contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
-    """Within the block the experts that ``plan`` drops have router logits of -inf, before softmax and top-k."""
+    """Within the block the experts that ``plan`` drops have router logits of -inf, before softmax and top-k.
+
+    Where the router stays full it chooses as ever, and the weights of those that it should not have chosen are 0.
+    """
     masks = {}
     with contextlib.ExitStack() as stack:
         for layer in find_moe_layers(model):
             layer_plan = plan.layer(layer.name)
             if layer_plan is None:
+                continue
+            if layer_plan.router == FULL:
+                stack.enter_context(_without_gates(layer.experts, layer_plan.dropped))
                 continue
             mask_E = torch.zeros(layer.num_experts)
             mask_E[list(layer_plan.dropped)] = -torch.inf
@@ -44,6 +60,19 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                 stack.enter_context(_unselectable(layer.router, list(layer_plan.dropped)))
         stack.enter_context(_MaskedLinear(masks))
         yield
+
+
+@contextlib.contextmanager
+def _without_gates(experts: nn.Module, dropped: tuple[int, ...]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, ids, weights = args
+        return hidden, ids, weights.masked_fill(torch.isin(ids, torch.tensor(dropped)), 0)
+
+    handle = experts.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _MaskedLinear(TorchFunctionMode):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from models.families import family
 from models.moe_layers import find_moe_layers
 from moe_spec import Groups, LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.plan import FULL
 from pruning.apply import apply_plan, prune
 from tests.models_table import TINY, example_inputs
 from tests.oracle import masked, plan_for
@@ -65,6 +67,25 @@ def test_one_expert_left_is_the_model_that_can_select_only_that(name):
     apply_plan(pruned, one(model))
     assert_pruned_equals_masked(model, pruned, one(model))
     assert [(layer.num_experts, layer.top_k) for layer in find_moe_layers(pruned)] == [(1, 1)] * 2
+
+
+@pytest.mark.parametrize("keeps", [((1, 4, 6), (0, 2, 7)), ((5,), (2,))], ids=["3 of 8", "1 of 8"])
+@pytest.mark.parametrize("name", TINY)
+def test_with_a_full_router_a_dropped_expert_gives_nothing(name, keeps):
+    model, pruned = TINY[name](), TINY[name]()
+    plan = plan_for(model, dict(zip(names(model), keeps, strict=True)), router=FULL)
+    apply_plan(pruned, plan)
+    assert_pruned_equals_masked(model, pruned, plan)
+    assert pruned.config.to_dict() == model.config.to_dict()
+
+
+def test_one_layer_may_lose_rows_where_another_keeps_its_router_full():
+    model, pruned = TINY["olmoe"](), TINY["olmoe"]()
+    first, second = plan_for(model, dict.fromkeys(names(model), (1, 4, 6))).layers
+    plan = PruningPlan("", "by hand", (first, dataclasses.replace(second, router=FULL)))
+    apply_plan(pruned, plan)
+    assert_pruned_equals_masked(model, pruned, plan)
+    assert [layer.num_experts for layer in find_moe_layers(pruned)] == [3, 8]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -201,6 +222,26 @@ def refusal(checkpoint, plan, out):
         prune(checkpoint, plan, out)
     assert not out.exists() or not any(out.iterdir())
     return caught.value.what, caught.value.hint
+
+
+def test_a_checkpoint_cannot_hold_a_full_router(tmp_path):
+    checkpoint, plan = saved(
+        "mixtral", tmp_path, lambda model: plan_for(model, {names(model)[0]: (0, 1, 2)}, router=FULL)
+    )
+    assert refusal(checkpoint, plan, tmp_path / "out") == (
+        "the plan keeps the router of layer model.layers.0.mlp full, but a checkpoint has as many experts as its "
+        "router has rows",
+        "prune the ONNX graph, which may have fewer: moe-edge optimize exported/ --plan plan.json",
+    )
+
+
+def test_a_full_router_selects_as_many_as_before():
+    model = TINY["mixtral"]()
+    with pytest.raises(UserError) as caught:
+        apply_plan(model, plan_for(model, {names(model)[0]: (0, 1, 2)}, top_k=1, router=FULL))
+    assert caught.value.what == (
+        "the plan is for 8 experts in layer model.layers.0.mlp and leaves K=1, but the model has 8 there, and K=2"
+    )
 
 
 def test_a_checkpoint_cannot_hold_different_counts(tmp_path):
