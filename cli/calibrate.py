@@ -18,6 +18,9 @@ def calibrate(
     output: Output,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many examples.")] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Run every expert on every token too, for what needs it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
@@ -31,6 +34,7 @@ def calibrate(
             output,
             batch_size=batch_size,
             limit=limit,
+            dense=dense,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     tokens = statistics.layers[0].token_count

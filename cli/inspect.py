@@ -192,7 +192,7 @@ def _statistics(path: Path) -> Description:
     payload = {
         "model_sha256": statistics.model_sha256,
         "layers": [
-            {"name": layer.name, "token_count": layer.token_count}
+            {"name": layer.name, "token_count": layer.token_count, "keys": sorted(layer.sums)}
             | {key: values.tolist() for key, values in layer.sums.items() if values.ndim == 1}
             for layer in statistics.layers
         ],

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups
+
+Score = Literal["softmax", "sigmoid"]
+"""What makes a router's scores of its logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +18,10 @@ class Family:
     Attributes:
         model_type: ``model_type`` in config.json.
         experts_key: the config's name for E.
-        router: attribute of the MoE block that holds the router.
+        router: attribute of the MoE block that holds the router, whose ``forward`` gives logits (T, E), weights (T, K)
+            and expert ids (T, K).
         router_tensors: the router's parameters and buffers with E on axis 0.
+        score: what the router makes of its logits, over all experts or over the selected ones only.
         experts: attribute of the MoE block that holds the experts; each of its parameters has E on axis 0.
         top_k_key: the config's name for K.
         experts_count: attribute of router and experts that holds E.
@@ -29,6 +34,7 @@ class Family:
     experts_key: str
     router: str
     router_tensors: tuple[str, ...] = ("weight",)
+    score: Score = "softmax"
     experts: str = "experts"
     top_k_key: str = "num_experts_per_tok"
     experts_count: str = "num_experts"
@@ -55,6 +61,7 @@ _ROWS = (
         experts_key="n_routed_experts",
         router="gate",
         router_tensors=("weight", "e_score_correction_bias"),
+        score="sigmoid",
         group_keys=("n_group", "topk_group"),
         group_counts=("num_group", "topk_group"),
     ),

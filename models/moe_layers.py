@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.families import Family, family
+from models.families import Family, Score, family
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 
@@ -20,6 +20,8 @@ class MoELayer:
         experts: the routed FFNs, as stacked weights with E on axis 0.
         num_experts: E.
         top_k: K.
+        hidden_size: H.
+        score: what the router makes of its logits.
         groups: group-limited routing, if the router has it.
     """
 
@@ -28,6 +30,8 @@ class MoELayer:
     experts: nn.Module
     num_experts: int
     top_k: int
+    hidden_size: int
+    score: Score
     groups: Groups | None
 
 
@@ -62,5 +66,7 @@ def _layer(name: str, block: nn.Module, row: Family) -> MoELayer:
         experts=getattr(block, row.experts),
         num_experts=getattr(router, row.experts_count),
         top_k=getattr(router, row.top_k_count),
+        hidden_size=getattr(router, row.router_tensors[0]).shape[-1],
+        score=row.score,
         groups=groups,
     )

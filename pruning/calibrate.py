@@ -29,6 +29,7 @@ def calibrate(
     *,
     batch_size: int = 32,
     limit: int | None = None,
+    dense: bool = False,
     on_progress: Progress | None = None,
 ) -> Statistics:
     """Run task data through a checkpoint and write statistics.safetensors.
@@ -39,6 +40,7 @@ def calibrate(
         out: statistics to write; must not exist.
         batch_size: examples a forward pass.
         limit: use only the first so many examples.
+        dense: take the dense statistics too, for which every expert runs on every token.
         on_progress: told after every batch.
 
     Raises:
@@ -57,7 +59,7 @@ def calibrate(
             if on_progress is not None:
                 on_progress(min(done * batch_size, len(dataset)), len(dataset))
 
-    layers = collect(model, batches())
+    layers = collect(model, batches(), dense=dense)
     statistics = Statistics(checkpoint_sha256(checkpoint), (dataset.sha256,), layers)
     statistics.save(out)
     return statistics

@@ -9,6 +9,7 @@ import safetensors.numpy
 from models.checkpoints import save_model
 from moe_spec import Statistics
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.statistics import KEYS
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 from tests.models_table import TINY
 
@@ -32,6 +33,14 @@ def test_calibrate_writes_statistics_and_one_line(checkpoint, data, tmp_path):
     code, stdout, stderr = invoke("calibrate", checkpoint, "--data", data, "-o", out, "--batch-size", 4, "--limit", 5)
     assert (code, stdout, stderr) == (0, f"{out}: 2 MoE layers, 25 tokens each\n", "")
     assert Statistics.load(out).layers[1].token_count == 25
+
+
+def test_dense_statistics_are_taken_when_asked_for(checkpoint, data, tmp_path):
+    out, dense = tmp_path / "statistics.safetensors", tmp_path / "dense.safetensors"
+    assert invoke("calibrate", checkpoint, "--data", data, "-o", out)[0] == 0
+    assert invoke("calibrate", checkpoint, "--data", data, "-o", dense, "--dense")[0] == 0
+    assert set(Statistics.load(out).layers[0].sums) == {name for name, key in KEYS.items() if not key.dense}
+    assert set(Statistics.load(dense).layers[0].sums) == set(KEYS)
 
 
 def test_json_goes_to_stdout(checkpoint, data, tmp_path):

@@ -125,13 +125,17 @@ def test_a_parity_report(made, tmp_path):
 def test_statistics(tmp_path):
     path = tmp_path / "statistics.safetensors"
     sums = {key: np.array([3.0, 1.0, 0.0, 4.0]) for key, row in KEYS.items() if row.axes == "E"}
+    sums |= {key: np.eye(4) for key, row in KEYS.items() if row.axes == "EE"}
     Statistics("m" * 64, ("data",), (LayerStatistics("layers.1.mlp", 4, 2, 4, sums),)).save(path)
     text, payload = described(path)
     assert text == (
         f"{path}: statistics of model {'m' * 12}\n"
         "  layers.1.mlp: 4 tokens, 4 experts, share of each 37.5% 12.5% 0.0% 50.0%\n"
     )
-    assert payload["layers"][0]["tokens"] == [3.0, 1.0, 0.0, 4.0]
+    layer = payload["layers"][0]
+    assert layer["tokens"] == [3.0, 1.0, 0.0, 4.0]
+    assert layer["keys"] == sorted(sums)
+    assert "logit_gram" not in layer  # matrices are for programs
 
 
 def test_refusals_are_shown(tmp_path):

@@ -1,17 +1,19 @@
+import dataclasses
 import inspect
 
 import numpy as np
 import pytest
 import torch
 
-from models.moe_layers import find_moe_layers
-from moe_spec import Statistics
-from moe_spec.statistics import merge
-from pruning.collect import collect
-from pruning.observe import observed
-from tests.models_table import EXPERTS, TINY, TOP_K, example_inputs
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec import Statistics, UserError
+from moe_spec.statistics import KEYS, merge
+from pruning.collect import LayerSums, collect
+from pruning.observe import Seen, observed
+from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, example_inputs
 
-KEYS = ("tokens", "gate", "output_norm", "output_norm_squared", "gated_norm")
+SPARSE = [name for name, key in KEYS.items() if not key.dense]
+SIGMOID = ("deepseek_v3",)
 
 
 def logits(model, inputs):
@@ -19,7 +21,18 @@ def logits(model, inputs):
         return model(**inputs).logits
 
 
-def sums_by_hand(model, inputs):
+def cosine(left_H, right_H):
+    return left_H @ right_H / (np.linalg.norm(left_H) * np.linalg.norm(right_H))
+
+
+def score(name, logits_E):
+    if name in SIGMOID:
+        return 1 / (1 + np.exp(-logits_E))
+    exponential_E = np.exp(logits_E - logits_E.max())
+    return exponential_E / exponential_E.sum()
+
+
+def sums_by_hand(name, model, inputs):
     """Every expert on every token, and the router's own answer, one token after the other."""
     seen = []
     hooks = [
@@ -29,24 +42,58 @@ def sums_by_hand(model, inputs):
     logits(model, inputs)
     for hook in hooks:
         hook.remove()
-    for layer, (hidden_TH, ids_TK, gates_TK) in zip(find_moe_layers(model), seen, strict=True):
-        eager = inspect.unwrap(type(layer.experts).forward)
-        sums = {key: np.zeros(EXPERTS) for key in KEYS}
-        for token, (ids_K, gates_K) in enumerate(zip(ids_TK.tolist(), gates_TK.tolist(), strict=True)):
-            for expert, gate in zip(ids_K, gates_K, strict=True):
-                row = hidden_TH[token : token + 1]
-                norm = eager(layer.experts, row, torch.tensor([[expert]]), torch.ones(1, 1)).norm().item()
-                terms = (1, gate, norm, norm**2, gate * norm)
-                for key, term in zip(KEYS, terms, strict=True):
-                    sums[key][expert] += term
+    valid_T = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else slice(None)
+    for layer, arguments in zip(find_moe_layers(model), seen, strict=True):
+        sums = {key: np.zeros([{"E": EXPERTS, "H": HIDDEN}[axis] for axis in row.axes]) for key, row in KEYS.items()}
+        for hidden_H, ids_K, gates_K in zip(*(values[valid_T] for values in arguments), strict=True):
+            add_token(sums, name, layer, hidden_H, dict(zip(ids_K.tolist(), gates_K.tolist(), strict=True)))
         yield sums
+
+
+def add_token(sums, name, layer, hidden_H, gates):
+    outputs_EH = [expert(layer, hidden_H, e) for e in range(EXPERTS)]
+    router = {key: value.numpy().astype(np.float64) for key, value in layer.router.state_dict().items()}
+    h = hidden_H.numpy().astype(np.float64)
+    z = router["weight"] @ h + router.get("bias", 0)
+    y = sum(gate * outputs_EH[e] for e, gate in gates.items())
+    sums["probability"] += score(name, z)
+    sums["logit_gram"] += np.outer(z, z)
+    sums["output_of_all"] += outputs_EH
+    sums["output_cosine"] += [[cosine(left, right) for right in outputs_EH] for left in outputs_EH]
+    for e, gate in gates.items():
+        f = outputs_EH[e]
+        norm = np.linalg.norm(f)
+        sums["tokens"][e] += 1
+        sums["gate"][e] += gate
+        sums["gate_squared"][e] += gate**2
+        sums["output_norm"][e] += norm
+        sums["output_norm_squared"][e] += norm**2
+        sums["gated_norm"][e] += gate * norm
+        sums["gated_norm_squared"][e] += (gate * norm) ** 2
+        sums["gated_norm_change"][e] += gate * norm * max(0, 1 - cosine(h, h + y))
+        sums["output_peak"][e] = max(sums["output_peak"][e], abs(f).max())
+        sums["output"][e] += f
+        sums["output_squared"][e] += f**2
+
+
+def expert(layer, hidden_H, e):
+    eager = inspect.unwrap(type(layer.experts).forward)
+    with torch.no_grad():
+        output_1H = eager(layer.experts, hidden_H[None], torch.tensor([[e]]), torch.ones(1, 1))
+    return output_1H[0].numpy().astype(np.float64)
+
+
+def assert_close(actual, expected, rtol, key):
+    """Within ``rtol`` of the largest: elements of a matrix may be sums that cancel."""
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max(), err_msg=key)
 
 
 def assert_same_sums(left, right, rtol=1e-5):
     assert [layer.token_count for layer in left] == [layer.token_count for layer in right]
     for mine, theirs in zip(left, right, strict=True):
-        for key in KEYS:
-            np.testing.assert_allclose(mine[key], theirs[key], rtol=rtol, atol=1e-12, err_msg=key)
+        assert sorted(mine.sums) == sorted(theirs.sums)
+        for key in mine.sums:
+            assert_close(mine[key], theirs[key], rtol, key)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -63,23 +110,48 @@ def test_a_model_computes_the_same_while_it_is_observed(name):
 def test_the_sums_are_those_of_the_real_router_and_experts(name):
     model = TINY[name]()
     inputs = example_inputs(model, batch=3, sequence=6, seed=0)
-    layers = collect(model, [inputs])
+    layers = collect(model, [inputs], dense=True)
     assert [layer.name for layer in layers] == [layer.name for layer in find_moe_layers(model)]
-    for layer, expected in zip(layers, sums_by_hand(model, inputs), strict=True):
+    for layer, expected in zip(layers, sums_by_hand(name, model, inputs), strict=True):
         assert layer["tokens"].sum() == TOP_K * layer.token_count
+        assert list(layer.sums) == list(KEYS)
         for key in KEYS:
             assert layer[key].dtype == np.float64
-            np.testing.assert_allclose(layer[key], expected[key], rtol=1e-5, err_msg=key)
+            assert_close(layer[key], expected[key], 1e-5, key)
 
 
-def test_padding_is_not_counted():
-    model = TINY["qwen3_moe"]()
+def test_a_selection_bias_is_no_part_of_logits_and_scores():
+    model = TINY["deepseek_v3"]()
+    inputs = example_inputs(model, batch=2, sequence=6, seed=0)
+    before = collect(model, [inputs])[0]
+    find_moe_layers(model)[0].router.get_buffer("e_score_correction_bias").add_(10 * torch.arange(EXPERTS))
+    after = collect(model, [inputs])[0]
+    assert before["tokens"].tolist() != after["tokens"].tolist()
+    for key in ("probability", "logit_gram"):
+        assert_close(after[key], before[key], 0, key)
+
+
+def test_the_dense_statistics_are_taken_only_when_asked_for():
+    model = TINY["mixtral"]()
+    inputs = example_inputs(model, batch=1, sequence=4, seed=0)
+    sparse, dense = collect(model, [inputs])[0], collect(model, [inputs], dense=True)[0]
+    assert list(sparse.sums) == SPARSE
+    assert_same_sums([sparse], [dataclasses.replace(dense, sums={key: dense[key] for key in SPARSE})], rtol=0)
+    np.testing.assert_allclose(np.diag(dense["output_cosine"]), 4)
+    with pytest.raises(UserError) as caught:
+        sparse["output_cosine"]
+    assert caught.value.hint == "moe-edge calibrate --dense"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_padding_is_not_counted(name):
+    model = TINY[name]()
     short, long = (example_inputs(model, 1, sequence, seed) for seed, sequence in enumerate((4, 9)))
     padded = {
-        name: torch.cat([torch.nn.functional.pad(short[name], (0, 5)), long[name]])
-        for name in ("input_ids", "attention_mask")
+        key: torch.cat([torch.nn.functional.pad(short[key], (0, 5)), long[key]])
+        for key in ("input_ids", "attention_mask")
     }
-    assert_same_sums(collect(model, [padded]), collect(model, [short, long]))
+    assert_same_sums(collect(model, [padded], dense=True), collect(model, [short, long], dense=True))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "vmoe"])
@@ -87,14 +159,82 @@ def test_many_batches_give_what_one_gives_and_shards_add_up(name):
     model = TINY[name]()
     inputs = example_inputs(model, batch=6, sequence=5, seed=0)
     batches = [{key: value[start : start + 2] for key, value in inputs.items()} for start in (0, 2, 4)]
-    whole = collect(model, [inputs])
-    assert_same_sums(collect(model, batches), whole)
+    whole = collect(model, [inputs], dense=True)
+    assert_same_sums(collect(model, batches, dense=True), whole)
     first, rest = (
-        Statistics("model", (data,), collect(model, part)) for data, part in (("a", batches[:1]), ("b", batches[1:]))
+        Statistics("model", (data,), collect(model, part, dense=True))
+        for data, part in (("a", batches[:1]), ("b", batches[1:]))
     )
     merged = merge(first, rest)
     assert merged.data_sha256 == ("a", "b")
     assert_same_sums(merged.layers, whole)
+
+
+def test_many_blocks_give_what_one_gives(monkeypatch):
+    model = TINY["granitemoe"]()
+    inputs = example_inputs(model, batch=2, sequence=5, seed=0)
+    whole = collect(model, [inputs], dense=True)
+    monkeypatch.setattr("pruning.collect._BLOCK", 3 * TOP_K * HIDDEN)
+    monkeypatch.setattr("pruning.collect._DENSE_BLOCK", 1)  # less than a token
+    assert_same_sums(collect(model, [inputs], dense=True), whole)
+
+
+def test_experts_that_no_token_selects_have_zeros():
+    model = TINY["mixtral"]()
+    layers = collect(model, [example_inputs(model, batch=1, sequence=1, seed=0)])
+    for layer in layers:
+        selected = layer["tokens"] > 0
+        assert selected.sum() == TOP_K
+        for key in set(SPARSE) - {"probability", "logit_gram"}:
+            assert not layer[key][~selected].any(), key
+            assert layer[key][selected].any(axis=tuple(range(1, layer[key].ndim))).all(), key
+    for layer in collect(model, []):
+        assert layer.token_count == 0
+        assert not any(layer[key].any() for key in SPARSE)
+
+
+GATES_4K = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.6, 0.4]])
+IDS_4K = torch.tensor([[0, 1], [0, 1], [1, 2], [0, 1]])
+NORMS_E, CHANGES_4 = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.1, 0.1, 0.5, 0.2])
+WORKED: dict[str, list[float]] = {
+    "tokens": [3, 4, 1],
+    "gate": [2.3, 1.2, 0.5],
+    "gate_squared": [1.81, 0.46, 0.25],
+    "output_norm": [3, 8, 6],
+    "output_norm_squared": [3, 16, 36],
+    "gated_norm": [2.3, 2.4, 3.0],
+    "gated_norm_squared": [1.81, 1.84, 9.0],
+    "gated_norm_change": [0.29, 0.72, 1.50],
+    "output_peak": [1, 2, 6],
+}
+"""Four tokens, three experts with outputs of fixed norms, and how far each token is turned; by hand."""
+
+
+def test_the_worked_numbers():
+    nothing = torch.nn.Identity()
+    sums = LayerSums(MoELayer("mlp", nothing, nothing, 3, 2, hidden_size=2, score="softmax", groups=None))
+    before_4H = torch.tensor([[1.0, 0.0]]).expand(4, -1)
+    after_4H = torch.stack([1 - CHANGES_4, (1 - (1 - CHANGES_4) ** 2).sqrt()], dim=-1)
+    outputs_4KH = NORMS_E[IDS_4K][..., None] * torch.tensor([0.0, -1.0])
+    sums.add(Seen(torch.zeros(4, 3), before_4H, IDS_4K, GATES_4K, outputs_4KH, after_4H - before_4H))
+    layer = sums.statistics()
+    for key, expected in WORKED.items():
+        np.testing.assert_allclose(layer[key], expected, rtol=1e-6, err_msg=key)
+    np.testing.assert_allclose(layer["output"], [[0, -3], [0, -8], [0, -6]])
+    np.testing.assert_allclose(layer["output_squared"], [[0, 3], [0, 16], [0, 36]])
+    np.testing.assert_allclose(layer["probability"], [4 / 3] * 3)
+    assert not layer["logit_gram"].any()
+
+
+def test_tokens_that_are_turned_back_or_not_at_all_change_nothing():
+    nothing = torch.nn.Identity()
+    layer = MoELayer("mlp", nothing, nothing, 1, 1, hidden_size=2, score="softmax", groups=None)
+    before_TH = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    added_TH = torch.tensor([[3.0, 0.0], [-2.0, 0.0], [0.0, 1.0]])  # cosines 1, -1, and 0 of a vector of zeros
+    sums = LayerSums(layer)
+    one_T1 = torch.ones(3, 1)
+    sums.add(Seen(one_T1, before_TH, torch.zeros(3, 1, dtype=torch.int64), one_T1, added_TH[:, None], added_TH))
+    np.testing.assert_allclose(sums.statistics()["gated_norm_change"], [0 * 3 + 2 * 2 + 1 * 1])
 
 
 def test_groups_stand_in_the_statistics():
@@ -113,4 +253,5 @@ def test_the_model_is_as_before_even_after_an_error():
     with pytest.raises(KeyboardInterrupt), observed(model, fail):
         logits(model, example_inputs(model, 1, 2, seed=0))
     assert model.get_experts_implementation() == before
+    assert not any(layer.router._forward_hooks for layer in find_moe_layers(model))
     logits(model, example_inputs(model, 1, 2, seed=0))
