@@ -34,6 +34,9 @@ def plan(
     scope: Annotated[str, typer.Option(help="layer: the same count in each; global: one ranking over all.")] = "layer",
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
     clamp_top_k: Annotated[bool, typer.Option("--clamp-top-k", help="Let K shrink where fewer experts stay.")] = False,
+    router: Annotated[
+        str, typer.Option(help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it.")
+    ] = "rows",
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
@@ -47,11 +50,11 @@ def plan(
     how = "by hand"
     if keep is not None:
         how = f"by {criterion}"
-        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k)
+        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router)
         made = run(source, options, output, _layers_of)
     else:
         refuse_existing(output)
-        made = plan_by_hand(_layers_of(source), parse_experts(experts or []), clamp_top_k=clamp_top_k)
+        made = plan_by_hand(_layers_of(source), parse_experts(experts or []), clamp_top_k=clamp_top_k, router=router)
         made.save(output)
     kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in made.layers), strict=True))
     console.result(

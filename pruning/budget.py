@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_keep
-from moe_spec.plan import LayerPlan
+from moe_spec.plan import FULL, ROWS, LayerPlan
 
 Keep = int | float
 """An int is how many experts a layer keeps; a float is the share of them that it keeps, above 0 and at most 1."""
@@ -51,6 +51,23 @@ def check_budget(keep: Keep, written: str) -> Keep:
     )
 
 
+def check_router(router: str, *, clamp_top_k: bool) -> None:
+    """Refuse what cannot become of a router that loses experts.
+
+    Raises:
+        UserError: neither ``rows`` nor ``full``, or a K that shall shrink under a router that stays as it is.
+    """
+    if router not in (ROWS, FULL):
+        raise UserError(
+            f"{router!r} is no router of a plan that drops experts", hint=did_you_mean(router, (ROWS, FULL))
+        )
+    if router == FULL and clamp_top_k:
+        raise UserError(
+            "--clamp-top-k lets K shrink, but --router full leaves it as it is",
+            hint="leave out one of the two: with --router full fewer than K experts may be kept as it is",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RankedLayer:
     """One MoE layer and what a criterion gave its experts.
@@ -59,13 +76,19 @@ class RankedLayer:
         name: path of the MoE block.
         top_k: K.
         groups: group-limited routing, if the layer has it.
-        scores: (E,) float64, not negative, higher is kept.
+        scores: (E,) float64, higher is kept.
+        clamp_top_k: let K shrink to what the router can then select.
+        router: ``rows`` or ``full`` of ``moe_spec.plan.ROUTERS``. With ``full`` K stays, and any number may be kept.
+        protected: ids that are kept before all others.
     """
 
     name: str
     top_k: int
     groups: Groups | None
     scores: npt.NDArray[np.float64]
+    clamp_top_k: bool = False
+    router: str = ROWS
+    protected: frozenset[int] = frozenset()
 
     @property
     def experts(self) -> int:
@@ -73,16 +96,31 @@ class RankedLayer:
         return len(self.scores)
 
     @property
+    def bound_by(self) -> Groups | None:
+        """The routing groups that survivors have to fill; a router that stays as it is binds nothing."""
+        return None if self.router == FULL else self.groups
+
+    @property
     def step(self) -> int:
         """By how many experts the layer grows: one of every routing group."""
-        return 1 if self.groups is None else self.groups.count
+        return 1 if self.bound_by is None else self.bound_by.count
+
+    @property
+    def fewest(self) -> int:
+        """How many experts have to stay so that the protected ones do."""
+        width = self.experts // self.step
+        return self.step * max(sum(e // width == group for e in self.protected) for group in range(self.step))
 
     def best(self, count: int) -> tuple[int, ...]:
-        """Ids of the ``count`` best experts, ascending; the same number of every group, unless only one stays."""
+        """Ids of the ``count`` best experts, ascending; the same number of every group, unless only one stays.
+
+        Protected experts come first, then higher scores, then lower ids.
+        """
+        last_E = ~np.isin(np.arange(self.experts), list(self.protected))
         if count % self.step:
             assert count == 1, "groups keep the same number of experts each"
-            return (int(self.scores.argmax()),)
-        ranked_GE = np.argsort(-self.scores.reshape(self.step, -1), axis=1, kind="stable")  # ties: the lower id first
+            return (int(np.lexsort((-self.scores, last_E))[0]),)
+        ranked_GE = np.lexsort((-self.scores.reshape(self.step, -1), last_E.reshape(self.step, -1)), axis=1)
         first_of_group_G1 = np.arange(self.step)[:, np.newaxis] * (self.experts // self.step)
         kept = (ranked_GE + first_of_group_G1)[:, : count // self.step]
         return tuple(sorted(kept.flatten().tolist()))
@@ -102,40 +140,46 @@ class RankedLayer:
             )
         return keep
 
-    def top_k_after(self, count: int, clamp: bool) -> int:
-        """K once ``count`` experts are left; with ``clamp`` at most what the router can then select."""
-        if not clamp:
+    def top_k_after(self, count: int) -> int:
+        """K once ``count`` experts are left; when clamped at most what the router can then select."""
+        if not self.clamp_top_k:
             return self.top_k
-        reachable = count if self.groups is None else max(1, count // self.groups.count * self.groups.selected)
+        groups = self.bound_by
+        reachable = count if groups is None else max(1, count // groups.count * groups.selected)
         return min(self.top_k, reachable)
 
-    def plan(self, count: int, clamp: bool) -> LayerPlan:
+    def plan(self, count: int) -> LayerPlan:
         """Keep the ``count`` best.
 
         Raises:
-            UserError: the router cannot work with so many.
+            UserError: the router cannot work with so many, or more are protected.
         """
-        top_k = self.top_k_after(count, clamp)
-        if self.groups is not None:
-            self._check_groups(self.groups, count, clamp)
-        keep, scores = self.best(count), tuple(self.scores.tolist())
-        return LayerPlan(self.name, self.experts, top_k, keep, scores, self.groups)
+        if count < self.fewest:
+            raise UserError(
+                f"layer {self.name} keeps {count} of {self.experts} experts, but {sorted(self.protected)} are "
+                f"protected, for which it has to keep {self.fewest}",
+                hint=f"keep more: --keep {self.fewest}; or plan without --protect",
+            )
+        if self.bound_by is not None:
+            self._check_groups(self.bound_by, count)
+        scores = tuple(self.scores.tolist())
+        top_k = self.top_k_after(count)
+        return LayerPlan(self.name, self.experts, top_k, self.best(count), scores, self.groups, self.router)
 
-    def legal_counts(self, clamp: bool) -> list[int]:
+    def legal_counts(self) -> list[int]:
         """The counts that the router can work with, ascending."""
-        return [
-            count for count in sorted({1, *range(self.step, self.experts + 1, self.step)}) if self._works(count, clamp)
-        ]
+        return [count for count in sorted({1, *range(self.step, self.experts + 1, self.step)}) if self._works(count)]
 
-    def _works(self, count: int, clamp: bool) -> bool:
+    def _works(self, count: int) -> bool:
+        top_k = 1 if self.router == FULL else self.top_k_after(count)
         try:
-            check_keep(self.name, self.experts, self.top_k_after(count, clamp), self.best(count), self.groups)
+            check_keep(self.name, self.experts, top_k, self.best(count), self.bound_by)
         except UserError:
             return False
         return True
 
-    def _check_groups(self, groups: Groups, count: int, clamp: bool) -> None:
-        legal = self.legal_counts(clamp)
+    def _check_groups(self, groups: Groups, count: int) -> None:
+        legal = self.legal_counts()
         if count in legal:
             return
         nearest = sorted(sorted(legal, key=lambda other: abs(other - count))[:2])
@@ -146,28 +190,56 @@ class RankedLayer:
         )
 
 
-def same_count(layers: Sequence[RankedLayer], keep: Keep, _clamp: bool) -> list[int]:
-    """Scope ``layer``: every layer keeps ``keep`` of its own experts."""
-    return [layer.count(keep) for layer in layers]
-
-
-def one_ranking(layers: Sequence[RankedLayer], keep: Keep, clamp: bool) -> list[int]:
-    """Scope ``global``: as many experts in all as scope ``layer`` keeps, but spent where the scores are highest.
-
-    Each layer gets its floor first: K, or 1 with ``clamp``; with routing groups the smallest number that works. The
-    rest goes to the best of all layers. Scores are divided by their layer's sum, because norms grow with depth. Ties:
-    the earlier layer, then the lower id. Layers with groups grow by one expert of every group, ranked by their mean.
+def same_count(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
+    """Scope ``layer``: every layer keeps ``keep`` of its own experts.
 
     Raises:
-        UserError: the floors exceed the budget, or groups cannot spend it to the last expert.
+        UserError: a layer that cannot keep so many.
+    """
+    counts = [layer.count(keep) for layer in layers]
+    for layer, count in zip(layers, counts, strict=True):
+        layer.plan(count)
+    return counts
+
+
+def smallest_counts(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
+    """What scope ``global`` gives each layer first: K, or 1 where K may shrink or the router stays as it is.
+
+    With routing groups it is the smallest number that works; it is never below the number of protected experts.
+
+    Raises:
+        UserError: that is more than ``keep`` allows in all.
     """
     budget = sum(layer.count(keep) for layer in layers)
-    counts = [min(n for n in layer.legal_counts(clamp) if n % layer.step == 0) for layer in layers]
+    counts = [min(n for n in layer.legal_counts() if n % layer.step == 0 and n >= layer.fewest) for layer in layers]
     if sum(counts) > budget:
+        may_shrink = any(layer.clamp_top_k or layer.router == FULL for layer in layers)
         raise UserError(
             f"--keep {keep} leaves {budget} experts for {len(layers)} layers, which need at least {sum(counts)}",
-            hint=f"keep more: --keep {max(counts)}" + ("" if clamp else "; or let K shrink: --clamp-top-k"),
+            hint=f"keep more: --keep {max(counts)}" + ("" if may_shrink else "; or let K shrink: --clamp-top-k"),
         )
+    return counts
+
+
+def one_ranking(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
+    """Scope ``global``: as many experts in all as scope ``layer`` keeps, but spent where the scores are highest.
+
+    Each layer gets its smallest count first, the rest goes to the best of all layers. Scores are divided by their
+    layer's sum, because norms grow with depth; counts and gate masses sum to the same in every layer anyway. Ties: the
+    earlier layer, then the lower id. Layers with groups grow by one expert of every group, ranked by their mean.
+
+    Raises:
+        UserError: scores below 0, which have no share in a sum; the smallest counts exceed the budget, or groups
+            cannot spend it to the last expert.
+    """
+    for layer in layers:
+        if layer.scores.min() < 0:
+            raise UserError(
+                f"layer {layer.name} has scores below 0, which say nothing across layers",
+                hint="plan with --scope layer",
+            )
+    counts = smallest_counts(layers, keep)
+    budget = sum(layer.count(keep) for layer in layers)
     left = budget - sum(counts)
     for _, index in sorted(_growth(layers, counts)):
         if layers[index].step <= left:
@@ -193,8 +265,21 @@ def _growth(layers: Sequence[RankedLayer], counts: Sequence[int]) -> list[tuple[
     return steps
 
 
-SCOPES: Mapping[str, Callable[[Sequence[RankedLayer], Keep, bool], list[int]]] = {
-    "layer": same_count,
-    "global": one_ranking,
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """One way to spread a budget over layers.
+
+    Attributes:
+        check: refuses what no ranking can make possible; it looks at no score.
+        spread: how many experts each layer keeps.
+    """
+
+    check: Callable[[Sequence[RankedLayer], Keep], list[int]]
+    spread: Callable[[Sequence[RankedLayer], Keep], list[int]]
+
+
+SCOPES: Mapping[str, Scope] = {
+    "layer": Scope(check=same_count, spread=same_count),
+    "global": Scope(check=smallest_counts, spread=one_ranking),
 }
 """How a budget is spread over layers."""

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import ROWS, LayerPlan, PruningPlan
+from pruning.budget import check_router
 from pruning.layers import LayerShape, ModelLayers
 
 CRITERION = "by hand"
@@ -39,12 +40,13 @@ def parse_experts(texts: Sequence[str]) -> Named:
     return named
 
 
-def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False) -> PruningPlan:
+def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False, router: str = ROWS) -> PruningPlan:
     """Keep the experts that ``named`` says; a layer that it does not name keeps all.
 
     Raises:
-        UserError: a layer that the model lacks, or experts that a router cannot work with.
+        UserError: a layer that the model lacks, experts that a router cannot work with, or a router that cannot be.
     """
+    check_router(router, clamp_top_k=clamp_top_k)
     known = [layer.name for layer in model.layers]
     unknown = [name for name in named if name not in (EVERY_LAYER, *known)]
     if unknown:
@@ -53,10 +55,10 @@ def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False)
             hint=f"its MoE layers are: {', '.join(known)}",
         )
     kept = [(layer, named.get(layer.name, named.get(EVERY_LAYER))) for layer in model.layers]
-    layers = tuple(_keep(layer, ids, clamp_top_k) for layer, ids in kept if ids is not None)
-    return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k})
+    layers = tuple(_keep(layer, ids, clamp_top_k, router) for layer, ids in kept if ids is not None)
+    return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k, "router": router})
 
 
-def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool) -> LayerPlan:
+def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool, router: str) -> LayerPlan:
     top_k = min(layer.top_k, len(ids)) if clamp_top_k else layer.top_k
-    return LayerPlan(layer.name, layer.experts, top_k, ids, groups=layer.groups)
+    return LayerPlan(layer.name, layer.experts, top_k, ids, groups=layer.groups, router=router)

@@ -8,10 +8,10 @@ import numpy as np
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import refuse_existing, sha256_file
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import ROWS, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
-from pruning.budget import SCOPES, Keep, RankedLayer, check_budget
-from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA
+from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
+from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, Scores
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 
 LayersOf = Callable[[Path], ModelLayers]
@@ -29,6 +29,8 @@ class PlanOptions:
         scope: ``layer`` (the same count everywhere) or ``global`` (one ranking over all layers).
         seed: of the criterion ``random``.
         clamp_top_k: let K shrink where fewer than K experts can be selected.
+        router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
+            from it; K stays, and fewer than K experts may be kept).
     """
 
     keep: Keep
@@ -36,6 +38,24 @@ class PlanOptions:
     scope: str = "layer"
     seed: int = 0
     clamp_top_k: bool = False
+    router: str = ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The layers of a model before they are ranked.
+
+    Attributes:
+        model_sha256: identity of the model.
+        layers: their names and counts.
+        score: ranks them; a list of (E,). What it reads, it reads when it is called.
+        statistics_sha256: of the statistics that it ranks by, if it does.
+    """
+
+    model_sha256: str
+    layers: Sequence[LayerShape | LayerStatistics]
+    score: Callable[[], list[Scores]]
+    statistics_sha256: str | None = None
 
 
 def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
@@ -51,7 +71,7 @@ def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of
 
 
 def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
-    """Choose the experts that stay.
+    """Choose the experts that stay. What cannot be is refused before anything is ranked.
 
     Args:
         source: statistics.safetensors; for criteria that need none also a model.
@@ -59,63 +79,76 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
         layers_of: reads the layers of a model; that of ONNX models is injected by whoever has graph_passes.
 
     Raises:
-        UserError: ``source`` cannot be read or does not suit the criterion, an unknown criterion or scope, a budget
-            that is none, or one that a router cannot work with.
+        UserError: ``source`` cannot be read or does not suit the criterion, options that are unknown or exclude each
+            other, a budget that is none, or one that a router cannot work with.
     """
-    check_budget(options.keep, str(options.keep))
-    _known(options.criterion, "criterion", [*CRITERIA, *DATA_FREE_CRITERIA])
-    _known(options.scope, "scope", SCOPES)
-    statistics_sha256 = None
-    if options.criterion in CRITERIA:
-        model_sha256, ranked = _rank(_statistics(source, options.criterion), options.criterion)
-        statistics_sha256 = sha256_file(source)
-    else:
-        model_sha256, ranked = _rank_without_data(source, options, layers_of)
-    counts = SCOPES[options.scope](ranked, options.keep, options.clamp_top_k)
+    _check(options)
+    scope = SCOPES[options.scope]
+    candidates = _candidates(source, options, layers_of)
+    unranked = [_layer(shape, np.zeros(shape.experts), options) for shape in candidates.layers]
+    scope.check(unranked, options.keep)
+    ranked = [
+        _layer(shape, scores, options) for shape, scores in zip(candidates.layers, candidates.score(), strict=True)
+    ]
+    counts = scope.spread(ranked, options.keep)
     return PruningPlan(
-        model_sha256=model_sha256,
+        model_sha256=candidates.model_sha256,
         criterion=options.criterion,
         options={key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"},
-        statistics_sha256=statistics_sha256,
-        layers=tuple(layer.plan(count, options.clamp_top_k) for layer, count in zip(ranked, counts, strict=True)),
+        statistics_sha256=candidates.statistics_sha256,
+        layers=tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True)),
     )
 
 
-def _rank(statistics: Statistics, criterion: str) -> tuple[str, list[RankedLayer]]:
-    ranked = [
-        RankedLayer(layer.name, layer.top_k, layer.groups, CRITERIA[criterion](layer)) for layer in statistics.layers
-    ]
-    for layer in ranked:
-        if not np.isfinite(layer.scores).all():
-            raise UserError(
-                f"the statistics of layer {layer.name} are not finite: the model overflowed on the calibration data",
-                hint="calibrate again, with data that the model can take",
-            )
-    return statistics.model_sha256, ranked
+def _check(options: PlanOptions) -> None:
+    check_budget(options.keep, str(options.keep))
+    _known(options.criterion, "criterion", [*CRITERIA, *DATA_FREE_CRITERIA])
+    _known(options.scope, "scope", SCOPES)
+    check_router(options.router, clamp_top_k=options.clamp_top_k)
 
 
-def _rank_without_data(source: Path, options: PlanOptions, layers_of: LayersOf) -> tuple[str, list[RankedLayer]]:
-    """Layers of a model, or of statistics, ranked by a criterion that looks at neither."""
-    score, generator = DATA_FREE_CRITERIA[options.criterion], np.random.default_rng(options.seed)
-    if source.suffix == STATISTICS_SUFFIX:
-        statistics = Statistics.load(source)
-        identity = statistics.model_sha256
-        shapes: Sequence[LayerStatistics | LayerShape] = statistics.layers
-    else:
-        model = layers_of(source)
-        identity, shapes = model.model_sha256, model.layers
-    ranked = [RankedLayer(shape.name, shape.top_k, shape.groups, score(shape.experts, generator)) for shape in shapes]
-    return identity, ranked
+def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
+    if options.criterion in CRITERIA:
+        return _by_statistics(source, options.criterion)
+    return _at_random(source, options, layers_of)
 
 
-def _statistics(source: Path, criterion: str) -> Statistics:
+def _by_statistics(source: Path, criterion: str) -> Candidates:
     if source.is_dir() or source.suffix == ".onnx":
         raise UserError(
             f"criterion {criterion!r} ranks by statistics, but {source} is a model",
             hint=f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
             "without data: --criterion random, or --experts",
         )
-    return Statistics.load(source)
+    statistics = Statistics.load(source)
+    return Candidates(
+        statistics.model_sha256,
+        statistics.layers,
+        lambda: [_finite(layer.name, CRITERIA[criterion](layer)) for layer in statistics.layers],
+        sha256_file(source),
+    )
+
+
+def _at_random(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
+    """Layers of a model, or of statistics, of which the criterion looks at the counts only."""
+    score, generator = DATA_FREE_CRITERIA[options.criterion], np.random.default_rng(options.seed)
+    model = Statistics.load(source) if source.suffix == STATISTICS_SUFFIX else layers_of(source)
+    return Candidates(
+        model.model_sha256, model.layers, lambda: [score(layer.experts, generator) for layer in model.layers]
+    )
+
+
+def _layer(shape: LayerShape | LayerStatistics, scores: Scores, options: PlanOptions) -> RankedLayer:
+    return RankedLayer(shape.name, shape.top_k, shape.groups, scores, options.clamp_top_k, options.router)
+
+
+def _finite(name: str, scores: Scores) -> Scores:
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"the statistics of layer {name} are not finite: the model overflowed on the calibration data",
+            hint="calibrate again, with data that the model can take",
+        )
+    return scores
 
 
 def _known(name: str, what: str, known: Collection[str]) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -6,16 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_spec import Groups, UserError
-from pruning.budget import SCOPES, RankedLayer, parse_keep
+from pruning.budget import SCOPES, RankedLayer, check_router, parse_keep
 
 
-def layer(scores, name="mlp", top_k=2, groups=None):
-    return RankedLayer(name, top_k, groups, np.asarray(scores, np.float64))
+def layer(scores, name="mlp", top_k=2, groups=None, **options):
+    return RankedLayer(name, top_k, groups, np.asarray(scores, np.float64), **options)
 
 
 def kept(layers, keep, scope="layer", clamp=False):
-    counts = SCOPES[scope](layers, keep, clamp)
-    return [one.plan(count, clamp).keep for one, count in zip(layers, counts, strict=True)]
+    layers = [dataclasses.replace(one, clamp_top_k=clamp) for one in layers]
+    counts = SCOPES[scope].spread(layers, keep)
+    return [one.plan(count).keep for one, count in zip(layers, counts, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +63,12 @@ def test_fewer_than_k_needs_a_clamp():
         kept([layer(range(8))], 1)
     assert caught.value.what == "layer mlp keeps 1 of 8 experts, but its router selects K=2 a token"
     assert caught.value.hint == "keep at least 2: --keep 2; or let K shrink with the layer: --clamp-top-k"
-    clamped = layer(range(8)).plan(1, clamp=True)
+    clamped = layer(range(8), clamp_top_k=True).plan(1)
     assert (clamped.keep, clamped.top_k) == ((7,), 1)
 
 
 def test_a_clamp_leaves_k_alone_where_enough_experts_stay():
-    assert [layer(range(8), top_k=4).plan(count, clamp=True).top_k for count in (3, 4, 5)] == [3, 4, 4]
+    assert [layer(range(8), top_k=4, clamp_top_k=True).plan(count).top_k for count in (3, 4, 5)] == [3, 4, 4]
 
 
 TWO_GROUPS = {"top_k": 2, "groups": Groups(count=2, selected=1)}
@@ -100,13 +102,13 @@ def test_a_count_that_groups_cannot_share_is_refused_with_the_nearest_that_they_
 
 
 def test_one_expert_may_survive_all_groups_with_a_clamp():
-    plan = layer([1, 2, 3, 4, 9, 0, 0, 0], **TWO_GROUPS).plan(1, clamp=True)
+    plan = layer([1, 2, 3, 4, 9, 0, 0, 0], **TWO_GROUPS, clamp_top_k=True).plan(1)
     assert (plan.keep, plan.top_k) == ((4,), 1)
 
 
 def test_with_groups_k_shrinks_to_what_the_selected_groups_hold():
-    wide = layer(range(8), top_k=4, groups=Groups(count=2, selected=1))
-    assert [wide.plan(count, clamp=True).top_k for count in (1, 4, 6, 8)] == [1, 2, 3, 4]
+    wide = layer(range(8), top_k=4, groups=Groups(count=2, selected=1), clamp_top_k=True)
+    assert [wide.plan(count).top_k for count in (1, 4, 6, 8)] == [1, 2, 3, 4]
 
 
 def test_a_global_budget_goes_where_the_scores_are():
@@ -150,6 +152,72 @@ def test_a_global_budget_that_groups_cannot_spend_is_refused():
         kept([layer(range(8), **TWO_GROUPS)], 5, "global")
     assert caught.value.what == "--keep 5 asks for 5 experts in all, but routing groups let 4 be kept"
     assert caught.value.hint == "keep a multiple of 2, the number of groups, in every layer"
+
+
+def test_a_router_that_stays_keeps_k_and_binds_nothing():
+    whole = layer([9, 8, 7, 6, 5, 4, 3, 2], router="full", **TWO_GROUPS)
+    made = whole.plan(1)
+    assert (made.router, made.top_k, made.keep, made.groups) == ("full", 2, (0,), Groups(2, 1))
+    assert whole.plan(3).keep == (0, 1, 2)
+    assert whole.legal_counts() == list(range(1, 9))
+
+
+def test_a_router_that_stays_lets_a_global_budget_leave_one_expert():
+    dead, alive = layer([1, 0, 0, 0], name="dead", router="full"), layer([1, 1, 1, 1], name="alive", router="full")
+    assert [len(keep) for keep in kept([dead, alive], 2, "global")] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("router", "clamp", "what", "hint"),
+    [
+        ("ful", False, "'ful' is no router of a plan that drops experts", "did you mean 'full'? known: full, rows"),
+        ("mean", False, "'mean' is no router of a plan that drops experts", "known: full, rows"),
+        (
+            "full",
+            True,
+            "--clamp-top-k lets K shrink, but --router full leaves it as it is",
+            "leave out one of the two: with --router full fewer than K experts may be kept as it is",
+        ),
+    ],
+)
+def test_what_cannot_become_of_a_router_is_refused(router, clamp, what, hint):
+    with pytest.raises(UserError) as caught:
+        check_router(router, clamp_top_k=clamp)
+    assert (caught.value.what, caught.value.hint) == (what, hint)
+
+
+def test_protected_experts_are_kept_first():
+    assert kept([layer([9, 8, 7, 6], protected=frozenset({3}))], 2) == [(0, 3)]
+    assert kept([layer([9, 8, 7, 6], protected=frozenset({2, 3}))], 3) == [(0, 2, 3)]
+
+
+def test_a_global_budget_keeps_protected_experts_first():
+    weak, strong = layer([1, 5, 5, 5], protected=frozenset({1, 2, 3})), layer([1, 1, 1, 1])
+    assert kept([weak, strong], 3, "global") == [(1, 2, 3), (0, 1, 2)]
+
+
+def test_a_protected_expert_is_the_first_of_its_group():
+    guarded = layer([9, 8, 7, 6, 5, 4, 3, 2], protected=frozenset({7}), **TWO_GROUPS)
+    assert kept([guarded], 4) == [(0, 1, 4, 7)]
+
+
+@pytest.mark.parametrize(("groups", "fewest"), [(None, 3), (Groups(2, 1, scored_by=1), 4)])
+def test_more_protected_experts_than_are_kept_is_refused(groups, fewest):
+    guarded = layer(range(8), protected=frozenset({1, 2, 6}), top_k=1, groups=groups)
+    with pytest.raises(UserError) as caught:
+        kept([guarded], 2)
+    assert caught.value.what == (
+        f"layer mlp keeps 2 of 8 experts, but [1, 2, 6] are protected, for which it has to keep {fewest}"
+    )
+    assert caught.value.hint == f"keep more: --keep {fewest}; or plan without --protect"
+
+
+def test_scores_below_zero_say_nothing_across_layers():
+    with pytest.raises(UserError) as caught:
+        kept([layer([1, 2, 3]), layer([1, -2, 3], name="deep")], 2, "global")
+    assert caught.value.what == "layer deep has scores below 0, which say nothing across layers"
+    assert caught.value.hint == "plan with --scope layer"
+    assert kept([layer([1, -2, -1])], 2) == [(0, 2)]
 
 
 scores = st.lists(st.floats(0, 1e6), min_size=4, max_size=16)

@@ -39,7 +39,7 @@ def test_a_plan_says_what_it_was_made_from(source, tmp_path):
     assert PruningPlan.load(tmp_path / "plan.json") == made
     assert (made.model_sha256, made.statistics_sha256) == ("model", sha256_file(source))
     assert made.criterion == "reap"
-    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False}
+    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False, "router": "rows"}
     assert [layer.name for layer in made.layers] == ["layers.0.mlp", "layers.1.mlp"]
 
 
