@@ -124,12 +124,13 @@ def _silence(layer: MoELayer, dropped: Sequence[int]) -> None:
 
 def _slice_layer(layer: MoELayer, plan: LayerPlan, row: Family) -> None:
     for name in row.router_tensors:
-        _slice(layer.router, name, plan.keep)
+        slice_rows(layer.router, name, plan.keep)
     for name, _ in list(layer.experts.named_parameters(recurse=False)):
-        _slice(layer.experts, name, plan.keep)
+        slice_rows(layer.experts, name, plan.keep)
 
 
-def _slice(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
+def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
+    """Let the parameter or buffer ``name``, (E, ...), of ``module`` have the rows ``keep`` only."""
     tensor: torch.Tensor = getattr(module, name)
     kept = tensor.detach().index_select(0, torch.tensor(keep, device=tensor.device))
     is_parameter = isinstance(tensor, nn.Parameter)

@@ -43,14 +43,19 @@ def collect(
     def observe(layer: MoELayer, seen: Seen) -> None:
         sums[layer.name].add(seen, valid_T)
 
-    backbone = model.base_model  # a head has no part in routing, and its logits would be the largest tensor
-    uncached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    with observed(model, observe), torch.no_grad():
+    with observed(model, observe):
         for batch in batches:
             mask_BS = batch.get("attention_mask")
             valid_T = None if mask_BS is None else mask_BS.flatten() != 0
-            backbone(**batch, **uncached)
+            run_backbone(model, batch)
     return tuple(layer_sums.statistics() for layer_sums in sums.values())
+
+
+def run_backbone(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """One forward pass without the head, which has no part in routing, and whose logits are the largest tensor."""
+    uncached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with torch.no_grad():
+        model.base_model(**batch, **uncached)
 
 
 class LayerSums:

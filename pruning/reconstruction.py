@@ -1,0 +1,144 @@
+"""NAEE: keep the experts without which a layer's output changes least, found by search.
+
+Expert pruning of "Not All Experts are Equal", https://arxiv.org/abs/2402.14800: for every subset of r experts the
+others are made unselectable, and the subset with the smallest Frobenius norm of the output's change stays. Each layer
+is searched on what the whole model feeds it (the paper's layer-wise search; not its progressive one). There are
+E over r subsets; above `MAX_SUBSETS` experts are removed one after the other, each time the one that is missed least,
+which is not the paper's method.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.families import Family, family
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.errors import UserError
+from pruning.apply import slice_rows
+from pruning.collect import run_backbone
+from pruning.observe import expert_outputs, observed
+
+MAX_SUBSETS = 1000
+"""A layer with more of them is not searched but emptied one by one. Of 8 experts there are at most 70 subsets."""
+
+MAX_TOKENS = 4096
+"""The first so many tokens of the calibration data are looked at: the outputs of all experts on them are in memory."""
+
+Keep = tuple[int, ...]
+Loss = Callable[[Keep], float]
+"""How much the layer's output changes when it keeps these experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the search gave for one layer.
+
+    Attributes:
+        keep: ids of the experts that stay, ascending.
+        scores: (E,) the loss where the expert alone is missing; higher is missed more.
+        exact: whether all subsets were tried.
+        loss: of ``keep``.
+    """
+
+    keep: Keep
+    scores: tuple[float, ...]
+    exact: bool
+    loss: float
+
+
+def search_model(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], counts: Sequence[int]
+) -> tuple[Found, ...]:
+    """For every MoE layer the ``counts[layer]`` experts that reconstruct its output best on ``batches``.
+
+    Padding (``attention_mask`` 0) is not looked at, nor are tokens after the first `MAX_TOKENS`.
+
+    Raises:
+        UserError: a layer keeps fewer than K experts, or routes in groups, which subsets would break.
+    """
+    layers, row = find_moe_layers(model), family(model.config.model_type)
+    for layer, count in zip(layers, counts, strict=True):
+        _check(layer, count)
+    seen = _hidden_states(model, batches)
+    with torch.no_grad():
+        return tuple(
+            search(layer_loss(layer, hidden_TH, row), layer.num_experts, count)
+            for layer, hidden_TH, count in zip(layers, seen, counts, strict=True)
+        )
+
+
+def search(loss: Loss, experts: int, count: int) -> Found:
+    """The subset of ``count`` of ``experts`` with the smallest loss; of equal ones the first in ascending order."""
+    everyone = tuple(range(experts))
+    scores = tuple(loss(_without(everyone, expert)) for expert in everyone) if experts > count else (0.0,) * experts
+    if math.comb(experts, count) <= MAX_SUBSETS:
+        keep = min(itertools.combinations(everyone, count), key=loss)
+        return Found(keep, scores, exact=True, loss=loss(keep))
+    keep = everyone
+    while len(keep) > count:
+        keep = min((_without(keep, expert) for expert in keep), key=loss)
+    return Found(keep, scores, exact=False, loss=loss(keep))
+
+
+def layer_loss(layer: MoELayer, hidden_TH: Tensor, row: Family) -> Loss:
+    """The Frobenius norm of the change of the routed experts' sum (T, H), over the tokens ``hidden_TH``."""
+    everyone_TE = torch.arange(layer.num_experts).expand(len(hidden_TH), -1)
+    outputs_TEH = expert_outputs(layer.experts, hidden_TH, everyone_TE)
+
+    def result(keep: Keep) -> Tensor:
+        _, gates_TK, ids_TK = narrowed(layer, keep, row)(hidden_TH)
+        chosen_TK = torch.tensor(keep)[ids_TK]
+        outputs_TKH = outputs_TEH.gather(1, chosen_TK[..., None].expand(-1, -1, outputs_TEH.shape[-1]))
+        sum_TH: Tensor = (outputs_TKH * gates_TK[..., None]).sum(dim=1)
+        return sum_TH.double()
+
+    whole_TH = result(tuple(range(layer.num_experts)))
+    return lambda keep: float((result(keep) - whole_TH).norm())
+
+
+def narrowed(layer: MoELayer, keep: Keep, row: Family) -> nn.Module:
+    """A copy of the layer's router over the experts ``keep`` only: no other can be selected."""
+    router = copy.deepcopy(layer.router)
+    for name in row.router_tensors:
+        slice_rows(router, name, keep)
+    setattr(router, row.experts_count, len(keep))
+    return router
+
+
+def _without(keep: Keep, expert: int) -> Keep:
+    return tuple(other for other in keep if other != expert)
+
+
+def _check(layer: MoELayer, count: int) -> None:
+    if layer.groups is not None:
+        raise UserError(
+            f"layer {layer.name} routes in {layer.groups.count} groups, and subsets of its experts would break them",
+            hint="use a criterion that ranks experts within groups, like --criterion reap",
+        )
+    if not layer.top_k <= count <= layer.num_experts:
+        raise UserError(
+            f"layer {layer.name} would keep {count} of {layer.num_experts} experts, "
+            f"but its router selects K={layer.top_k} a token",
+            hint=f"keep {layer.top_k} to {layer.num_experts}",
+        )
+
+
+def _hidden_states(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """What the experts of each layer read, (T, H), of the first valid tokens."""
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in find_moe_layers(model)}
+    with observed(model, lambda layer, what: seen[layer.name].append(what.hidden_TH)):
+        valid: list[Tensor] = []
+        for batch in batches:
+            run_backbone(model, batch)
+            mask_BS = batch.get("attention_mask")
+            last_T = torch.ones(len(next(iter(seen.values()))[-1])) if mask_BS is None else mask_BS.flatten()
+            valid.append(last_T != 0)
+            if sum(int(one.sum()) for one in valid) >= MAX_TOKENS:
+                break
+    return [torch.cat(parts)[torch.cat(valid)][:MAX_TOKENS] for parts in seen.values()]
