@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import refuse_existing, sha256_file
-from moe_spec.plan import ROWS, PruningPlan
+from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
 from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, Scores
@@ -83,21 +83,30 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
             other, a budget that is none, or one that a router cannot work with.
     """
     _check(options)
-    scope = SCOPES[options.scope]
     candidates = _candidates(source, options, layers_of)
+    return PruningPlan(
+        model_sha256=candidates.model_sha256,
+        criterion=options.criterion,
+        options={key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"},
+        statistics_sha256=candidates.statistics_sha256,
+        layers=choose(candidates, options),
+    )
+
+
+def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...]:
+    """Spend the budget on ranked layers.
+
+    Raises:
+        UserError: a budget that a router cannot work with, checked before anything is ranked.
+    """
+    scope = SCOPES[options.scope]
     unranked = [_layer(shape, np.zeros(shape.experts), options) for shape in candidates.layers]
     scope.check(unranked, options.keep)
     ranked = [
         _layer(shape, scores, options) for shape, scores in zip(candidates.layers, candidates.score(), strict=True)
     ]
     counts = scope.spread(ranked, options.keep)
-    return PruningPlan(
-        model_sha256=candidates.model_sha256,
-        criterion=options.criterion,
-        options={key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"},
-        statistics_sha256=candidates.statistics_sha256,
-        layers=tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True)),
-    )
+    return tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
 
 
 def _check(options: PlanOptions) -> None:
