@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -13,13 +12,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from models import vmoe
 from models.families import family
+from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
 from moe_spec.errors import UserError
 from moe_spec.files import inside
 from moe_spec.identity import checkpoint_weights
 from moe_spec.record import parse_object
-
-INDEX = "model.safetensors.index.json"
-_AGAIN = "get the checkpoint again, complete"
 
 AUTO_CLASSES: Mapping[str, type] = {
     "ForCausalLM": transformers.AutoModelForCausalLM,
@@ -44,7 +41,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Pr
             the model that config.json describes.
     """
     config = load_config(directory)
-    _check_weights(directory)
+    stored_tensors(directory)  # every file is complete
     with _quiet(), _explained(directory):
         model: PreTrainedModel
         model, report = _auto_class(config).from_pretrained(
@@ -60,7 +57,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Pr
     if lost:  # transformers fills them with random numbers
         raise UserError(
             f"{directory} lacks {len(lost)} weights that its config.json asks for, the first is {lost[0]!r}",
-            hint=_AGAIN,
+            hint=AGAIN,
         )
     return model
 
@@ -89,11 +86,11 @@ def load_config(directory: Path) -> Any:
     """The transformers config of a checkpoint of a known family.
 
     Raises:
-        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+        UserError: no checkpoint, pickled or quantised weights, weights under a name of their own, or an unknown family.
     """
     checkpoint_weights(directory)
     path = directory / "config.json"
-    values = parse_object(path, path.read_bytes(), _AGAIN)
+    values = parse_object(path, path.read_bytes(), AGAIN)
     if not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} names no model_type", hint="give a directory in transformers' layout")
     family(values["model_type"])
@@ -101,9 +98,24 @@ def load_config(directory: Path) -> Any:
         raise UserError(
             f"{directory} holds quantised weights", hint="give the unquantised checkpoint; precision is chosen later"
         )
+    if values.get("transformers_weights") is not None:
+        raise UserError(
+            f"{path} names the file of its weights", hint=f"call it {WEIGHTS}, and remove transformers_weights"
+        )
     vmoe.register()
     with _quiet(), _explained(directory):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a checkpoint lies, by its name in the file; transformers reads the same files.
+
+    Raises:
+        UserError: a file of weights is missing, cut, or named outside of ``directory``.
+    """
+    whole = directory / WEIGHTS
+    paths = [whole] if whole.is_file() else _shards(directory)  # so does transformers choose between them
+    return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
 
 
 def _auto_class(config: Any) -> Any:
@@ -114,22 +126,19 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _check_weights(directory: Path) -> None:
-    """Every file that transformers will read is complete and lies in ``directory``."""
+def _shards(directory: Path) -> list[Path]:
+    """The files that the index names, each of which exists in ``directory``."""
     index = directory / INDEX
-    if index.is_file():
-        weight_map = parse_object(index, index.read_bytes(), _AGAIN).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index} maps no weights to files", hint=_AGAIN)
-        for name in sorted(set(weight_map.values())):
-            if not inside(directory, name, index).is_file():
-                raise UserError(f"{directory / name} is missing, {index.name} names it", hint=_AGAIN)
-    for path in checkpoint_weights(directory):
-        try:
-            with safetensors.safe_open(path, framework="pt"):
-                pass  # the header is checked against the file's length here
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no complete safetensors file: {error}", hint=_AGAIN) from error
+    if not index.is_file():
+        raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}", hint="name its weights as transformers does")
+    weight_map = parse_object(index, index.read_bytes(), AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} maps no weights to files", hint=AGAIN)
+    paths = [inside(directory, name, index) for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing, {index.name} names it", hint=AGAIN)
+    return paths
 
 
 @contextlib.contextmanager

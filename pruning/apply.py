@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.checkpoints import load_model, load_skeleton, save_model
+from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
 from models.families import Family, family
 from models.moe_layers import MoELayer, find_moe_layers
+from models.stored_names import parameter_names
+from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from pruning.stream import pruned_parameters, without_dropped
 
 PLAN = "plan.json"
 """The plan that a pruned checkpoint was made by, kept in its directory."""
@@ -23,10 +26,17 @@ PLAN = "plan.json"
 _ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
 
 
-def prune(checkpoint: Path, plan_path: Path, out: Path) -> Path:
+def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
 
-    Weights keep their dtype. The plan stands in the new directory as plan.json.
+    Weights keep their dtype. The plan stands in the new directory as plan.json. A plan that merges nothing is carried
+    out from file to file, so memory does not grow with the model; one that merges has the model in memory.
+
+    Args:
+        checkpoint: config.json and safetensors weights.
+        plan_path: plan.json for it.
+        out: a directory that does not exist.
+        shard_bytes: of the weights in one file.
 
     Raises:
         UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
@@ -36,13 +46,20 @@ def prune(checkpoint: Path, plan_path: Path, out: Path) -> Path:
     plan = PruningPlan.load(plan_path)
     plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
     plan.require_narrow_routers("a checkpoint")
-    rehearsal = load_skeleton(checkpoint)  # refusals come before the weights are read
-    apply_plan(rehearsal, plan)
-    _require_one_count(rehearsal, checkpoint)
-    model = load_model(checkpoint, dtype=None)
-    apply_plan(model, plan)
+    skeleton, tensors = load_skeleton(checkpoint), stored_tensors(checkpoint)
+    names = parameter_names(skeleton, tensors, checkpoint)
+    pruned = pruned_parameters(skeleton, plan)
+    apply_plan(skeleton, plan)  # refusals come before a weight is read
+    _require_one_count(skeleton, checkpoint)
+    kept = without_dropped(tensors, names, pruned, checkpoint)
     with new_directory(out) as staging:
-        save_model(model, staging)
+        if any(layer.merge for layer in plan.layers):
+            model = load_model(checkpoint, dtype=None)
+            apply_plan(model, plan)
+            save_model(model, staging)
+        else:
+            skeleton.config.save_pretrained(staging)
+            write_tensors(kept, staging, shard_bytes)
         copy_companions(checkpoint, staging)
         plan.save(staging / PLAN)
     return out

@@ -122,8 +122,8 @@ def test_a_plan_that_is_none_is_refused(checkpoint, plan, tmp_path):
     plan.write_text(text[: len(text) // 2])
     assert refused(checkpoint, plan, tmp_path).startswith(f"error: {plan} is no complete JSON: ")
     plan.write_text(text)
-    edit(plan, schema=2)
-    error = f"error: {plan} has plan schema 2, this moe-edge reads 1\nhint: update moe-edge, or {REMAKE[6:]}"
+    edit(plan, schema=3)
+    error = f"error: {plan} has plan schema 3, this moe-edge reads 2\nhint: update moe-edge, or {REMAKE[6:]}"
     assert refused(checkpoint, plan, tmp_path) == error
     edit(plan, artifact="manifest")
     error = f"error: {plan} holds 'manifest', expected a 'plan' artifact\n{REMAKE}"
@@ -136,11 +136,11 @@ def test_an_existing_output_is_refused(checkpoint, plan, tmp_path):
 
 
 def test_ctrl_c_while_writing_leaves_nothing(checkpoint, plan, tmp_path, monkeypatch):
-    def half(model, directory):
-        (directory / "config.json").write_text("{")
+    def half(tensors, directory, shard_bytes):
+        (directory / "model.safetensors").write_bytes(b"")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning.apply, "save_model", half)
+    monkeypatch.setattr(pruning.apply, "write_tensors", half)
     arguments = ("prune", checkpoint, "--plan", plan, "-o", tmp_path / "out")
     assert invoke(*arguments) == (130, "", "interrupted; nothing half-written is left\n")
     assert leftovers(tmp_path) == {"plan.json"}

@@ -4,8 +4,9 @@ import shutil
 import pytest
 import torch
 
-from models.checkpoints import INDEX, load_model, load_skeleton, save_model
+from models.checkpoints import load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers
+from models.tensor_files import INDEX
 from moe_spec import UserError
 from tests.models_table import TINY, example_inputs
 
@@ -101,6 +102,11 @@ def test_quantised_weights_are_refused(checkpoint):
     assert refusal(load_model, checkpoint) == f"{checkpoint} holds quantised weights"
 
 
+def test_weights_under_a_name_of_their_own_are_refused(checkpoint):
+    edit_config(checkpoint, transformers_weights="other.safetensors")
+    assert refusal(load_model, checkpoint) == f"{checkpoint / 'config.json'} names the file of its weights"
+
+
 def test_a_config_that_fits_no_model_is_refused(checkpoint):
     edit_config(checkpoint, hidden_size="wide")
     assert refusal(load_model, checkpoint).startswith(f"{checkpoint} cannot be loaded: ")
@@ -136,3 +142,6 @@ def test_an_index_stays_in_its_directory(checkpoint):
     assert refusal(load_model, checkpoint) == f"{index} maps no weights to files"
     index.write_text("{")
     assert refusal(load_model, checkpoint).startswith(f"{index} is no complete JSON: ")
+    index.unlink()
+    expected = f"{checkpoint} has neither model.safetensors nor {INDEX}"
+    assert refusal(load_model, checkpoint) == expected

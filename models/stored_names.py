@@ -1,0 +1,57 @@
+"""What the tensors of a checkpoint's files are called in the model: one a layer, or one an expert and projection."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from models.tensor_files import AGAIN, StoredTensor
+from moe_spec.errors import UserError
+
+
+def parameter_names(skeleton: PreTrainedModel, tensors: Mapping[str, StoredTensor], directory: Path) -> dict[str, str]:
+    """The parameter or buffer that each stored tensor goes to, whole or as a part; told by transformers' own loader.
+
+    ``model.layers.0.block_sparse_moe.experts.3.w1.weight`` goes to ``model.layers.0.mlp.experts.gate_up_proj``. What
+    goes nowhere is left out: transformers ignores it, as it does the layers of DeepSeek-V3 that predict further tokens.
+
+    Raises:
+        UserError: stored tensors of ``directory`` leave a part of the model without values, or have too many for it.
+    """
+    parameters = skeleton.state_dict()
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    names = {}
+    for stored in tensors:
+        name, _ = rename_source_key(stored, renamings, converters, skeleton.base_model_prefix, parameters)
+        if name in parameters:
+            names[stored] = name
+    _require_full(skeleton, tensors, names, directory)
+    return names
+
+
+def _require_full(
+    skeleton: PreTrainedModel, tensors: Mapping[str, StoredTensor], names: Mapping[str, str], directory: Path
+) -> None:
+    values: Counter[str] = Counter()
+    for stored, name in names.items():
+        values[name] += tensors[stored].size
+    tied: Mapping[str, str] = skeleton.all_tied_weights_keys
+    there = {tied.get(name, name) for name in values}
+    parameters = skeleton.state_dict()
+    lost = sorted(name for name in parameters if tied.get(name, name) not in there)
+    if lost:
+        raise UserError(
+            f"{directory} lacks {len(lost)} weights that its config.json asks for, the first is {lost[0]!r}",
+            hint=AGAIN,
+        )
+    for name, found in values.items():
+        if found != parameters[name].numel():
+            raise UserError(
+                f"{directory} has {found:,} values for {name!r}, its config.json asks for {parameters[name].numel():,}",
+                hint="config.json and the weights must describe the same model; get the checkpoint again",
+            )

@@ -1,0 +1,160 @@
+"""Tensors in safetensors files as ranges of bytes: cut and copied from file to file, never held in memory.
+
+The format (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes, little-endian; a JSON
+object of ``{name: {dtype, shape, data_offsets}}``; the bytes of all tensors, row by row, without a gap.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import safetensors
+
+from moe_spec.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2_000_000_000
+"""Of the tensors in one file; a larger tensor has a file of its own."""
+
+AGAIN = "get the checkpoint again, complete"
+_METADATA = {"format": "pt"}
+_LENGTH_BYTES = 8
+_PIECE_BYTES = 1 << 18
+"""Read and written at once: what stays in a core's cache, in the same memory again and again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """``length`` bytes of a file, from ``start`` on."""
+
+    path: Path
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose bytes lie in files.
+
+    Attributes:
+        dtype: safetensors' word, e.g. ``BF16``.
+        shape: of any rank.
+        spans: where its bytes lie, in order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all spans together."""
+        return sum(span.length for span in self.spans)
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    def rows(self, keep: Sequence[int]) -> "StoredTensor":
+        """``w (E, ...) -> w[keep] (Ek, ...)`` of a tensor that lies in one piece.
+
+        >>> bias_E = StoredTensor("F32", (3,), (Span(Path("a"), 100, 12),))
+        >>> [span.start for span in bias_E.rows([0, 2]).spans]
+        [100, 108]
+        """
+        (whole,) = self.spans
+        length, rest = divmod(whole.length, self.shape[0])
+        assert rest == 0, "a row of values below a byte ends within one"
+        spans = tuple(Span(whole.path, whole.start + row * length, length) for row in keep)
+        return StoredTensor(self.dtype, (len(keep), *self.shape[1:]), spans)
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What lies where in a safetensors file; only its header is read.
+
+    Raises:
+        UserError: the file is missing, cut, or none.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # here the header is checked: against the file's length, and shapes against offsets
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no complete safetensors file: {error}", hint=AGAIN) from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    first = _LENGTH_BYTES + length
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), (Span(path, first + start, end - start),))
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
+
+
+def write_tensors(tensors: Mapping[str, StoredTensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write model.safetensors, or where that would be larger than ``shard_bytes`` shards and their index.
+
+    Raises:
+        UserError: a file that is read became shorter meanwhile.
+    """
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        _write_file(directory / WEIGHTS, tensors, shards[0])
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(directory / file_name, tensors, names)
+        weight_map.update(dict.fromkeys(names, file_name))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> Iterator[list[str]]:
+    """Names of the tensors of each file, filled in the given order."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _write_file(path: Path, tensors: Mapping[str, StoredTensor], names: Sequence[str]) -> None:
+    """In safetensors' own order: wide values first, so that each tensor starts at a multiple of its value's width."""
+    ordered = sorted(names, key=lambda name: (-tensors[name].nbytes / max(1, tensors[name].size), name))
+    header: dict[str, object] = {"__metadata__": _METADATA}
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in ordered:
+            for span in tensors[name].spans:
+                _copy(span, file, buffer)
+
+
+def _copy(span: Span, target: IO[bytes], buffer: memoryview) -> None:
+    with span.path.open("rb", buffering=0) as source:
+        source.seek(span.start)
+        left = span.length
+        while left:
+            length = source.readinto(buffer[: min(left, len(buffer))])
+            if not length:
+                raise UserError(f"{span.path} was cut while it was read", hint=AGAIN)
+            target.write(buffer[:length])
+            left -= length

@@ -1,0 +1,83 @@
+"""Stream: drop experts from files to files. Bytes of survivors are copied as they lie; no weight is ever in memory."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from models.families import family
+from models.moe_layers import find_moe_layers
+from models.tensor_files import AGAIN, StoredTensor
+from moe_spec.errors import UserError
+from moe_spec.plan import LayerPlan, PruningPlan
+
+_EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+"""In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.gate_proj.weight``."""
+
+
+def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str, LayerPlan]:
+    """The router's and experts' parameters and buffers that lose experts, by name."""
+    row = family(skeleton.config.model_type)
+    pruned = {}
+    for layer in find_moe_layers(skeleton):
+        if layer_plan := plan.layer(layer.name):
+            router = (f"{row.router}.{name}" for name in row.router_tensors)
+            experts = (f"{row.experts}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
+            pruned.update({f"{layer.name}.{name}": layer_plan for name in (*router, *experts)})
+    return pruned
+
+
+def without_dropped(
+    tensors: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+    pruned: Mapping[str, LayerPlan],
+    checkpoint: Path,
+) -> dict[str, StoredTensor]:
+    """What is left of the stored tensors of ``checkpoint``; whatever is no router and no expert stays as it is.
+
+    1. One tensor an expert: survivor ``keep[j]`` is renamed to ``j``, a dropped one is left out.
+    2. One tensor for all experts, or the router's: ``w (E, ...) -> w[keep] (Ek, ...)``.
+
+    Args:
+        tensors: by their names in the files.
+        names: the parameter that each goes to.
+        pruned: parameters that lose experts.
+        checkpoint: named in errors.
+
+    Raises:
+        UserError: experts are stored in neither way.
+    """
+    plans = {stored: pruned[name] for stored, name in names.items() if name in pruned}
+    _require_experts(tensors, plans, checkpoint)
+    kept = {}
+    for stored, tensor in tensors.items():
+        plan, number = plans.get(stored), _EXPERT_ID.search(stored)
+        if plan is None:
+            kept[stored] = tensor
+        elif number is None:
+            kept[stored] = tensor.rows(plan.keep)
+        elif int(number[0]) in plan.keep:
+            new = plan.keep.index(int(number[0]))
+            kept[f"{stored[: number.start()]}{new}{stored[number.end() :]}"] = tensor
+    return kept
+
+
+def _require_experts(tensors: Mapping[str, StoredTensor], plans: Mapping[str, LayerPlan], checkpoint: Path) -> None:
+    """All E experts are there, by their ids or as rows."""
+    ids: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for stored, plan in plans.items():
+        if number := _EXPERT_ID.search(stored):
+            ids[_EXPERT_ID.sub("*", stored), plan.experts].append(int(number[0]))
+        elif tensors[stored].shape[:1] != (plan.experts,):
+            raise UserError(
+                f"{stored} in {checkpoint} has the shape {list(tensors[stored].shape)}, "
+                f"expected {plan.experts} experts on its first axis",
+                hint="load the checkpoint with transformers and save it again: model.save_pretrained(DIR)",
+            )
+    for (pattern, count), found in ids.items():
+        if sorted(found) != list(range(count)):
+            raise UserError(
+                f"{checkpoint} has {pattern} for the experts {sorted(found)}, expected 0 to {count - 1}", hint=AGAIN
+            )

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from models.checkpoints import load_skeleton, save_model, stored_tensors
+from models.stored_names import parameter_names
+from models.tensor_files import Span, StoredTensor
+from moe_spec import UserError
+from tests.models_table import TINY
+
+STORED = {
+    "mixtral": ("model.layers.0.block_sparse_moe.experts.3.w1.weight", "model.layers.0.mlp.experts.gate_up_proj"),
+    "qwen3_moe": ("model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"),
+    "olmoe": ("model.layers.0.mlp.experts.3.down_proj.weight", "model.layers.0.mlp.experts.down_proj"),
+    "deepseek_v3": ("model.layers.0.mlp.experts.3.gate_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"),
+    "gpt_oss": ("model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.gate_up_proj_bias"),
+    "granitemoe": (
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+        "model.layers.0.block_sparse_moe.experts.gate_up_proj",
+    ),
+    "vmoe": ("layers.1.mlp.experts.up_proj", "layers.1.mlp.experts.up_proj"),
+}
+"""How published checkpoints name an expert's tensor, and where it goes."""
+
+
+def names_of(checkpoint):
+    return parameter_names(load_skeleton(checkpoint), stored_tensors(checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_is_filled_by_what_published_checkpoints_call_it(name, tmp_path):
+    model = TINY[name]()
+    save_model(model, tmp_path / name)
+    names = names_of(tmp_path / name)
+    assert set(names.values()) == model.state_dict().keys()
+    stored, parameter = STORED[name]
+    assert names[stored] == parameter
+
+
+def test_a_language_model_read_as_a_bare_one_loses_its_prefix(tmp_path):
+    save_model(TINY["olmoe"](), tmp_path / "olmoe")
+    config = tmp_path / "olmoe/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["OlmoeModel"]}))
+    names = names_of(tmp_path / "olmoe")
+    assert names["model.layers.1.mlp.experts.0.up_proj.weight"] == "layers.1.mlp.experts.gate_up_proj"
+    assert "lm_head.weight" not in names
+
+
+def test_too_many_values_are_refused(tmp_path):
+    save_model(TINY["olmoe"](), tmp_path)
+    stored = stored_tensors(tmp_path)
+    stored["model.layers.0.mlp.experts.8.up_proj.weight"] = StoredTensor("F32", (48, 32), (Span(tmp_path, 0, 6144),))
+    with pytest.raises(UserError) as caught:
+        parameter_names(load_skeleton(tmp_path), stored, tmp_path)
+    assert (caught.value.what, caught.value.hint) == (
+        f"{tmp_path} has 26,112 values for 'model.layers.0.mlp.experts.gate_up_proj', its config.json asks for 24,576",
+        "config.json and the weights must describe the same model; get the checkpoint again",
+    )
