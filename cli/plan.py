@@ -1,10 +1,15 @@
 """Choose which experts stay, by a criterion and a budget, or by name.
 
 --keep is a count of experts a layer (4) or a share of them (0.5 or 50%, rounded half up, at least one). --scope global
-spends the same number in all where the scores are highest. Criteria: reap, frequency, gate-mass; random needs no
-statistics: a checkpoint or an ONNX model will do, and so it does for --experts, which names those that stay.
+spends the same number in all where the scores are highest. Ties go to the lower id.
+
+Criteria by statistics: reap, frequency, seer-actual, gate-mass, seer-soft, ean, man, msan, task, task-squared, easy-ep,
+mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens, divided by n^b. --protect keeps
+super experts, whose outputs are far larger than all others, whatever they score. Random needs no statistics: a
+checkpoint or an ONNX model will do, and so it does for --experts, which names those that stay.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
+Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
@@ -30,13 +35,14 @@ def plan(
     experts: Annotated[
         list[str] | None, typer.Option(help="Experts to keep, by id: 0,2,5 in every layer, or LAYER=0,2,5.")
     ] = None,
-    criterion: Annotated[str, typer.Option(help="reap, frequency, gate-mass or random.")] = "reap",
+    criterion: Annotated[str, typer.Option(help="What ranks experts: see above.")] = "reap",
     scope: Annotated[str, typer.Option(help="layer: the same count in each; global: one ranking over all.")] = "layer",
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
     clamp_top_k: Annotated[bool, typer.Option("--clamp-top-k", help="Let K shrink where fewer experts stay.")] = False,
     router: Annotated[
         str, typer.Option(help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it.")
     ] = "rows",
+    protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
@@ -50,7 +56,7 @@ def plan(
     how = "by hand"
     if keep is not None:
         how = f"by {criterion}"
-        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router)
+        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect)
         made = run(source, options, output, _layers_of)
     else:
         refuse_existing(output)

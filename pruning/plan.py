@@ -11,7 +11,9 @@ from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
-from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, Scores
+from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, Criterion, Scores, by_statistics
+from pruning.criteria.moments import SHAPE
+from pruning.criteria.protection import super_experts
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 
 LayersOf = Callable[[Path], ModelLayers]
@@ -25,12 +27,13 @@ class PlanOptions:
 
     Attributes:
         keep: experts a layer keeps: a count (int), or a share (float above 0 and at most 1).
-        criterion: a name in ``pruning.criteria``.
+        criterion: a name in ``pruning.criteria``, or ``s(b,alpha,beta)``.
         scope: ``layer`` (the same count everywhere) or ``global`` (one ranking over all layers).
         seed: of the criterion ``random``.
         clamp_top_k: let K shrink where fewer than K experts can be selected.
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
             from it; K stays, and fewer than K experts may be kept).
+        protect: keep super experts (``pruning.criteria.protection``) before all others.
     """
 
     keep: Keep
@@ -39,6 +42,7 @@ class PlanOptions:
     seed: int = 0
     clamp_top_k: bool = False
     router: str = ROWS
+    protect: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +52,16 @@ class Candidates:
     Attributes:
         model_sha256: identity of the model.
         layers: their names and counts.
-        score: ranks them; a list of (E,). What it reads, it reads when it is called.
+        score: (E,) for each of them. What it reads, it reads when it is called.
         statistics_sha256: of the statistics that it ranks by, if it does.
+        protected: for each layer the ids that stay, or nothing at all.
     """
 
     model_sha256: str
     layers: Sequence[LayerShape | LayerStatistics]
     score: Callable[[], list[Scores]]
     statistics_sha256: str | None = None
+    protected: Sequence[frozenset[int]] = ()
 
 
 def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
@@ -99,33 +105,43 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     Raises:
         UserError: a budget that a router cannot work with, checked before anything is ranked.
     """
+
+    def layers(scores: Sequence[Scores]) -> list[RankedLayer]:
+        protected = candidates.protected or [frozenset()] * len(scores)
+        return [
+            RankedLayer(shape.name, shape.top_k, shape.groups, scores_E, options.clamp_top_k, options.router, ids)
+            for shape, scores_E, ids in zip(candidates.layers, scores, protected, strict=True)
+        ]
+
     scope = SCOPES[options.scope]
-    unranked = [_layer(shape, np.zeros(shape.experts), options) for shape in candidates.layers]
-    scope.check(unranked, options.keep)
-    ranked = [
-        _layer(shape, scores, options) for shape, scores in zip(candidates.layers, candidates.score(), strict=True)
-    ]
+    scope.check(layers([np.zeros(shape.experts) for shape in candidates.layers]), options.keep)
+    ranked = layers(candidates.score())
     counts = scope.spread(ranked, options.keep)
     return tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
 
 
 def _check(options: PlanOptions) -> None:
     check_budget(options.keep, str(options.keep))
-    _known(options.criterion, "criterion", [*CRITERIA, *DATA_FREE_CRITERIA])
     _known(options.scope, "scope", SCOPES)
     check_router(options.router, clamp_top_k=options.clamp_top_k)
 
 
 def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
-    if options.criterion in CRITERIA:
-        return _by_statistics(source, options.criterion)
+    if criterion := by_statistics(options.criterion):
+        return _by_statistics(source, options, criterion)
+    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *DATA_FREE_CRITERIA])
+    if options.protect:
+        raise UserError(
+            f"--protect finds super experts in statistics, but criterion {options.criterion!r} takes none",
+            hint="rank by statistics, or leave out --protect",
+        )
     return _at_random(source, options, layers_of)
 
 
-def _by_statistics(source: Path, criterion: str) -> Candidates:
+def _by_statistics(source: Path, options: PlanOptions, criterion: Criterion) -> Candidates:
     if source.is_dir() or source.suffix == ".onnx":
         raise UserError(
-            f"criterion {criterion!r} ranks by statistics, but {source} is a model",
+            f"criterion {options.criterion!r} ranks by statistics, but {source} is a model",
             hint=f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
             "without data: --criterion random, or --experts",
         )
@@ -133,8 +149,9 @@ def _by_statistics(source: Path, criterion: str) -> Candidates:
     return Candidates(
         statistics.model_sha256,
         statistics.layers,
-        lambda: [_finite(layer.name, CRITERIA[criterion](layer)) for layer in statistics.layers],
+        lambda: [_finite(layer.name, criterion(layer)) for layer in statistics.layers],
         sha256_file(source),
+        super_experts(statistics.layers) if options.protect else (),
     )
 
 
@@ -145,10 +162,6 @@ def _at_random(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candi
     return Candidates(
         model.model_sha256, model.layers, lambda: [score(layer.experts, generator) for layer in model.layers]
     )
-
-
-def _layer(shape: LayerShape | LayerStatistics, scores: Scores, options: PlanOptions) -> RankedLayer:
-    return RankedLayer(shape.name, shape.top_k, shape.groups, scores, options.clamp_top_k, options.router)
 
 
 def _finite(name: str, scores: Scores) -> Scores:

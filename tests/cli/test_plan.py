@@ -40,7 +40,14 @@ def test_plan_writes_a_plan_and_one_line(source, tmp_path):
     assert invoke(*arguments) == (0, f"{out}: keeps 8 of 16 experts in 2 layers, by frequency\n", "")
     made = PruningPlan.load(out)
     assert [layer.keep for layer in made.layers] == [(4, 5, 6, 7)] * 2
-    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False, "router": "rows"}
+    assert made.options == {
+        "keep": 0.5,
+        "scope": "layer",
+        "seed": 0,
+        "clamp_top_k": False,
+        "router": "rows",
+        "protect": False,
+    }
 
 
 def test_json_holds_the_whole_plan(source, tmp_path):

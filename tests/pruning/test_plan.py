@@ -39,7 +39,14 @@ def test_a_plan_says_what_it_was_made_from(source, tmp_path):
     assert PruningPlan.load(tmp_path / "plan.json") == made
     assert (made.model_sha256, made.statistics_sha256) == ("model", sha256_file(source))
     assert made.criterion == "reap"
-    assert made.options == {"keep": 0.5, "scope": "layer", "seed": 0, "clamp_top_k": False, "router": "rows"}
+    assert made.options == {
+        "keep": 0.5,
+        "scope": "layer",
+        "seed": 0,
+        "clamp_top_k": False,
+        "router": "rows",
+        "protect": False,
+    }
     assert [layer.name for layer in made.layers] == ["layers.0.mlp", "layers.1.mlp"]
 
 
@@ -98,11 +105,42 @@ def test_a_checkpoint_is_no_statistics(checkpoint):
 def test_unknown_names_are_refused_with_the_nearest(source):
     what, hint = refusal(source, keep=2, criterion="freqency")
     assert what == "'freqency' is no criterion"
-    assert hint == "did you mean 'frequency'? known: frequency, gate-mass, random, reap"
+    assert hint.startswith("did you mean 'frequency'? known: ean, easy-ep, frequency, gate-mass, ")
+    assert hint.endswith(", random, reap, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared")
     assert refusal(source, keep=2, scope="layers") == (
         "'layers' is no scope",
         "did you mean 'layer'? known: global, layer",
     )
+
+
+def test_a_member_of_the_family_ranks_like_the_criterion_that_it_is(source):
+    by_name, by_powers = (make_plan(source, PlanOptions(keep=2, criterion=name)) for name in ("reap", "s(1,1,1)"))
+    assert by_name.layers == by_powers.layers
+    assert (by_name.criterion, by_powers.criterion) == ("reap", "s(1,1,1)")
+
+
+def test_super_experts_stay_though_they_score_least(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    quiet = statistics(tokens=(9, 9, 9, 9), gated_norm=(9, 8, 7, 1))
+    loud = dataclasses.replace(quiet, sums={**quiet.sums, "output_peak": np.array([0.0, 0, 0, 50])})
+    layers = [dataclasses.replace(one, name=f"layers.{i}.mlp") for i, one in enumerate((loud, quiet))]
+    Statistics("model", ("data",), tuple(layers)).save(path)
+    assert [layer.keep for layer in make_plan(path, PlanOptions(keep=2)).layers] == [(0, 1), (0, 1)]
+    made = make_plan(path, PlanOptions(keep=2, protect=True))
+    assert [layer.keep for layer in made.layers] == [(0, 3), (0, 1)]
+    assert made.layers[0].scores == (1.0, 8 / 9, 7 / 9, 1 / 9)
+
+
+def test_protection_needs_statistics(checkpoint):
+    assert refusal(checkpoint, keep=4, criterion="random", protect=True) == (
+        "--protect finds super experts in statistics, but criterion 'random' takes none",
+        "rank by statistics, or leave out --protect",
+    )
+
+
+def test_a_router_that_stays_keeps_fewer_than_k(source):
+    made = make_plan(source, PlanOptions(keep=1, router="full"))
+    assert [(layer.router, layer.top_k, len(layer.keep)) for layer in made.layers] == [("full", 2, 1)] * 2
 
 
 @pytest.mark.parametrize("keep", [0, 1.5, -0.5])
