@@ -1,8 +1,15 @@
-"""Run task data through a checkpoint and record what its routers and experts do.
+"""Run task data through a model and record what its routers and experts do.
+
+Under torchrun the processes share the data: gloo on CPUs, nccl on GPUs. --shard-size keeps what there is every so many
+examples, and the same command goes on from there. --device-map auto spreads a checkpoint larger than memory over
+GPUs, memory and disk.
 
 Example: moe-edge calibrate checkpoint/ --data train.npz -o statistics.safetensors
+Example: torchrun --nproc-per-node 4 --no-python moe-edge calibrate checkpoint/ --data train.npz -o out.safetensors
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +17,8 @@ import typer
 
 from cli import console
 from cli.options import AsJson, Output
+from moe_spec.calibration import shards_of
+from moe_spec.statistics import Statistics
 
 
 def calibrate(
@@ -21,12 +30,18 @@ def calibrate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every expert on every token too, for what needs it.")
     ] = False,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Keep what there is after every so many examples, in OUTPUT.shards.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, balanced or sequential: for a model larger than memory.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
     from pruning.calibrate import calibrate as run
 
-    with console.progress() as bar:
+    with _told_what_is_kept(output), console.progress() as bar:
         task = bar.add_task(f"calibrating {checkpoint}", total=None)
         statistics = run(
             checkpoint,
@@ -35,8 +50,26 @@ def calibrate(
             batch_size=batch_size,
             limit=limit,
             dense=dense,
+            shard_size=shard_size,
+            device_map=device_map,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    report(output, statistics, as_json)
+
+
+@contextlib.contextmanager
+def _told_what_is_kept(output: Path) -> Iterator[None]:
+    """Says at ctrl-C where the run would go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if shards_of(output).exists():
+            console.step(f"{shards_of(output)} keeps what is done; the same command goes on from there")
+        raise
+
+
+def report(output: Path, statistics: Statistics, as_json: bool) -> None:
+    """What the new file ``output`` holds."""
     tokens = statistics.layers[0].token_count
     payload = {
         "output": str(output),

@@ -1,6 +1,7 @@
 """Where words go: results to stdout, progress and errors to stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,21 @@ err = Console(stderr=True, highlight=False)
 
 
 def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
-    """What a command found: for people, or with ``--json`` one object for machines."""
+    """What a command found: for people, or with ``--json`` one object for machines.
+
+    Of several processes the first one speaks.
+    """
+    if not is_first():
+        return
     if as_json:
         sys.stdout.write(json.dumps(payload, indent=1, sort_keys=True) + "\n")
     else:
         out.print(summary, markup=False, soft_wrap=True)
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def error(failure: UserError) -> None:
@@ -44,7 +55,7 @@ def _escape(text: str) -> str:
 def progress() -> Iterator[Progress]:
     """A bar on stderr that goes away when the work is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not (err.is_terminal and is_first())) as bar:
         yield bar
 
 

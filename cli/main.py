@@ -15,6 +15,7 @@ from moe_spec.errors import UserError, VerificationError
 VERBS = (
     "inspect",
     "calibrate",
+    "merge",
     "plan",
     "prune",
     "export",
@@ -28,6 +29,7 @@ VERBS = (
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
 
 EXTRAS = {
+    "accelerate": "prune",
     "ml_dtypes": "optimize",
     "onnx": "optimize",
     "onnx_graphsurgeon": "optimize",

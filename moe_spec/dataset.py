@@ -50,12 +50,19 @@ class Dataset:
         for start in range(0, len(self), size):
             yield {name: array[start : start + size] for name, array in self.feeds.items()}
 
+    def part(self, start: int, stop: int) -> "Dataset":
+        """The examples from ``start`` up to, not with, ``stop``.
+
+        >>> Dataset({"x": np.arange(5)}, None, "").part(1, 3).feeds["x"].tolist()
+        [1, 2]
+        """
+        labels = None if self.labels is None else self.labels[start:stop]
+        feeds = {name: array[start:stop] for name, array in self.feeds.items()}
+        return dataclasses.replace(self, feeds=feeds, labels=labels)
+
     def first(self, count: int) -> "Dataset":
         """The first ``count`` examples."""
-        labels = None if self.labels is None else self.labels[:count]
-        return dataclasses.replace(
-            self, feeds={name: array[:count] for name, array in self.feeds.items()}, labels=labels
-        )
+        return self.part(0, count)
 
 
 def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None) -> Dataset:

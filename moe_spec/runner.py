@@ -1,6 +1,7 @@
 """How a stage that must *run* a graph gets hold of something that can, without importing it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +12,20 @@ Feeds = Mapping[str, npt.NDArray[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
 
+class OpenModel(Protocol):
+    """An ONNX file that is loaded."""
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by name; ``outputs=None`` asks for all."""
+        ...
+
+
 class Runner(Protocol):
     """Runs an ONNX file. ``runtime.OnnxRuntimeRunner`` is the one that the command line injects."""
+
+    def open(self, model: Path) -> AbstractContextManager[OpenModel]:
+        """The file, loaded for many batches of which one is looked at after the other."""
+        ...
 
     def run(self, model: Path, batches: Sequence[Feeds], outputs: Sequence[str] | None = None) -> list[Arrays]:
         """Outputs by name for each batch of feeds; ``outputs=None`` asks for all. The file is opened once."""

@@ -1,25 +1,28 @@
 """Calibrate: one pass over task data, and the statistics file by which criteria rank experts."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from models.checkpoints import load_model
+from models.checkpoints import Spread, load_model
+from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import load_dataset
 from moe_spec.files import refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
+from moe_spec.runner import Feeds
 from moe_spec.statistics import Statistics
 from pruning.collect import collect
+from pruning.distributed import team
 from pruning.inputs import check_inputs
-
-Progress = Callable[[int, int], None]
-"""Called with the examples done and the examples in all."""
 
 
 def calibrate(
@@ -30,9 +33,14 @@ def calibrate(
     batch_size: int = 32,
     limit: int | None = None,
     dense: bool = False,
+    shard_size: int | None = None,
+    device_map: str | None = None,
     on_progress: Progress | None = None,
 ) -> Statistics:
     """Run task data through a checkpoint and write statistics.safetensors.
+
+    Under torchrun each process takes its share of the batches, and the first one writes: the same statistics as one
+    process, up to the order of summation. What an earlier, killed run has kept is not computed again.
 
     Args:
         checkpoint: transformers directory of a known MoE family.
@@ -41,32 +49,54 @@ def calibrate(
         batch_size: examples a forward pass.
         limit: use only the first so many examples.
         dense: take the dense statistics too, for which every expert runs on every token.
-        on_progress: told after every batch.
+        shard_size: keep what there is after every so many examples, in ``moe_spec.calibration.shards_of(out)``, until
+            the run has come to its end.
+        device_map: how accelerate spreads a model larger than memory over GPUs, memory and disk
+            (``models.checkpoints.Spread``); None: all of it on the GPU of this process, or in memory without one.
+        on_progress: told after every batch what this process has done of its share.
 
     Raises:
-        UserError: ``out`` exists, or checkpoint or data cannot be read or do not fit together.
+        UserError: ``out`` exists, checkpoint or data cannot be read or do not fit together, or another run has left
+            its shards beside ``out``.
     """
     refuse_existing(out)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
     if limit is not None:
         dataset = dataset.first(limit)
-    model = load_model(checkpoint)
-    check_inputs(dataset.feeds, model, str(data))
+    with team() as us, _loaded(checkpoint, device_map, us.device, out.parent) as model:
+        check_inputs(dataset.feeds, model, str(data))
+        share = us.share(dataset, batch_size)
 
-    def batches() -> Iterable[Mapping[str, Tensor]]:
-        for done, feeds in enumerate(dataset.batches(batch_size), start=1):
-            yield {name: _tensor(array, model.dtype) for name, array in feeds.items()}
-            if on_progress is not None:
-                on_progress(min(done * batch_size, len(dataset)), len(dataset))
+        def take(feeds: Feeds) -> Layers:
+            tensors = {name: _tensor(array, model.dtype, us.device) for name, array in feeds.items()}
+            return collect(model, [tensors], dense=dense)
 
-    layers = collect(model, batches(), dense=dense)
-    statistics = Statistics(checkpoint_sha256(checkpoint), (dataset.sha256,), layers)
-    statistics.save(out)
+        model_sha256 = checkpoint_sha256(checkpoint)
+        run = Run(model_sha256, dataset.sha256, len(dataset), batch_size, us.size, {"dense": dense})
+        shards = Shards(shards_of(out), run, shard_size, us.rank)
+        mine = accumulate(share, take, shards, batch_size=batch_size, on_progress=on_progress)
+        statistics = Statistics(model_sha256, (dataset.sha256,), us.total(mine))
+        if us.rank == 0:
+            statistics.save(out)
+            shards.remove()
     return statistics
 
 
-def _tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+@contextlib.contextmanager
+def _loaded(checkpoint: Path, device_map: str | None, device: torch.device, beside: Path) -> Iterator[PreTrainedModel]:
+    """The model on ``device``; or spread by ``device_map``, a directory in ``beside`` for what memory cannot hold."""
+    if device_map is None:
+        model = load_model(checkpoint)
+        nn.Module.to(model, device)  # in place; transformers' own is not typed
+        yield model
+        return
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".offload.", dir=beside) as offload:
+        yield load_model(checkpoint, spread=Spread(Path(offload), device_map))
+
+
+def _tensor(array: npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Ids and masks as int64, everything else in the model's dtype."""
     if array.dtype.kind in "biu":
-        return torch.from_numpy(array.astype(np.int64))
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)

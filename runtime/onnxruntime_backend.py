@@ -161,13 +161,21 @@ class OnnxRuntimeRunner:
 
     threads: int = 0
 
+    def open(self, model: Path) -> OnnxRuntimeSession:
+        """A session of the file.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return OnnxRuntimeBackend(threads=self.threads).open(model)
+
     def run(self, model: Path, batches: Sequence[Feeds], outputs: Sequence[str] | None = None) -> list[Arrays]:
         """Outputs by name for each batch; the file is opened once.
 
         Raises:
             UserError: the file is damaged, or does not take these feeds.
         """
-        with OnnxRuntimeBackend(threads=self.threads).open(model) as session:
+        with self.open(model) as session:
             return [session.run(feeds, outputs) for feeds in batches]
 
 
