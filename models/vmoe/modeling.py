@@ -179,6 +179,7 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
     config_class = VMoeConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    _no_split_modules = ["VMoeLayer"]  # noqa: RUF012 - transformers reads it, and nobody writes
 
     def __init__(self, config: VMoeConfig) -> None:
         super().__init__(config)

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from models.checkpoints import save_model
 from moe_spec import Statistics
+from moe_spec.calibration import Shards
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.statistics import KEYS
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
@@ -128,4 +129,78 @@ def test_a_real_interrupt_in_the_middle_of_a_pass_leaves_nothing(checkpoint, dat
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr == "interrupted; nothing half-written is left\n"
+    assert leftovers(tmp_path) == {"data.npz"}
+
+
+KILLED_AT_THE_THIRD_BATCH = """
+import os, signal, sys
+import pruning.calibrate
+from cli.main import main
+
+batches = []
+
+def tensor(*arguments, original=pruning.calibrate._tensor):
+    batches.append(1)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+pruning.calibrate._tensor = tensor
+main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
+"""
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_shard(checkpoint, data, tmp_path):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    shards = tmp_path / "out.safetensors.shards"
+    arguments = [checkpoint, "--data", data, "--batch-size", 1]
+    assert invoke("calibrate", *arguments, "-o", whole)[0] == 0
+    sharded = [*arguments, "-o", out, "--shard-size", 2]
+    command = [sys.executable, "-c", KILLED_AT_THE_THIRD_BATCH, *map(str, sharded)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -9
+    assert leftovers(tmp_path) == {"data.npz", whole.name, shards.name}
+    assert leftovers(shards) == {"run.json", "process0-000000000002.safetensors"}
+    assert invoke("calibrate", *sharded, "--batch-size", 2) == (
+        1,
+        "",
+        f"error: {shards} holds the shards of a run with batch_size 1, this one has 2\n"
+        f"hint: run the command as it was, or start anew: rm -r {shards}\n",
+    )
+    assert invoke("calibrate", *sharded) == (0, f"{out}: 2 MoE layers, 30 tokens each\n", "")
+    assert out.read_bytes() == whole.read_bytes()
+    assert leftovers(tmp_path) == {"data.npz", whole.name, out.name}
+
+
+def test_ctrl_c_says_where_the_run_would_go_on(checkpoint, data, tmp_path, monkeypatch):
+    def interrupted(self, done, layers, keep=Shards.keep):
+        keep(self, done, layers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shards, "keep", interrupted)
+    arguments = ("calibrate", checkpoint, "--data", data, "-o", tmp_path / "out", "--batch-size", 2, "--shard-size", 2)
+    assert invoke(*arguments) == (
+        130,
+        "",
+        f"· {tmp_path}/out.shards keeps what is done; the same command goes on from there\n"
+        "interrupted; nothing half-written is left\n",
+    )
+    assert leftovers(tmp_path / "out.shards") == {"run.json", "process0-000000000002.safetensors"}
+
+
+def test_a_device_map_changes_nothing_but_the_place(checkpoint, data, tmp_path):
+    here, spread = tmp_path / "here.safetensors", tmp_path / "spread.safetensors"
+    for arguments in ((here,), (spread, "--device-map", "auto")):
+        assert invoke("calibrate", checkpoint, "--data", data, "-o", *arguments)[0] == 0
+    assert here.read_bytes() == spread.read_bytes()
+    assert leftovers(tmp_path) == {"data.npz", here.name, spread.name}
+
+
+def test_a_device_map_without_accelerate_says_what_to_install(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    arguments = ("calibrate", checkpoint, "--data", data, "-o", tmp_path / "out.safetensors", "--device-map", "auto")
+    assert invoke(*arguments) == (
+        1,
+        "",
+        "error: this needs accelerate, which is not installed\nhint: pip install 'moe-edge[prune]'\n",
+    )
     assert leftovers(tmp_path) == {"data.npz"}

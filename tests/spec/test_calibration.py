@@ -26,7 +26,7 @@ def shards(tmp_path):
     return tmp_path / "statistics.safetensors.shards"
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The end of the process."""
 
 
@@ -36,7 +36,7 @@ def stopped_after(batches):
 
     def some(feeds):
         if next(left, None) is None:
-            raise Stopped
+            raise StoppedError
         return take(feeds)
 
     return some
@@ -68,7 +68,7 @@ def test_however_often_a_run_is_stopped_its_bytes_are_the_same(batch_size, size,
         for batches in stops:
             try:
                 accumulate(DATA, stopped_after(batches), shards, batch_size=batch_size)
-            except Stopped:
+            except StoppedError:
                 continue
         assert_same_bytes(accumulate(DATA, take, shards, batch_size=batch_size), whole(batch_size))
         shards.remove()
@@ -78,7 +78,7 @@ def test_however_often_a_run_is_stopped_its_bytes_are_the_same(batch_size, size,
 def stop(directory, batches=3, **changes):
     """A run that keeps its sums after every 4 examples, killed after so many batches of 2."""
     shards = Shards(directory, dataclasses.replace(RUN, **changes), 4)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         accumulate(DATA, stopped_after(batches), shards, batch_size=2)
 
 
