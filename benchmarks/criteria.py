@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.tasks import metrics
 from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
@@ -22,7 +23,6 @@ from pruning.plan import PlanOptions, make_plan
 
 KEEPS = (6, 4, 3, 2, 1)
 SEEDS = range(5)
-BATCH = 250
 
 
 def accuracy(data: Dataset, statistics: Path | None = None, options: PlanOptions | None = None) -> float:
@@ -30,9 +30,7 @@ def accuracy(data: Dataset, statistics: Path | None = None, options: PlanOptions
     model = load_model(fashion_mnist())
     if statistics is not None and options is not None:
         apply_plan(model, make_plan(statistics, options))
-    with torch.inference_mode():
-        logits = [model(pixel_values=torch.from_numpy(feeds["pixel_values"])).logits for feeds in data.batches(BATCH)]
-    return float((torch.cat(logits).argmax(-1).numpy() == data.labels).mean())
+    return metrics.accuracy(model, data)
 
 
 def measure(statistics: Path, data: Dataset) -> Mapping[str, list[str]]:

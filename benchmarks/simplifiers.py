@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 
 from benchmarks.machine import describe_machine
+from benchmarks.markdown import table
 from benchmarks.masked import FORMS, MASKED, MaskedGraph
 from benchmarks.masked.block import Block
 from benchmarks.masked.constants import EXPERTS, HIDDEN, TOP_K
@@ -158,25 +159,20 @@ rows of the router. Outputs are compared on random inputs of {", ".join(map(str,
 something else (by more than {TOLERANCE["float32"]:.0e} of the output's range) is {WRONG}. A plan drops
 experts before they are ranked; where the mask stands behind the router that is another function: {NO_PLAN}.
 
-{_table(("graph", "ideal", *(tool.name for tool in tools)), (_cells(row, tools) for row in rows))}
+{table(("graph", "ideal", *(tool.name for tool in tools)), (_cells(row, tools) for row in rows))}
 
 {summarize(rows, tools)}
 
-{_table(TOOL_HEAD, (_tool_cells(rows, tool) for tool in tools), left=3)}
+{table(TOOL_HEAD, (_tool_cells(rows, tool) for tool in tools), left=3)}
 
-{_table(("form", "how the experts are written"), ((form, _first_line(FORMS[form])) for form in forms), left=2)}
+{table(("form", "how the experts are written"), ((form, _first_line(FORMS[form])) for form in forms), left=2)}
 
-{_table(("mask", "what keeps experts out of reach"), ((mask, WHY[mask]) for mask in masks), left=2)}{_troubles(rows)}"""
+{table(("mask", "what keeps experts out of reach"), ((mask, WHY[mask]) for mask in masks), left=2)}{_troubles(rows)}"""
 
 
 def _first_line(function: Callable[[Block], str]) -> str:
     """The first line of its docstring says what a form is."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def _cells(row: Row, tools: Sequence[Tool]) -> list[str]:

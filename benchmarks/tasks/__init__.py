@@ -1,0 +1,17 @@
+"""Tasks on which ways to prune are compared: a trained checkpoint each, data, and a metric."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from benchmarks.tasks import images, language
+from benchmarks.tasks.task import Task
+
+Report = Callable[[str], None]
+
+TASKS: Mapping[str, Callable[[int, Report], Task]] = {
+    "images": lambda _seed, _report: images.task(),
+    "novel": functools.partial(language.task, "novel"),
+    "speeches": functools.partial(language.task, "speeches"),
+    "code": functools.partial(language.task, "code"),
+}
+"""Makes each task, given the seed of its training (the embedded model has but one) and who is told how it goes."""

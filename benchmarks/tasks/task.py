@@ -1,0 +1,49 @@
+"""What a task is: a checkpoint to prune, data to prune it with, and a number that says how good it is."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from benchmarks.tasks.cache import RECIPE
+from benchmarks.tasks.metrics import Metric
+from moe_spec.dataset import Dataset, load_dataset
+from moe_spec.images import ImagePreprocessor
+from moe_spec.record import Record, parse_object
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One model and one use of it.
+
+    Attributes:
+        name: as in ``benchmarks.tasks.TASKS``.
+        checkpoint: transformers directory, not pruned, with its recipe.json.
+        calibration: .npz for ``moe-edge calibrate``.
+        finetune: .npz of training examples; with ``labels`` where the task is classification.
+        test: .npz of examples that neither the model nor the other two files saw.
+        metric: of a model on ``test``.
+    """
+
+    name: str
+    checkpoint: Path
+    calibration: Path
+    finetune: Path
+    test: Path
+    metric: Metric
+
+    def read(self, data: Path) -> Dataset:
+        """One of the three files, as the model takes it."""
+        return load_dataset(data, ImagePreprocessor.load(self.checkpoint))
+
+    def evaluate(self, model: PreTrainedModel) -> float:
+        """The metric of ``model``, which is in eval mode afterwards."""
+        model.train(False)
+        return self.metric.measure(model, self.read(self.test))
+
+    @property
+    def training_seconds(self) -> float:
+        """What training the checkpoint took, on one thread."""
+        path = self.checkpoint / RECIPE
+        remake = f"remove {self.checkpoint}; it is made again"
+        return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take("training_seconds", float)
