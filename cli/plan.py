@@ -8,8 +8,12 @@ mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens
 super experts, whose outputs are far larger than all others, whatever they score. Random needs no statistics: a
 checkpoint or an ONNX model will do, and so it does for --experts, which names those that stay.
 
+With --data a checkpoint is planned for on task data at once: by any of these criteria, in several --rounds of pruning
+and looking again; or by naee, which searches for the experts whose absence changes each layer's output least.
+
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
+Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
@@ -25,7 +29,9 @@ from moe_spec.files import refuse_existing
 from moe_spec.manifest import MODEL
 
 if TYPE_CHECKING:
+    from moe_spec.plan import PruningPlan
     from pruning.layers import ModelLayers
+    from pruning.plan import PlanOptions
 
 
 def plan(
@@ -43,6 +49,10 @@ def plan(
         str, typer.Option(help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it.")
     ] = "rows",
     protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Rank a checkpoint on this .npz, without statistics.")] = None,
+    rounds: Annotated[int, typer.Option(help="With --data: prune in so many steps, looking again after each.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: examples a forward pass.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first so many examples.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
@@ -57,7 +67,10 @@ def plan(
     if keep is not None:
         how = f"by {criterion}"
         options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect)
-        made = run(source, options, output, _layers_of)
+        if data is None:
+            made = run(source, options, output, _layers_of)
+        else:
+            made = _on_data(source, data, options, output, rounds, batch_size, limit)
     else:
         refuse_existing(output)
         made = plan_by_hand(_layers_of(source), parse_experts(experts or []), clamp_top_k=clamp_top_k, router=router)
@@ -68,6 +81,20 @@ def plan(
         {"output": str(output), **made.to_json()},
         as_json,
     )
+
+
+def _on_data(
+    checkpoint: Path, data: Path, options: "PlanOptions", output: Path, rounds: int, batch_size: int, limit: int | None
+) -> "PruningPlan":
+    from pruning.plan_on_data import DataOptions, plan_on_data
+
+    with console.progress() as bar:
+        task = bar.add_task(f"looking at {checkpoint}", total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return plan_on_data(checkpoint, data, options, output, DataOptions(rounds, batch_size, limit), on_progress=tell)
 
 
 def _layers_of(source: Path) -> "ModelLayers":

@@ -4,12 +4,9 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from models.checkpoints import Spread, load_model
@@ -22,7 +19,7 @@ from moe_spec.runner import Feeds
 from moe_spec.statistics import Statistics
 from pruning.collect import collect
 from pruning.distributed import team
-from pruning.inputs import check_inputs
+from pruning.inputs import check_inputs, tensors_of
 
 
 def calibrate(
@@ -68,8 +65,7 @@ def calibrate(
         share = us.share(dataset, batch_size)
 
         def take(feeds: Feeds) -> Layers:
-            tensors = {name: _tensor(array, model.dtype, us.device) for name, array in feeds.items()}
-            return collect(model, [tensors], dense=dense)
+            return collect(model, [tensors_of(feeds, model.dtype, us.device)], dense=dense)
 
         model_sha256 = checkpoint_sha256(checkpoint)
         run = Run(model_sha256, dataset.sha256, len(dataset), batch_size, us.size, {"dense": dense})
@@ -93,10 +89,3 @@ def _loaded(checkpoint: Path, device_map: str | None, device: torch.device, besi
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".offload.", dir=beside) as offload:
         yield load_model(checkpoint, spread=Spread(Path(offload), device_map))
-
-
-def _tensor(array: npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ids and masks as int64, everything else in the model's dtype."""
-    if array.dtype.kind in "biu":
-        return torch.from_numpy(array.astype(np.int64)).to(device)
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)

@@ -1,10 +1,13 @@
-"""Whether task data fits a model, checked before anything runs."""
+"""Task data as a model takes it, and whether it fits the model, checked before anything runs."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_spec.errors import UserError, did_you_mean
@@ -34,6 +37,19 @@ def check_inputs(feeds: Mapping[str, npt.NDArray[Any]], model: PreTrainedModel, 
         _check_pixels(feeds[main], model.config, where)
     elif main == "input_ids":
         _check_ids(feeds, model.config.get_text_config().vocab_size, where)
+
+
+def tensors_of(
+    feeds: Mapping[str, npt.NDArray[Any]], dtype: torch.dtype, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Arrays as tensors on ``device``: ids and masks as int64, everything else in ``dtype``, the model's."""
+    return {name: _tensor(array, dtype).to(device) for name, array in feeds.items()}
+
+
+def _tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+    if array.dtype.kind in "biu":
+        return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
 
 def _check_pixels(pixels: npt.NDArray[Any], config: Any, where: str) -> None:

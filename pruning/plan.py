@@ -145,12 +145,22 @@ def _by_statistics(source: Path, options: PlanOptions, criterion: Criterion) -> 
             hint=f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
             "without data: --criterion random, or --experts",
         )
-    statistics = Statistics.load(source)
+    return candidates_of(Statistics.load(source), options, criterion, sha256_file(source))
+
+
+def candidates_of(
+    statistics: Statistics, options: PlanOptions, criterion: Criterion, statistics_sha256: str | None = None
+) -> Candidates:
+    """The layers of ``statistics``, to be ranked by ``criterion``.
+
+    Raises:
+        UserError: super experts shall be kept, and the statistics do not tell them.
+    """
     return Candidates(
         statistics.model_sha256,
         statistics.layers,
         lambda: [_finite(layer.name, criterion(layer)) for layer in statistics.layers],
-        sha256_file(source),
+        statistics_sha256,
         super_experts(statistics.layers) if options.protect else (),
     )
 

@@ -174,3 +174,17 @@ def test_ctrl_c_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
     arguments = ("plan", source, "--keep", 4, "-o", tmp_path / "plan.json")
     assert invoke(*arguments) == (130, "", "interrupted; nothing half-written is left\n")
     assert leftovers(tmp_path) == {"statistics.safetensors"}
+
+
+def test_a_checkpoint_is_planned_for_on_data_in_rounds(tmp_path):
+    save_model(TINY["mixtral"](), tmp_path / "checkpoint")
+    np.savez_compressed(tmp_path / "data.npz", input_ids=np.arange(40).reshape(4, 10))
+    arguments = ("plan", tmp_path / "checkpoint", "--data", tmp_path / "data.npz", "--keep", 3)
+    code, stdout, _ = invoke(*arguments, "--rounds", 2, "-o", tmp_path / "rounds.json", "--json")
+    assert code == 0
+    made = PruningPlan.load(tmp_path / "rounds.json")
+    assert json.loads(stdout)["layers"] == [json.loads(json.dumps(layer.to_json())) for layer in made.layers]
+    assert [len(layer.keep) for layer in made.layers] == [3, 3]
+    assert (made.options["rounds"], made.statistics_sha256) == (2, None)
+    code, _, stderr = invoke(*arguments, "--criterion", "random", "-o", tmp_path / "random.json")
+    assert (code, stderr.partition("\n")[0]) == (1, "error: criterion 'random' does not look at data")

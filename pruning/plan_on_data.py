@@ -1,0 +1,177 @@
+"""Plan on data: from a checkpoint and task data, by search or in rounds of pruning and looking again.
+
+Once experts are gone, others take their tokens, and what was ranked before holds no more. MC-Suite,
+https://arxiv.org/abs/2504.05586, found that looking again pays where many experts go.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from models.checkpoints import load_model
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.calibration import Progress
+from moe_spec.dataset import Dataset, load_dataset
+from moe_spec.errors import UserError, did_you_mean
+from moe_spec.files import refuse_existing
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.images import ImagePreprocessor
+from moe_spec.plan import ROWS, LayerPlan, PruningPlan
+from moe_spec.statistics import Statistics
+from pruning.apply import apply_plan
+from pruning.budget import RankedLayer
+from pruning.collect import collect
+from pruning.criteria import CRITERIA, by_statistics
+from pruning.criteria.moments import SHAPE
+from pruning.inputs import check_inputs, tensors_of
+from pruning.plan import PlanOptions, candidates_of, choose
+from pruning.reconstruction import search_model
+
+NAEE = "naee"
+
+Batches = Callable[[], Iterator[dict[str, torch.Tensor]]]
+"""The calibration data from its start, as often as it is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """How the data is looked at.
+
+    Attributes:
+        rounds: of pruning and looking again; every round drops as many experts.
+        batch_size: examples a forward pass.
+        limit: use only the first so many examples.
+    """
+
+    rounds: int = 1
+    batch_size: int = 32
+    limit: int | None = None
+
+
+def plan_on_data(
+    checkpoint: Path,
+    data: Path,
+    options: PlanOptions,
+    out: Path,
+    how: DataOptions = DataOptions(),
+    on_progress: Progress | None = None,
+) -> PruningPlan:
+    """Choose the experts that stay, and write plan.json.
+
+    Args:
+        checkpoint: transformers directory of a known MoE family; it stays as it is.
+        data: .npz of model inputs or of images (``moe_spec.dataset``); labels are not used.
+        options: budget, and a criterion that ranks by statistics; or ``naee`` (`pruning.reconstruction`).
+        out: plan to write; must not exist.
+        how: see ``DataOptions``.
+        on_progress: called with the examples done and the examples in all, of all rounds.
+
+    Raises:
+        UserError: ``out`` exists, checkpoint or data cannot be read or do not fit together, options that exclude each
+            other, or a budget that a router cannot work with.
+    """
+    refuse_existing(out)
+    _check(options, how)
+    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
+    dataset = dataset if how.limit is None else dataset.first(how.limit)
+    model = load_model(checkpoint)
+    check_inputs(dataset.feeds, model, str(data))
+    batches = _batches(model, dataset, how, on_progress)
+    layers = _search(model, batches, options) if options.criterion == NAEE else _rounds(model, batches, options, how)
+    given = dataclasses.asdict(options) | {"rounds": how.rounds, "data_sha256": dataset.sha256}
+    plan = PruningPlan(
+        model_sha256=checkpoint_sha256(checkpoint),
+        criterion=options.criterion,
+        options={key: value for key, value in given.items() if key != "criterion"},
+        layers=layers,
+    )
+    plan.save(out)
+    return plan
+
+
+def _check(options: PlanOptions, how: DataOptions) -> None:
+    if options.criterion != NAEE and by_statistics(options.criterion) is None:
+        raise UserError(
+            f"criterion {options.criterion!r} does not look at data",
+            hint=did_you_mean(options.criterion, [NAEE, *CRITERIA, SHAPE]),
+        )
+    if how.rounds < 1:
+        raise UserError(f"--rounds {how.rounds} is no number of rounds", hint="give 1 or more")
+    if options.criterion == NAEE and (how.rounds > 1 or options.clamp_top_k):
+        raise UserError(
+            "criterion 'naee' searches once, for the K of the model", hint="leave out --rounds and --clamp-top-k"
+        )
+    several = options.criterion == NAEE or how.rounds > 1
+    if several and (options.scope != "layer" or options.router != ROWS):
+        raise UserError(
+            f"--scope {options.scope} --router {options.router} cannot be searched for or come to in rounds",
+            hint="leave them out: every layer keeps as many, and the rows of dropped experts go",
+        )
+
+
+def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> tuple[LayerPlan, ...]:
+    layers = find_moe_layers(model)
+    found = search_model(model, batches(), [_unranked(layer).count(options.keep) for layer in layers])
+    return tuple(
+        LayerPlan(layer.name, layer.num_experts, layer.top_k, one.keep, one.scores)
+        for layer, one in zip(layers, found, strict=True)
+    )
+
+
+def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, how: DataOptions) -> tuple[LayerPlan, ...]:
+    """Prune ``model`` in place, a part in each round; the ids that stay are those of the model as it was."""
+    criterion = by_statistics(options.criterion)
+    assert criterion is not None
+    parents = find_moe_layers(model)
+    kept = {layer.name: tuple(range(layer.num_experts)) for layer in parents}
+    plans: tuple[LayerPlan, ...] = ()
+    for count in _counts(parents, options, how.rounds):
+        step = dataclasses.replace(options, keep=count)
+        seen = Statistics("", (), collect(model, batches()))
+        plans = choose(candidates_of(seen, options, criterion), step)
+        apply_plan(model, PruningPlan("", options.criterion, plans))
+        kept = {plan.name: tuple(kept[plan.name][expert] for expert in plan.keep) for plan in plans}
+    if how.rounds == 1:
+        return plans
+    return tuple(
+        LayerPlan(plan.name, parent.num_experts, plan.top_k, kept[plan.name], groups=parent.groups)
+        for parent, plan in zip(parents, plans, strict=True)
+    )
+
+
+def _counts(layers: Sequence[MoELayer], options: PlanOptions, rounds: int) -> list[int | float]:
+    """How many experts a layer keeps after each round."""
+    if rounds == 1:
+        return [options.keep]
+    shapes = {(layer.num_experts, _unranked(layer).step) for layer in layers}
+    if len(shapes) > 1:
+        raise UserError(
+            f"layers of {sorted(count for count, _ in shapes)} experts cannot lose them in the same rounds",
+            hint="plan in one round: leave out --rounds",
+        )
+    ((experts, step),) = shapes
+    last = _unranked(layers[0]).count(options.keep)
+    between = [experts - (experts - last) * done // rounds for done in range(1, rounds)]
+    return [*(-(-count // step) * step for count in between), last]
+
+
+def _unranked(layer: MoELayer) -> RankedLayer:
+    return RankedLayer(layer.name, layer.top_k, layer.groups, np.zeros(layer.num_experts))
+
+
+def _batches(model: PreTrainedModel, dataset: Dataset, how: DataOptions, on_progress: Progress | None) -> Batches:
+    done = 0
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal done
+        for feeds in dataset.batches(how.batch_size):
+            yield tensors_of(feeds, model.dtype)
+            done += len(next(iter(feeds.values())))
+            if on_progress is not None:
+                on_progress(done, how.rounds * len(dataset))
+
+    return batches

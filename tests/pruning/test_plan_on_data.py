@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoints import load_model, save_model
+from models.moe_layers import find_moe_layers
+from moe_spec import PruningPlan, UserError
+from pruning.apply import apply_plan
+from pruning.calibrate import calibrate
+from pruning.plan import PlanOptions, make_plan
+from pruning.plan_on_data import DataOptions, plan_on_data
+from pruning.reconstruction import search_model
+from tests.models_table import TINY
+
+ROUNDS_REFUSED = "--scope {} --router {} cannot be searched for or come to in rounds"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints by family, and token ids for all of them."""
+    directory = tmp_path_factory.mktemp("files")
+    for name in ("mixtral", "deepseek_v3"):
+        save_model(TINY[name](), directory / name)
+    ids = np.random.default_rng(0).integers(0, 128, (6, 5), dtype=np.int64)
+    np.savez_compressed(directory / "data.npz", input_ids=ids)
+    return directory
+
+
+def plan(files, tmp_path, options, name="mixtral", **how):
+    return plan_on_data(files / name, files / "data.npz", options, tmp_path / "plan.json", DataOptions(**how))
+
+
+def test_one_round_is_calibrating_and_planning(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(3, "gate-mass"), batch_size=2)
+    calibrate(files / "mixtral", files / "data.npz", tmp_path / "s.safetensors", batch_size=2)
+    expected = make_plan(tmp_path / "s.safetensors", PlanOptions(3, "gate-mass"))
+    assert [layer.keep for layer in made.layers] == [layer.keep for layer in expected.layers]
+    np.testing.assert_allclose([made.layers[0].scores], [expected.layers[0].scores], rtol=1e-9)
+    assert PruningPlan.load(tmp_path / "plan.json") == made
+    assert made.options["rounds"] == 1
+
+
+def test_in_rounds_the_pruned_model_is_looked_at_again(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(3, "reap"), rounds=2)
+    model = load_model(files / "mixtral")
+    kept: dict[str, tuple[int, ...]] = {}
+    for step, count in enumerate((6, 3)):  # 8 - 5 / 2 rounded up, then what was asked for
+        save_model(model, tmp_path / str(step))
+        statistics = tmp_path / f"{step}.safetensors"
+        calibrate(tmp_path / str(step), files / "data.npz", statistics)
+        part = make_plan(statistics, PlanOptions(count, "reap"))
+        apply_plan(model, part)
+        for layer in part.layers:
+            before = kept.get(layer.name, tuple(range(8)))
+            kept[layer.name] = tuple(before[expert] for expert in layer.keep)
+    assert {layer.name: layer.keep for layer in made.layers} == kept
+    assert [layer.experts for layer in made.layers] == [8, 8]
+    apply_plan(load_model(files / "mixtral"), made)
+
+
+def test_rounds_keep_routing_groups_whole(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(4, "reap"), "deepseek_v3", rounds=3)
+    for layer in made.layers:
+        assert layer.groups is not None
+        assert layer.groups.survivors(layer.keep, 8) == [2, 2]
+
+
+def test_naee_keeps_what_its_search_finds(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(0.5, "naee"), limit=4)
+    model = load_model(files / "mixtral")
+    ids = np.load(files / "data.npz")["input_ids"][:4]
+    found = search_model(model, [{"input_ids": torch.from_numpy(ids)}], [4, 4])
+    assert [layer.keep for layer in made.layers] == [one.keep for one in found]
+    assert [layer.name for layer in made.layers] == [layer.name for layer in find_moe_layers(model)]
+
+
+def test_progress_counts_the_examples_of_all_rounds(files, tmp_path):
+    told = []
+    plan_on_data(
+        files / "mixtral", files / "data.npz", PlanOptions(4), tmp_path / "plan.json",
+        DataOptions(rounds=2, batch_size=4), on_progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    assert told == [(4, 12), (6, 12), (10, 12), (12, 12)]
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "what"),
+    [
+        (PlanOptions(4, "random"), {}, "criterion 'random' does not look at data"),
+        (PlanOptions(4), {"rounds": 0}, "--rounds 0 is no number of rounds"),
+        (PlanOptions(4, "naee"), {"rounds": 2}, "criterion 'naee' searches once, for the K of the model"),
+        (PlanOptions(1, "naee", clamp_top_k=True), {}, "criterion 'naee' searches once, for the K of the model"),
+        (PlanOptions(4, scope="global"), {"rounds": 2}, ROUNDS_REFUSED.format("global", "rows")),
+        (PlanOptions(4, router="full"), {"rounds": 2}, ROUNDS_REFUSED.format("layer", "full")),
+        (PlanOptions(4, "naee", router="full"), {}, ROUNDS_REFUSED.format("layer", "full")),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options, how, what, files, tmp_path):
+    with pytest.raises(UserError) as caught:
+        plan(files, tmp_path, options, **how)
+    assert caught.value.what == what
+    assert not (tmp_path / "plan.json").exists()
