@@ -93,10 +93,17 @@ def match_layers(plan: PruningPlan | None, blocks: Sequence[MoEBlock]) -> list[L
     graph has lost all names and the counts agree.
 
     Raises:
-        UserError: the plan names a layer that the graph lacks.
+        UserError: the plan names a layer that the graph lacks, or merges experts.
     """
     if plan is None:
         return [None] * len(blocks)
+    merging = [layer.name for layer in plan.layers if layer.merge]
+    if merging:
+        raise UserError(
+            f"the plan merges experts of layer {merging[0]}: a graph can lose experts, but has no mean of them",
+            hint="merge in the checkpoint, then export: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
+            "moe-edge export merged/ -o exported/",
+        )
     if len(plan.layers) == len(blocks) and all(block.name == f"moe.{index}" for index, block in enumerate(blocks)):
         return list(plan.layers)
     matched = [next((layer for layer in plan.layers if _same(layer.name, block.name)), None) for block in blocks]

@@ -92,6 +92,17 @@ class LayerPlan:
                 f"layer {self.name} keeps {list(self.keep)} but merges {[list(merge.experts) for merge in self.merge]}",
                 hint=f"each survivor with itself and others, no expert twice, weights above 0; {_REMAKE}",
             )
+        if self.groups is not None:
+            self._check_merge_groups(self.groups)
+
+    def _check_merge_groups(self, groups: Groups) -> None:
+        """A router with groups finds an expert by its group, so only experts of one group can become one."""
+        for merge in self.merge:
+            if max(groups.survivors(merge.experts, self.experts)) < len(merge.experts):
+                raise UserError(
+                    f"layer {self.name} merges experts {list(merge.experts)}, which are of different routing groups",
+                    hint=f"merge inside each of the {groups.count} groups; {_REMAKE}",
+                )
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -140,6 +151,11 @@ class PruningPlan:
     layers: tuple[LayerPlan, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics_sha256: str | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts of some layer are merged."""
+        return any(layer.merge for layer in self.layers)
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan for layer ``name``, if it has one."""

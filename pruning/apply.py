@@ -18,12 +18,14 @@ from moe_spec.feasibility import Groups, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
 
 PLAN = "plan.json"
 """The plan that a pruned checkpoint was made by, kept in its directory."""
 
 _ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
+_MERGE_WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"
 
 
 def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -50,10 +52,10 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     names = parameter_names(skeleton, tensors, checkpoint)
     pruned = pruned_parameters(skeleton, plan)
     apply_plan(skeleton, plan)  # refusals come before a weight is read
-    _require_one_count(skeleton, checkpoint)
+    _require_one_count(skeleton, plan, checkpoint)
     kept = without_dropped(tensors, names, pruned, checkpoint)
     with new_directory(out) as staging:
-        if any(layer.merge for layer in plan.layers):
+        if plan.merges:
             model = load_model(checkpoint, dtype=None)
             apply_plan(model, plan)
             save_model(model, staging)
@@ -74,6 +76,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     4. All layers are checked before the first is changed.
     5. Where the router stays full it leads to every expert still: those dropped become zeros, which give 0 whenever
        they are chosen, and nothing shrinks. That is for measuring; an ONNX graph drops them.
+    6. Where a plan merges experts, the survivors become weighted means first (``pruning.merging.apply``).
 
     Raises:
         UserError: a layer that the model lacks or has with another number of experts, or one whose router cannot
@@ -83,6 +86,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     layers = {layer.name: layer for layer in find_moe_layers(model)}
     todo = [(_find(layers, layer_plan), layer_plan) for layer_plan in plan.layers]
     groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
+    merge_layers(model, todo, plan.options)
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
         if layer_plan.router == FULL:
             _silence(layer, layer_plan.dropped)
@@ -127,7 +131,7 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
         raise UserError(
             f"layer {layer.name} keeps {survivors} experts in its {layer.groups.count} routing groups, but a torch "
             f"router needs the same number in each, at least {layer.groups.scored_by}",
-            hint=_ONNX_WAY,
+            hint=_MERGE_WAY if plan.merge else _ONNX_WAY,
         )
     return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
 
@@ -169,11 +173,11 @@ def _shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
     return {(layer.num_experts, layer.top_k, layer.groups) for layer in find_moe_layers(model)}
 
 
-def _require_one_count(pruned: PreTrainedModel, checkpoint: Path) -> None:
+def _require_one_count(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
     if len(_shapes(pruned)) > 1:
         counts = ", ".join(f"{layer.name}: {layer.num_experts} (K={layer.top_k})" for layer in find_moe_layers(pruned))
         raise UserError(
             f"the plan leaves different counts in the layers of {checkpoint} ({counts}), "
             "but a checkpoint's config.json has one for all of them",
-            hint=_ONNX_WAY,
+            hint=_MERGE_WAY if plan.merges else _ONNX_WAY,
         )

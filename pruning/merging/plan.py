@@ -1,0 +1,81 @@
+"""Plan a merge: a layer that was to drop experts merges them instead, into as many."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.errors import UserError, did_you_mean
+from moe_spec.plan import FULL, ROUTERS, LayerPlan, Merge
+from moe_spec.statistics import KEYS, LayerStatistics
+from pruning.criteria import Scores
+from pruning.merging.mergers import Merger
+
+MERGED_ROUTERS = tuple(name for name in ROUTERS if name != FULL)
+"""What can become of the router of merged experts."""
+
+
+def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str | None = None) -> LayerPlan:
+    """``plan`` with as many survivors and the same K, but merged by ``merger``.
+
+    1. Routing groups are merged one by one, into the same number each, for a router finds an expert by its group.
+    2. Weights of a mean are the merger's scores; where all of a group are 0 they are equal.
+
+    Args:
+        plan: what a budget leaves of the layer.
+        layer: its statistics.
+        merger: a row of ``MERGERS``.
+        router: one of ``MERGED_ROUTERS``, or None for the merger's own.
+
+    Raises:
+        UserError: a router that merging does not know, statistics that the merger needs and the layer lacks, or fewer
+            survivors than routing groups.
+    """
+    if router is not None and router not in MERGED_ROUTERS:
+        raise UserError(
+            f"{router!r} is no router of a plan that merges experts", hint=did_you_mean(router, MERGED_ROUTERS)
+        )
+    parts = 1 if layer.groups is None else layer.groups.count
+    count, left_over = divmod(len(plan.keep), parts)
+    if left_over:
+        raise UserError(
+            f"layer {layer.name} merges its experts into {len(plan.keep)}, but has {parts} routing groups: experts of "
+            "different groups cannot become one",
+            hint=f"keep a multiple of {parts}, the number of groups: --keep {parts}",
+        )
+    scores_E = merger.scores(layer)
+    groups = [
+        ids[members]
+        for ids in np.split(np.arange(layer.experts), parts)
+        for members in merger.group(_part(layer, ids), scores_E[ids], count)
+    ]
+    merges = sorted(_merge(group.tolist(), scores_E) for group in groups)
+    return dataclasses.replace(
+        plan,
+        keep=tuple(survivor for survivor, _, _ in merges),
+        scores=tuple(scores_E.tolist()),
+        router=router or merger.router,
+        merge=tuple(Merge(experts, weights) for _, experts, weights in merges),
+        align=merger.align,
+    )
+
+
+def _merge(group: Sequence[int], scores_E: Scores) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+    """The survivor of one group, all of it, and their weights."""
+    experts = tuple(sorted(group))
+    weights = [float(scores_E[expert]) for expert in experts]
+    survivor = experts[int(np.argmax(weights))]  # of equals the first
+    return survivor, experts, tuple(weights) if any(weights) else (1.0,) * len(experts)
+
+
+def _part(layer: LayerStatistics, ids: npt.NDArray[np.integer]) -> LayerStatistics:
+    """The statistics of some experts of a layer, as if it had no others."""
+
+    def some(values: npt.NDArray[np.float64], axes: str) -> npt.NDArray[np.float64]:
+        for axis, letter in enumerate(axes):
+            values = values.take(ids, axis) if letter == "E" else values
+        return values
+
+    sums = {key: some(values, KEYS[key].axes) for key, values in layer.sums.items()}
+    return dataclasses.replace(layer, experts=len(ids), sums=sums, groups=None)
