@@ -101,7 +101,7 @@ def match_layers(plan: PruningPlan | None, blocks: Sequence[MoEBlock]) -> list[L
     if merging:
         raise UserError(
             f"the plan merges experts of layer {merging[0]}: a graph can lose experts, but has no mean of them",
-            hint="merge in the checkpoint, then export: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
+            hint="merge in the checkpoint, and export that: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
             "moe-edge export merged/ -o exported/",
         )
     if len(plan.layers) == len(blocks) and all(block.name == f"moe.{index}" for index, block in enumerate(blocks)):

@@ -18,7 +18,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import LayerPlan, Merge, PruningPlan
 from moe_spec.runner import error_between
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, compute, plan, save
@@ -109,6 +109,20 @@ def test_an_unknown_layer_in_a_plan_is_refused(source):
     error = refusal(source, planned(source, name="layers.7.mlp"))
     assert error.what == "the plan names layer 'layers.7.mlp', which the model lacks"
     assert error.hint == f"the model's MoE layers are: {NAME}"
+
+
+def test_a_plan_that_merges_is_refused_by_all_who_read_plans(source, tmp_path):
+    merges = tuple(Merge((expert, expert + 1), (1, 2)) for expert in KEEP)
+    merging = planned(source, merge=merges)
+    what = f"the plan merges experts of layer {NAME}: a graph can lose experts, but has no mean of them"
+    error = refusal(source, merging)
+    assert (error.what, error.hint) == (
+        what,
+        "merge in the checkpoint, and export that: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
+        "moe-edge export merged/ -o exported/",
+    )
+    with pytest.raises(UserError, match=what):
+        mask_model(source, merging, tmp_path / "reference")
 
 
 @pytest.mark.parametrize(

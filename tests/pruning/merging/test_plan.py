@@ -1,0 +1,105 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moe_spec import Groups, LayerPlan, UserError
+from moe_spec.plan import Merge
+from pruning.merging.mergers import MERGERS
+from pruning.merging.plan import merge_instead
+from tests.pruning.merging.observed import observed
+
+UNCURL = observed([(1, 0), (2, 0), (0, 1), (0, 3)], tokens=(3, 1, 2, 2))
+
+
+def budget(layer, keep):
+    """What a criterion and a budget would leave; a merger asks only how many."""
+    return LayerPlan(layer.name, layer.experts, layer.top_k, tuple(keep), groups=layer.groups)
+
+
+def test_the_worked_example():
+    made = merge_instead(budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"])
+    assert made.keep == (0, 2)
+    assert made.merge == (Merge((0, 1), (3.0, 1.0)), Merge((2, 3), (2.0, 2.0)))
+    assert (made.scores, made.router, made.align) == ((3.0, 1.0, 2.0, 2.0), "new", True)
+
+
+def test_experts_that_no_token_chose_count_alike_and_the_first_survives():
+    layer = observed([(1, 0), (2, 0), (0, 1), (0, 3)], tokens=(0, 0, 0, 2))
+    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["m-smoe"])
+    assert made.keep == (0, 3)
+    assert made.merge == (Merge((0, 1), (1.0, 1.0)), Merge((2, 3), (0.0, 2.0)))
+
+
+def test_ream_weighs_by_saliency():
+    layer = observed([(1, 0), (2, 0), (0, 1), (0, 3)], np.ones((4, 2, 3)), tokens=(5, 1, 1, 1), saliency=(1, 4, 2, 3))
+    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["ream"])
+    assert (made.keep, made.scores) == ((1, 3), (1.0, 4.0, 2.0, 3.0))
+    assert made.merge == (Merge((0, 1, 2), (1.0, 4.0, 2.0)), Merge((3,), (3.0,)))
+    assert made.router == "rows"
+
+
+@pytest.mark.parametrize("router", ["rows", "mean", "new"])
+def test_the_user_may_choose_what_becomes_of_the_router(router):
+    assert merge_instead(budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"], router).router == router
+
+
+def grouped(name, keep):
+    """Two routing groups of four; logits and outputs that would pair experts across them."""
+    logits_ET = np.tile(np.eye(4), (2, 1)) + np.repeat([[0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 0.1, 0.0]], 4, axis=0)
+    layer = observed(logits_ET, np.stack([logits_ET + 1] * 4, axis=1), tokens=range(1, 9), saliency=range(1, 9))
+    layer = dataclasses.replace(layer, groups=Groups(2, 1))
+    return merge_instead(budget(layer, keep), layer, MERGERS[name])
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_routing_groups_are_merged_one_by_one(name):
+    made = grouped(name, (0, 1, 4, 5))
+    assert Groups(2, 1).survivors(made.keep, 8) == [2, 2]
+    assert {expert for merge in made.merge for expert in merge.experts} == set(range(8))
+    assert all(len({expert // 4 for expert in merge.experts}) == 1 for merge in made.merge)
+
+
+def refusal(call, *arguments):
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    return caught.value.what, caught.value.hint
+
+
+def test_experts_of_different_routing_groups_cannot_become_one():
+    layer = dataclasses.replace(UNCURL, groups=Groups(2, 1, scored_by=1))
+    assert refusal(merge_instead, budget(layer, (0,)), layer, MERGERS["uncurl"]) == (
+        "layer layers.0.mlp merges its experts into 1, but has 2 routing groups: experts of different groups cannot "
+        "become one",
+        "keep a multiple of 2, the number of groups: --keep 2",
+    )
+    merges = (Merge((0, 2), (1, 1)), Merge((1, 3), (1, 1)))
+    assert refusal(LayerPlan, "layers.0.mlp", 4, 1, (0, 3), (), Groups(2, 1, 1), "rows", merges) == (
+        "layer layers.0.mlp merges experts [0, 2], which are of different routing groups",
+        "merge inside each of the 2 groups; make it again with `moe-edge plan`",
+    )
+
+
+def test_a_full_router_is_refused():
+    assert refusal(merge_instead, budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"], "full") == (
+        "'full' is no router of a plan that merges experts",
+        "known: mean, new, rows",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "how"),
+    [
+        ("uncurl", "logit_gram", "moe-edge calibrate on the checkpoint"),
+        ("m-smoe", "logit_gram", "moe-edge calibrate on the checkpoint"),
+        ("hc-smoe", "output_of_all", "moe-edge calibrate --dense"),
+        ("hc-smoe-cosine", "output_of_all", "moe-edge calibrate --dense"),
+        ("ream", "output_cosine", "moe-edge calibrate --dense"),
+    ],
+)
+def test_statistics_that_were_not_taken_are_asked_for(name, key, how):
+    layer = observed([(1, 0), (0, 1)], np.ones((2, 2, 1)))
+    layer = dataclasses.replace(layer, sums={other: values for other, values in layer.sums.items() if other != key})
+    what, hint = refusal(merge_instead, budget(layer, (0,)), layer, MERGERS[name])
+    assert what.startswith(f"the statistics of layer layers.0.mlp lack {key!r}: ")
+    assert hint == how
