@@ -20,7 +20,10 @@ ROUTERS: Mapping[str, str] = {
     MEAN: "the row of a survivor is the weighted mean of those merged into it",
     NEW: "all rows are drawn anew, and have to be trained",
 }
-"""What becomes of a layer's router. Dropping takes the first two, merging all but the second."""
+"""What becomes of a layer's router."""
+
+DROP_ROUTERS = (ROWS, FULL)
+MERGE_ROUTERS = (ROWS, MEAN, NEW)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class LayerPlan:
     align: bool = False
 
     def __post_init__(self) -> None:
-        if self.router not in ROUTERS or self.router == (FULL if self.merge else MEAN):
+        if self.router not in (MERGE_ROUTERS if self.merge else DROP_ROUTERS):
             kind = "merges" if self.merge else "drops"
             raise UserError(f"layer {self.name} {kind} experts with the router {self.router!r}", hint=_REMAKE)
         if self.router == FULL:

@@ -36,7 +36,7 @@ FUNCTIONS = {
 COMMAND_LINE_ONLY = ("inspect", "demo")
 """They put together what several packages offer."""
 
-HEAVY = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx")
+HEAVY = ("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx")
 NOT_ON_A_DEVICE = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxscript")
 
 

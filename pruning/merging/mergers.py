@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from moe_spec.plan import MEAN, NEW, ROWS
 from moe_spec.statistics import LayerStatistics
-from pruning.criteria import Scores, frequency, reap
+from pruning.criteria.moments import NAMED
+from pruning.criteria.scores import Scores
 from pruning.merging.similarity import cosine, logit_cosine, mean_outputs
 
 Groups = list[list[int]]
@@ -130,21 +131,19 @@ class Merger:
     note: str
 
 
-_ALIASES = (
-    "the paper keeps the router at full width and sends the rows of a group to one expert; here they are averaged"
+_FREQUENCY, _REAP = NAMED["frequency"], NAMED["reap"]
+_ALIASES = "the paper keeps the router as wide as it was, a group's rows leading to one expert; here they are averaged"
+_COUNTS = "Its counts come from one threshold over all layers; here they are the budget's, and scope global is nearest"
+_WEIGHTS_ALONE = (
+    "the paper merges layer after layer, each seen through those merged before, and aligns neurons by what they give "
+    "too; here statistics are those of the whole model, and neurons are aligned by weights alone"
 )
 
 MERGERS: Mapping[str, Merger] = {
-    "uncurl": Merger(
-        frequency, spectral, True, NEW, "the router is drawn anew: the model means nothing before it is trained"
-    ),
-    "m-smoe": Merger(
-        frequency, nearest_dominant, True, MEAN, f"{_ALIASES}; counts are the budget's: scope global is nearest to it"
-    ),
-    "hc-smoe": Merger(frequency, agglomerative_euclidean, False, MEAN, _ALIASES),
-    "hc-smoe-cosine": Merger(frequency, agglomerative_cosine, False, MEAN, _ALIASES),
-    "ream": Merger(
-        reap, centroids, True, ROWS, "neurons are aligned by weights alone, and statistics are those of the whole model"
-    ),
+    "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, note="the new router has to be trained"),
+    "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, note=f"{_ALIASES}. {_COUNTS}"),
+    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, note=_ALIASES),
+    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, note=_ALIASES),
+    "ream": Merger(_REAP, centroids, align=True, router=ROWS, note=_WEIGHTS_ALONE),
 }
 """Every merger, by the name that ``plan --criterion`` takes."""

@@ -7,13 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.plan import FULL, ROUTERS, LayerPlan, Merge
+from moe_spec.plan import MERGE_ROUTERS, LayerPlan, Merge
 from moe_spec.statistics import KEYS, LayerStatistics
-from pruning.criteria import Scores
+from pruning.criteria.scores import Scores
 from pruning.merging.mergers import Merger
-
-MERGED_ROUTERS = tuple(name for name in ROUTERS if name != FULL)
-"""What can become of the router of merged experts."""
 
 
 def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str | None = None) -> LayerPlan:
@@ -26,15 +23,15 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
         plan: what a budget leaves of the layer.
         layer: its statistics.
         merger: a row of ``MERGERS``.
-        router: one of ``MERGED_ROUTERS``, or None for the merger's own.
+        router: one of ``MERGE_ROUTERS``, or None for the merger's own.
 
     Raises:
         UserError: a router that merging does not know, statistics that the merger needs and the layer lacks, or fewer
             survivors than routing groups.
     """
-    if router is not None and router not in MERGED_ROUTERS:
+    if router is not None and router not in MERGE_ROUTERS:
         raise UserError(
-            f"{router!r} is no router of a plan that merges experts", hint=did_you_mean(router, MERGED_ROUTERS)
+            f"{router!r} is no router of a plan that merges experts", hint=did_you_mean(router, MERGE_ROUTERS)
         )
     parts = 1 if layer.groups is None else layer.groups.count
     count, left_over = divmod(len(plan.keep), parts)

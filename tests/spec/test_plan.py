@@ -101,7 +101,9 @@ def test_a_router_that_stays_full_may_select_more_than_stay():
     assert LayerPlan("mlp", 8, 2, (3,), router="full").top_k == 2
 
 
-@pytest.mark.parametrize(("router", "merge"), [("mean", ()), ("full", (Merge((0, 1), (1, 1)),)), ("none", ())])
+@pytest.mark.parametrize(
+    ("router", "merge"), [("mean", ()), ("new", ()), ("full", (Merge((0, 1), (1, 1)),)), ("none", ())]
+)
 def test_a_router_that_does_not_go_with_dropping_or_merging_is_refused(router, merge):
     kind = "merges" if merge else "drops"
     with pytest.raises(UserError, match=re.escape(f"layer mlp {kind} experts with the router {router!r}")):
