@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import moe_edge
 from benchmarks.large_models import UNROLLED, Sizes, save_large
 from benchmarks.machine import describe_machine
 from graph_passes.describe import read_model
@@ -114,28 +115,11 @@ def prune(source: Path, out: Path) -> Cost:
     """
     plan = source.with_name("plan.json")
     halve(source).save(plan)
-    command = [
-        sys.executable,
-        "-c",
-        "import cli.main; cli.main.main()",
-        "optimize",
-        str(source),
-        "--plan",
-        str(plan),
-        "--no-prove",
-    ]
-    started = time.perf_counter()
-    child = subprocess.Popen([*command, "--form", WRITTEN_FORM, "-o", str(out)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    os.sync()
-    seconds = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)  # wait4 gives memory too, and Popen did not see it
-    if child.returncode:
-        raise RuntimeError(f"moe-edge optimize ended with exit code {child.returncode}")
+    usage = moe_edge("optimize", source, "--plan", plan, "--no-prove", "--form", WRITTEN_FORM, "-o", out)
     passes = Manifest.load(out).passes
     first, last = passes[0], passes[-1]
-    peak = usage.ru_maxrss * 1024
-    return Cost(seconds, peak, first.nodes_before, last.nodes_after, first.bytes_before, last.bytes_after)
+    sizes = (first.nodes_before, last.nodes_after, first.bytes_before, last.bytes_after)
+    return Cost(usage.seconds, usage.peak_bytes, *sizes)
 
 
 def halve(source: Path) -> PruningPlan:

@@ -1,0 +1,35 @@
+"""A command as a process of its own: how long it takes, and how much memory."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Wall time until what was written is on disk, and peak resident memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def moe_edge(*arguments: object) -> Usage:
+    """``moe-edge ARGUMENTS``.
+
+    A process starts with the peak of the one that started it: a benchmark should itself be small.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    command = [sys.executable, "-c", "import cli.main; cli.main.main()", *map(str, arguments)]
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - started
+    child.returncode = os.waitstatus_to_exitcode(status)  # wait4 gives memory too, and Popen did not see it
+    if child.returncode:
+        raise RuntimeError(f"moe-edge {arguments[0]} ended with exit code {child.returncode}")
+    return Usage(seconds, usage.ru_maxrss * 1024)
