@@ -78,7 +78,7 @@ class Router:
         capacity: how many tokens an expert takes, where that is limited.
         eps_clips: the sum is divided by where it is larger than ``eps``, else ``eps`` is (ernie4_5).
         leads_to: the rows that lead to an expert, where the gates of the others are dropped; None: all do.
-        gathered: whether the graph's gates have columns of these rows only.
+        gathered: whether the graph's gates, or ids, are of the experts that these rows lead to only.
         unranked: so many of the last rows are not in the graph: experts that its ids do not reach, at -inf here.
     """
 
@@ -119,6 +119,13 @@ class Router:
         return self.top_k < experts or self.capacity is not None or (self.score == "sparsemixer" and experts > 1)
 
     @property
+    def slot_count(self) -> int:
+        """Experts that a token is given to, or would be were they not dropped: all where nothing is ranked."""
+        if self.is_ranked or self.leads_to is None:
+            return self.top_k
+        return len(self.leads_to)
+
+    @property
     def kind(self) -> str:
         """The router in words, for people and manifests."""
         steps = [self.score, "top-k"] if self.order == SCORE_FIRST else ["top-k", self.score]
@@ -130,6 +137,8 @@ class Router:
             steps.append("capacity")
         if self.renormalize:
             steps.append("renormalised")
+        if self.leads_to is not None:
+            steps.append(f"{len(self.leads_to)} of {self.weight_EH.shape[0]} rows lead to an expert")
         return ", ".join(steps)
 
 
@@ -191,6 +200,12 @@ class MoEBlock:
     def num_experts(self) -> int:
         """E."""
         return self.experts.up_EHF.shape[0]
+
+    @property
+    def row_of(self) -> tuple[int, ...]:
+        """For each expert the row of the router that leads to it."""
+        leads_to = self.router.leads_to
+        return tuple(range(self.num_experts)) if leads_to is None or not self.router.gathered else leads_to
 
     @property
     def nbytes(self) -> int:

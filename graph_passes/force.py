@@ -53,15 +53,15 @@ def force_routing(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[st
     emitter, router = emitter.within("forced"), block.router
     if router.leads_to is not None:
         raise UserError(
-            f"the routing of layer {block.name} cannot be forced: several of its ids lead to one expert",
-            hint="write the layer in form dense first",
+            f"the routing of layer {block.name} cannot be forced: some rows of its router lead to no expert",
+            hint="leave --forced out",
         )
     ids, weights = (
         gs.Variable(emitter.fresh(label), dtype, ["forced_tokens", router.top_k])
         for label, dtype in (("ids", np.int64), ("weights", np.float32))
     )
     if router.gates is not None:
-        gates = gates_of(emitter, Routing(router.ranked, ids_TK=ids, weights_TK=weights), block.num_experts)
+        gates = gates_of(emitter, Routing(router.ranked, ids_TK=ids, weights_TK=weights), block)
         _replace(emitter, router.gates, gates, "gates")
     elif router.slots is not None:
         _replace(emitter, router.slots.ids, ids, "ids")

@@ -8,6 +8,8 @@ Where fewer experts are left than the router selects, it still selects K: droppe
 score of 0 does. Two kinds of routers need help, because they choose one by one and set to -inf what they have taken:
 among nothing but -inf, the second choice is the first again, or NaN. So they see `UNSELECTABLE`, of which a softmax
 is 0 as well. And the sparsemixer's softmax over the rivals of a dropped expert is not 0: its weight is set to 0.
+
+Layers that a plan leaves their whole router keep their logits, and lose the gates: `graph_passes.silence`.
 """
 
 import dataclasses
@@ -18,19 +20,20 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock, Router, Slots
+from graph_passes.block import MoEBlock, Router
 from graph_passes.describe import entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.model_file import link_weights, save_variant
-from graph_passes.observe import Mask, mask_E, observe_routing, routing_of
+from graph_passes.observe import Mask, is_observable, mask_E, observe_routing, routing_of
 from graph_passes.order import sort_nodes
-from graph_passes.prune import match_layers
+from graph_passes.prune import match_layers, require_rows
+from graph_passes.silence import silence_block, zero_slots
 from graph_passes.walk import producer, replace_reads
 from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, LayerPlan, PruningPlan
 
 LOW_IN_HALF = -3e4
 """`UNSELECTABLE` for float16: twice this is finite too, and a softmax of it is 0."""
@@ -84,7 +87,7 @@ def save_masked(
     """
     link_weights(graph, source, target)
     masked = [
-        block if layer is None else mask_block(Emitter(graph, block.name, names), block, layer.dropped)
+        block if layer is None else _without_dropped(Emitter(graph, block.name, names), block, layer)
         for block, layer in zip(blocks, layers, strict=True)
     ]
     sort_nodes(graph)
@@ -102,15 +105,28 @@ def save_observed(
     entries = []
     for block, layer in zip(blocks, layers, strict=True):
         emitter = Emitter(graph, block.name, names)
-        dropped = () if layer is None else layer.dropped
-        if block.router.leads_to is not None:
+        masked, silent = _dropped(layer)
+        if not is_observable(block):
             entries.append(entry_of(block))
             continue
-        observed = observe_routing(graph, emitter, routing_of(emitter, block, dropped), block.num_experts, dropped)
+        observed = observe_routing(graph, emitter, block, routing_of(emitter, block, masked), masked, silent)
         entries.append(entry_of(block, *observed))
     sort_nodes(graph)
     save_variant(graph, target / OBSERVED)
     return tuple(entries)
+
+
+def _dropped(layer: LayerPlan | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(experts that ``layer`` makes unselectable, those whose gates it sets to 0)."""
+    if layer is None:
+        return (), ()
+    return ((), layer.dropped) if layer.router == FULL else (layer.dropped, ())
+
+
+def _without_dropped(emitter: Emitter, block: MoEBlock, layer: LayerPlan) -> MoEBlock:
+    require_rows(block, layer)
+    masked, silent = _dropped(layer)
+    return mask_block(emitter, silence_block(emitter, block, silent), masked)
 
 
 def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> MoEBlock:
@@ -128,7 +144,7 @@ def mask_block(emitter: Emitter, block: MoEBlock, dropped: Sequence[int]) -> MoE
     now = {id(router.logits): logits, id(router.choice): choice}
     slots = router.slots
     if slots is not None and router.score == "sparsemixer" and experts - len(dropped) < router.top_k:
-        slots = Slots(slots.ids, _zero_dropped(emitter, slots, mask_E(experts, dropped, 1.0)))
+        slots = zero_slots(emitter, slots, 1 - mask_E(experts, dropped, 1.0))
     ranked = now.get(id(router.ranked), router.ranked)
     return dataclasses.replace(
         block, router=dataclasses.replace(router, logits=logits, choice=choice, ranked=ranked, slots=slots)
@@ -166,14 +182,3 @@ def _add(emitter: Emitter, tensor: gs.Tensor, mask: Mask, readers: Sequence[gs.N
     masked: gs.Variable = emitter.emit("Add", tensor, typed, label="sum")
     replace_reads(tensor, masked, except_by=[masked.inputs[0], typed.inputs[0], *others])
     return masked
-
-
-def _zero_dropped(emitter: Emitter, slots: Slots, dropped: Mask) -> gs.Variable:
-    """The weights, 0 where the expert is a dropped one."""
-    of_slots = emitter.emit("Gather", emitter.array("kept", 1 - dropped), slots.ids, label="kept_slots", axis=0)
-    shape = emitter.emit("Shape", slots.weights, label="weights_shape")
-    shaped = emitter.emit("Reshape", of_slots, shape, label="kept_shaped")
-    typed = emitter.emit("CastLike", shaped, slots.weights, label="kept_typed")
-    weights: gs.Variable = emitter.emit("Mul", slots.weights, typed, label="weights")
-    replace_reads(slots.weights, weights, except_by=[shape.inputs[0], typed.inputs[0], weights.inputs[0]])
-    return weights

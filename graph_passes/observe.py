@@ -10,28 +10,45 @@ from graph_passes.block import MoEBlock, Router
 from graph_passes.emitter import FLOAT, Emitter
 from graph_passes.weights import from_array
 from graph_passes.writers.groups import UNSELECTABLE
-from graph_passes.writers.routing import Routing, gates_of, routing_on
+from graph_passes.writers.routing import Routing, columns_of, gates_of, routing_on
 
 OBSERVED = "observed"
 
 Mask = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
-def observe_routing(
-    graph: gs.Graph, emitter: Emitter, routing: Routing, experts: int, excluded: Sequence[int] = ()
-) -> tuple[str, str]:
-    """Add two outputs for the block ``emitter`` writes; their names.
+def is_observable(block: MoEBlock) -> bool:
+    """Whether its gates are one for each of its experts: not where a graph computes some whose gates it drops."""
+    return block.router.leads_to is None or len(block.router.leads_to) == block.num_experts
 
-    ``<name>/observed/gates`` (T, E): the weight of each expert for each token, 0 where not selected.
-    ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``.
+
+def observe_routing(
+    graph: gs.Graph,
+    emitter: Emitter,
+    block: MoEBlock,
+    routing: Routing,
+    excluded: Sequence[int] = (),
+    silent: Sequence[int] = (),
+) -> tuple[str, str]:
+    """Add two outputs for ``block``; their names.
+
+    ``<name>/observed/gates`` (T, E): the weight of each expert for each token, 0 where not selected, and for those in
+    ``silent``.
+    ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``. Where rows of the router
+    lead to no expert, those of the others.
     """
-    emitter = emitter.within(OBSERVED)
+    emitter, experts = emitter.within(OBSERVED), block.num_experts
     if routing.fused is not None:
         routing = routing_on(emitter, routing.fused, routing.ranked_TE)
-    gates = gates_of(emitter, _in_float32(emitter, routing), experts)
+    gates = gates_of(emitter, _in_float32(emitter, routing), block)
     scores = emitter.emit("Cast", routing.ranked_TE, label="ranked", to=FLOAT)
+    if block.router.leads_to is not None:
+        scores = columns_of(emitter, scores, block.router.leads_to, "ranked_of_experts")
     if excluded:
         scores = emitter.emit("Add", scores, emitter.array("mask", mask_E(experts, excluded, -np.inf)), label="masked")
+    if silent:
+        kept = emitter.array("kept", 1 - mask_E(experts, silent, 1.0))
+        gates = emitter.emit("Mul", gates, kept, label="silent_gates")
     return _output(graph, emitter, gates, "gates"), _output(graph, emitter, scores, "scores")
 
 
@@ -42,22 +59,22 @@ def routing_of(emitter: Emitter, block: MoEBlock, excluded: Sequence[int] = ()) 
     the experts), the router is computed once more from its logits.
     """
     router, rows = block.router, emitter.within("rows")
-    ranked = _every_column(rows, router.ranked, block, "ranked")
+    ranked = _every_column(rows, router.ranked, router, "ranked")
     if router.gates is not None:
         return Routing(ranked, gates_TE=rows.reshape(router.gates, (-1, block.num_experts), "gates"))
     if router.slots is not None and router.capacity is None:
         slots = (router.slots.ids, router.slots.weights)  # batched_mm hands its weights over as (T K, 1)
         ids, weights = (rows.reshape(values, (-1, router.top_k), "slots") for values in slots)
         return Routing(ranked, ids_TK=ids, weights_TK=weights)
-    logits = _every_column(rows, router.logits, block, "logits")
+    logits = _every_column(rows, router.logits, router, "logits")
     logits = rows.emit("Cast", logits, label="logits_float", to=FLOAT)
     return routing_on(rows, _excluding(router, excluded), logits)
 
 
-def _every_column(emitter: Emitter, tensor: gs.Tensor, block: MoEBlock, label: str) -> gs.Tensor:
+def _every_column(emitter: Emitter, tensor: gs.Tensor, router: Router, label: str) -> gs.Tensor:
     """(T, E): ``tensor``, and -inf for the experts that the graph's router has no column for."""
-    missing = block.router.unranked
-    columns = emitter.reshape(tensor, (-1, block.num_experts - missing), label)
+    missing = router.unranked
+    columns = emitter.reshape(tensor, (-1, router.weight_EH.shape[0] - missing), label)
     if not missing:
         return columns
     numbers = emitter.emit("Cast", columns, label=f"{label}_float", to=FLOAT)

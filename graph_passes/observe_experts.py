@@ -63,6 +63,8 @@ def observe_experts(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[
         UserError: form ``sorted`` cannot express it.
     """
     reason = why_not(block, FORM)
+    if block.router.leads_to is not None:  # of whom nobody could say what they would have given
+        reason = "some rows of its router lead to no expert"
     if reason is not None:
         raise UserError(
             f"the experts of layer {block.name} cannot be observed: {reason}",

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from graph_passes.block import MoEBlock
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
-from graph_passes.observe import observe_routing, routing_of
+from graph_passes.observe import is_observable, observe_routing, routing_of
 from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.order import sort_nodes, tidy
 from graph_passes.other_readers import check_choice_is_unread
@@ -154,8 +155,13 @@ def _save(model: Model, staging: Path, written: Sequence[Written], is_new: bool,
         return
     tidy(model.graph)
     both = zip(model.blocks, written, strict=True)
-    check_choice_is_unread(model.graph, [block for block, item in both if item.block.num_experts < block.num_experts])
+    check_choice_is_unread(model.graph, [block for block, item in both if _chooses_anew(block, item.block)])
     save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
+
+
+def _chooses_anew(read: MoEBlock, written: MoEBlock) -> bool:
+    """Whether rows of its router went, so that it chooses among fewer."""
+    return written.router.weight_EH.shape[0] < read.router.weight_EH.shape[0]
 
 
 def _hash_weights(directory: Path) -> dict[str, str]:
@@ -194,13 +200,13 @@ def _observe(model: Model, written: Sequence[Written], staging: Path) -> tuple[B
     """Save the variant that has the routers' tensors as outputs; the blocks, and the names of these outputs."""
     names, entries = Names(model.graph), []
     for item in written:
-        if item.block.router.leads_to is not None:  # its gates are not one for each expert
+        if not is_observable(item.block):
             entries.append(entry_of(item.block))
             continue
         emitter = Emitter(model.graph, item.block.name, names)
         routing = item.routing if item.rewritten else routing_of(emitter, item.block)
         if routing is not None:
-            observed = observe_routing(model.graph, emitter, routing, item.block.num_experts)
+            observed = observe_routing(model.graph, emitter, item.block, routing)
             entries.append(entry_of(item.block, *observed))
         elif item.rewritten:  # no router is left
             entries.append(dataclasses.replace(entry_of(item.block), router=""))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from graph_passes.block import Experts, MoEBlock, Router
 from graph_passes.weights import Weight
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, LayerPlan, PruningPlan
 
 
 def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
@@ -15,12 +15,16 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     Router rows, router bias, selection bias, expert weights and expert biases are sliced with one keep list. Experts
     stay in the routing group they were in. Removing a row equals setting its logit to -inf before softmax and top-k.
 
+    Where the plan keeps the router full no row goes, for each has a share in the softmax and a place in the top-k: they
+    lead to no expert any more (https://arxiv.org/abs/2405.16646, token-choice routing).
+
     Raises:
-        UserError: the plan is for a layer with other counts.
+        UserError: the plan is for a layer with other counts, or removes rows of a router of which some lead nowhere.
     """
+    require_rows(block, plan)
+    if plan.router == FULL:
+        return _prune_behind(block, plan)
     router = block.router
-    if router.leads_to is not None:
-        return _prune_silent(block, router.leads_to, plan)
     if (plan.experts, plan.groups) != (block.num_experts, router.groups):
         raise UserError(
             f"the plan says that layer {plan.name} has {plan.experts} experts and {_groups(plan.groups)}, "
@@ -40,16 +44,41 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     )
 
 
-def _prune_silent(block: MoEBlock, leads_to: Sequence[int], plan: LayerPlan) -> MoEBlock:
-    """``block`` without the experts whose gates are dropped; every row of the router stays, for it has a share."""
-    if plan.keep != tuple(leads_to):
+def require_rows(block: MoEBlock, plan: LayerPlan) -> None:
+    """Refuse to remove rows of a router that has more of them than experts.
+
+    Raises:
+        UserError: with the layer.
+    """
+    if block.router.leads_to is not None and plan.router != FULL:
+        raise UserError(
+            f"the plan removes rows of the router of layer {block.name}, of which only "
+            f"{len(block.router.leads_to)} of {block.router.weight_EH.shape[0]} lead to an expert",
+            hint='plan this layer with "router": "full", or leave it out of the plan',
+        )
+
+
+def _prune_behind(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
+    """``block`` with the experts ``plan.keep`` behind the router as it is."""
+    router = block.router
+    if (plan.experts, plan.top_k) != (block.num_experts, router.top_k):
+        raise UserError(
+            f"the plan says that layer {plan.name} has {plan.experts} experts and K={plan.top_k}, "
+            f"the graph has {block.num_experts} and K={router.top_k}",
+            hint="make a plan for this model with `moe-edge plan`; a full router selects as many as ever",
+        )
+    leads_to = tuple(block.row_of[expert] for expert in plan.keep)
+    if router.leads_to is not None and not set(leads_to) <= set(router.leads_to):
         raise UserError(
             f"the plan keeps experts {list(plan.keep)} of layer {block.name}, whose router drops the gates of all but "
-            f"{list(leads_to)}",
+            f"{list(router.leads_to)}",
             hint="leave this layer out of the plan",
         )
+    if len(leads_to) == router.weight_EH.shape[0]:
+        return block
     return dataclasses.replace(
         block,
+        router=dataclasses.replace(router, leads_to=leads_to, gathered=True),
         experts=_prune_experts(block.experts, plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
     )

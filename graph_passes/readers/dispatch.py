@@ -51,7 +51,7 @@ def read(einsum: gs.Node, name: str, weights: Weights) -> MoEBlock:
     Raises:
         FormError: with the first op that stands elsewhere than in this form.
     """
-    side = 0 if _is_placed(einsum.inputs[0]) else 1
+    side = 0 if is_placed(einsum.inputs[0]) else 1
     combine, outputs = einsum.inputs[side], einsum.inputs[1 - side]
     router = dataclasses.replace(read_gates(combine, weights), gates=None)
     count = router.weight_EH.shape[0]
@@ -86,12 +86,12 @@ def _combines(einsum: gs.Node) -> bool:
         return False
     summed = (set(terms[0]) & set(terms[1])) - set(result)
     try:
-        return len(summed) == 2 and any(_is_placed(tensor) for tensor in einsum.inputs)
+        return len(summed) == 2 and any(is_placed(tensor) for tensor in einsum.inputs)
     except FormError:  # places, but none that this file knows: the reader says why
         return True
 
 
-def _is_placed(tensor: gs.Tensor) -> bool:
+def is_placed(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is a product, or a sum of products, that has a one-hot mask of places in it."""
     node = produced_by(source(tensor), "Add")
     terms = [tensor] if node is None else list(node.inputs)

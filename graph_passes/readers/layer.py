@@ -31,6 +31,7 @@ class Layer:
         outputs: out.
         linears: what each branch is, where it is one projection.
         bias: (E, out) added afterwards, and its rows as they are gathered, where there is one.
+        passed: the run of ``whole`` that no branch computes, behind their outputs in the Concat.
     """
 
     whole: gs.Tensor
@@ -40,6 +41,7 @@ class Layer:
     outputs: int
     linears: tuple[Linear, ...] = ()
     bias: tuple[gs.Tensor, gs.Tensor, Weight] | None = None
+    passed: gs.Tensor | None = None
 
     def linear(self, expert: int, branch: int) -> Linear:
         """The projection of ``expert``, which is ``branch``."""
@@ -62,10 +64,14 @@ class Layer:
             wanted[rows] = trial.outputs(len(rows), 1)
             run.give(output, wanted[rows])
         trial.require_all(found, self.concat)
+        if self.passed is not None:
+            rows = rows_of(run.of(self.passed), table, producer(self.passed))
+            trial.require_silent(slots[rows], self.concat)
+            wanted[rows] = table[rows]
         if not np.array_equal(run.of(self.concat.outputs[0]), wanted):
             raise FormError("the experts' outputs do not stand in the order of the rows", self.concat)
         self._check_bias(slots, trial, run)
-        return [found.index(expert) for expert in range(len(found))]
+        return [found.index(expert) for expert in trial.ids_of_experts]
 
     def _check_bias(self, slots: Array, trial: Trial, run: Interpreter) -> None:
         if self.bias is None:
@@ -94,11 +100,14 @@ def read_ffns(concat: gs.Node, weights: Weights) -> tuple[Layer, tuple[ExpertPar
     """
     if run_of(read_linear(concat.inputs[0], weights).x) is not None:
         return None
-    ffns = [read_ffn(output, weights) for output in concat.inputs]
-    whole = _whole([x for x, _ in ffns], concat)
-    branches = tuple((x, output) for (x, _), output in zip(ffns, concat.inputs, strict=True))
+    last = concat.inputs[-1]
+    passed = None if run_of(last) is None else last
+    outputs = concat.inputs if passed is None else concat.inputs[:-1]
+    ffns = [read_ffn(output, weights) for output in outputs]
+    whole = _whole([*(x for x, _ in ffns), *([] if passed is None else [passed])], concat)
+    branches = tuple((x, output) for (x, _), output in zip(ffns, outputs, strict=True))
     first = ffns[0][1]
-    layer = Layer(whole, first.up.weight.shape[0], branches, concat, first.down.weight.shape[1])
+    layer = Layer(whole, first.up.weight.shape[0], branches, concat, first.down.weight.shape[1], passed=passed)
     return layer, tuple(parts for _, parts in ffns)
 
 

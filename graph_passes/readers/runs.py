@@ -26,6 +26,7 @@ from graph_passes.readers.single_expert import ExpertParts, require_unbiased, sc
 from graph_passes.readers.trial import Trial, fitted, told_apart
 from graph_passes.readers.weighing import in_dtype_of
 from graph_passes.routers import Weights, read_gates, read_slots
+from graph_passes.routers.silence import strip_led
 from graph_passes.walk import SHAPE_ONLY, produced_by, producer, sink, source
 
 FURTHEST_RUN = 40
@@ -155,12 +156,14 @@ def _try(found: Found, weighed: Weighed, routed: Routed, total: gs.Tensor, weigh
     Raises:
         FormError: a branch reads or gives something else than its expert would, or an expert has no branch.
     """
-    experts, top_k = routed.router.weight_EH.shape[0], routed.router.top_k
-    in_order, on_input = routed.router.slots is None, weighed.gate is None
+    router, on_input = routed.router, weighed.gate is None
+    in_order = router.slots is None
+    experts, top_k = (router.columns,) * 2 if in_order else (router.weight_EH.shape[0], router.top_k)
+    leads_to = None if in_order else router.leads_to
     tokens = tokens_of(routed.hidden)
     orders = []  # runs are found by counting: no two experts may always have the same counts
     for loads in told_apart(experts, None if tokens is None else tokens * top_k):
-        trial = Trial(experts, top_k, 1, tokens=tokens, loads=loads, in_order=in_order)
+        trial = Trial(experts, top_k, 1, tokens=tokens, loads=loads, in_order=in_order, leads_to=leads_to)
         run = _started(routed, trial, weights)
         slots = trial.slots(run.of(routed.gate), producer(routed.gate))
         orders.append([layer.order(slots, trial, run) for layer in found.layers])
@@ -184,7 +187,8 @@ def _started(routed: Routed, trial: Trial, weights: Weights) -> Interpreter:
     run.give(routed.hidden, trial.hidden_TH)
     run.give(routed.values, fitted(trial.weights_TK, routed.values))
     if routed.router.slots is not None:
-        run.give(routed.ids, fitted(trial.ids_TK, routed.ids))
+        ids = strip_led(routed.ids, routed.values).ids
+        run.give(ids, fitted(trial.ids_TK, ids))
     return run
 
 

@@ -34,8 +34,11 @@ class Trial:
         tokens: int | None = None,
         loads: Array | None = None,
         in_order: bool = False,
+        leads_to: Sequence[int] | None = None,
     ) -> None:
         """``tokens`` is T where a graph has a fixed one, ``loads`` (E,) says which expert gets more than another.
+
+        Only the ids in ``leads_to``, where that is given, are those of experts.
 
         Raises:
             FormError: no such decision reaches every expert.
@@ -53,6 +56,7 @@ class Trial:
         self.weights_TK: Array = 1.0 + rng.permutation(tokens * top_k).reshape(tokens, top_k)
         self.hidden_TH = numbered(tokens, width)
         self._experts, self._top_k, self._rng = experts, top_k, rng
+        self.ids_of_experts = list(range(experts) if leads_to is None else leads_to)
         self._slot_of: Array = np.argsort(self.weights_TK.reshape(-1))
 
     @property
@@ -94,6 +98,15 @@ class Trial:
             raise FormError(f"a branch takes the tokens of experts {chosen}, expected those of one expert", node)
         return int(chosen[0])
 
+    def require_silent(self, slots: Array, node: gs.Node | None) -> None:
+        """Refuse ``slots`` that are passed by, of which one chose an expert.
+
+        Raises:
+            FormError: one did.
+        """
+        if np.isin(self.ids_TK.reshape(-1)[slots], self.ids_of_experts).any():
+            raise FormError("tokens are passed by the expert that they are weighed for", node)
+
     def outputs(self, count: int, width: int) -> Array:
         """(count, width) what an expert might give."""
         return self._rng.integers(1, 100, (count, width)).astype(np.float64)
@@ -120,15 +133,15 @@ class Trial:
         Raises:
             FormError: with the experts that are missing.
         """
-        lost = sorted(set(range(self._experts)) - set(found))
+        lost = sorted(set(self.ids_of_experts) - set(found))
         if lost:
             raise FormError(
                 f"the router chooses among {self._experts} experts, the graph computes experts "
                 f"{sorted(set(found))} only: the exporter lost {_listed(lost)}",
                 node,
             )
-        if len(found) != self._experts:
-            raise FormError(f"{len(found)} branches compute {self._experts} experts", node)
+        if len(found) != len(self.ids_of_experts):
+            raise FormError(f"{len(found)} branches compute {len(self.ids_of_experts)} experts", node)
 
 
 def told_apart(experts: int, slots: int | None) -> list[Array]:

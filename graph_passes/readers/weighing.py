@@ -88,7 +88,7 @@ def route(gates: gs.Tensor, ids: gs.Tensor | None, axes: AxisReader, weights: We
     axes.know(base, TOKENS, SLOTS)
     axes.know(ids, ONE if all_in_order else TOKENS, SLOTS)
     router = read_gates(base, weights) if all_in_order else read_slots(ids, base, weights)
-    axes.size(SLOTS, router.top_k)
+    axes.size(SLOTS, router.slot_count)
     return router
 
 

@@ -15,7 +15,7 @@ from graph_passes.routers.finish import Finish
 from graph_passes.routers.gates import gate_steps, product_steps
 from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.routers.products import Product, factors
-from graph_passes.routers.silence import strip_silence
+from graph_passes.routers.silence import strip_led, strip_silence
 from graph_passes.routers.slots import restricted_steps, slot_steps
 from graph_passes.walk import produced_by, producer, source
 
@@ -28,7 +28,9 @@ def read_slots(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Route
     Raises:
         FormError: with the first thing that is no step of a known router.
     """
-    return assemble(slot_steps(ids, weights), weights_of, slots=Slots(ids, weights))
+    led = strip_led(ids, weights)
+    router = assemble(slot_steps(led.ids, led.weights), weights_of, slots=Slots(ids, weights))
+    return dataclasses.replace(router, leads_to=led.leads_to, gathered=led.leads_to is not None)
 
 
 def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:

@@ -14,7 +14,7 @@ import numpy as np
 from graph_passes.block import MoEBlock, Router, place_of
 from graph_passes.unreachable.ranges import Ranges, ranges_of
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan
+from moe_spec.plan import FULL, LayerPlan
 
 SILENT = "its gate is 0 for every input"
 
@@ -105,8 +105,7 @@ def _find_silent(block: MoEBlock, leads_to: Sequence[int]) -> Findings:
     if len(leads_to) == block.num_experts:
         return Findings(None, (), ())
     silent = [expert for expert in range(block.num_experts) if expert not in leads_to]
-    top_k = min(block.router.top_k, len(leads_to))
-    plan = LayerPlan(block.name, block.num_experts, top_k, tuple(leads_to))
+    plan = LayerPlan(block.name, block.num_experts, block.router.top_k, tuple(leads_to), router=FULL)
     place = place_of(block.router.gates)
     return Findings(plan, tuple(Unreachable(block.name, expert, SILENT, place) for expert in silent), ())
 

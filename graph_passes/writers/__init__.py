@@ -31,13 +31,16 @@ PREFERENCES: Mapping[str, Sequence[str]] = {
 OF_ONE_RUNTIME = ("moe", "qmoe", "trt_moe")
 """Forms of ops that are not in the ONNX standard: a file gets them where a target is named that has them."""
 
+BEHIND_A_FULL_ROUTER = ("dense", "sorted", "gather")
+"""Forms that can have fewer experts than the router has rows."""
+
 AUTO = "auto"
 FORMS = (AUTO, *WRITERS)
 
 
 def why_not(block: MoEBlock, form: str) -> str | None:
     """Why ``form`` cannot express ``block``; None where it can."""
-    if block.router.leads_to is not None and form != "dense":
+    if block.router.leads_to is not None and form not in BEHIND_A_FULL_ROUTER:
         return "some rows of its router lead to no expert"
     asked = getattr(WRITERS[form], "why_not", None)
     return None if asked is None else asked(block)

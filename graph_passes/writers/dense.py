@@ -20,11 +20,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     experts, count = block.experts, block.num_experts
     width = experts.up_EHF.shape[2]
     routing = emit_routing(emitter, block)
-    every_gate = gates_of(emitter, routing, block.router.weight_EH.shape[0])
-    if block.router.leads_to is not None:
-        rows = emitter.array("leads_to", np.asarray(block.router.leads_to, np.int64))
-        every_gate = emitter.emit("Gather", every_gate, rows, label="gates_of_experts", axis=1)
-    gates = gate_dtype(emitter, every_gate, experts)
+    gates = gate_dtype(emitter, gates_of(emitter, routing, block), experts)
     column = emitter.emit("Unsqueeze", gates, emitter.ints(2), label="gates_column")
 
     def project(weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:

@@ -13,7 +13,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     """Nodes that compute ``block.out``, and the routing they use."""
     experts = block.experts
     routing = emit_routing(emitter, block)
-    ids, weights = slots_of(emitter, routing, block.num_experts)
+    ids, weights = slots_of(emitter, routing, block)
 
     def project(x: gs.Tensor, weight: Weight, bias: Weight | None, label: str) -> gs.Tensor:
         """``x (T, K or 1, 1, in)`` times the gathered ``(T, K, in, out)``."""

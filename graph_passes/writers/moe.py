@@ -51,7 +51,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
         routing, normalize = Routing(logits, fused=router), is_divided(router)
     else:
         routing, normalize = emit_routing(emitter, block), True
-        logits = emitter.emit("Log", gates_of(emitter, routing, block.num_experts), label="log_gates")
+        logits = emitter.emit("Log", gates_of(emitter, routing, block), label="log_gates")
     inputs = [
         block.hidden,
         gate_dtype(emitter, logits, experts),

@@ -96,7 +96,7 @@ def _routing(emitter: Emitter, block: MoEBlock) -> tuple[Routing, gs.Tensor, gs.
         logits = emit_logits(emitter, block)
         return Routing(logits, fused=router), gate_dtype(emitter, logits, block.experts), gs.Variable.empty()
     routing = emit_routing(emitter, block)
-    gates = gate_dtype(emitter, gates_of(emitter, routing, block.num_experts), block.experts)
+    gates = gate_dtype(emitter, gates_of(emitter, routing, block), block.experts)
     return routing, gates, gates
 
 

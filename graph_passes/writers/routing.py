@@ -5,6 +5,7 @@ Router arithmetic is float32, whatever the rest of the graph is.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,7 +28,8 @@ RESHAPES = SHAPE_ONLY - {"Cast"}
 class Routing:
     """What a router hands over: ``gates_TE``, or ``ids_TK`` and ``weights_TK``; and ``ranked_TE``, what top-k ranks.
 
-    Or neither, where the op that reads ``ranked_TE`` makes of it what ``fused`` makes of its logits.
+    Or neither, where the op that reads ``ranked_TE`` makes of it what ``fused`` makes of its logits. Ids are rows of
+    the router; where only those in ``leads_to`` lead to an expert, `gates_of` and `slots_of` make experts of them.
     """
 
     ranked_TE: gs.Tensor
@@ -35,6 +37,7 @@ class Routing:
     ids_TK: gs.Tensor | None = None
     weights_TK: gs.Tensor | None = None
     fused: Router | None = None
+    leads_to: tuple[int, ...] | None = None
 
 
 def emit_routing(emitter: Emitter, block: MoEBlock) -> Routing:
@@ -46,30 +49,57 @@ def routing_on(emitter: Emitter, router: Router, logits: gs.Tensor) -> Routing:
     """Nodes for ``router`` on ``logits`` (T, E) float32, biases and masks included."""
     if router.is_ranked:
         ranked, values, ids = _choose(emitter, router, logits)
-        return Routing(ranked, ids_TK=ids, weights_TK=_finish(emitter, router, values, ids))
+        weights = _finish(emitter, router, values, ids)
+        return Routing(ranked, ids_TK=ids, weights_TK=weights, leads_to=router.leads_to)
     scores = _score(emitter, router, logits)
     choice = logits if router.order == TOPK_FIRST else scores  # a selection bias decides nothing any more
-    return Routing(choice, gates_TE=_finish(emitter, router, scores, None))
+    gates = _finish(emitter, router, scores, None)
+    if router.leads_to is not None:
+        gates = columns_of(emitter, gates, router.leads_to, "gates_of_experts")
+    return Routing(choice, gates_TE=gates)
 
 
-def gates_of(emitter: Emitter, routing: Routing, experts: int) -> gs.Tensor:
-    """Gates (T, E) float32: the weight where an expert is selected, 0 where not."""
+def columns_of(emitter: Emitter, values_TE: gs.Tensor, leads_to: Sequence[int], label: str) -> gs.Tensor:
+    """Of values for all rows of a router those of the experts that some lead to."""
+    rows = emitter.array("leads_to", np.asarray(leads_to, np.int64))
+    return emitter.emit("Gather", values_TE, rows, label=label, axis=1)
+
+
+def gates_of(emitter: Emitter, routing: Routing, block: MoEBlock) -> gs.Tensor:
+    """Gates (T, E) float32 of the experts of ``block``: the weight where one is selected, 0 where not."""
     if routing.gates_TE is not None:
         return routing.gates_TE
+    experts = block.num_experts if routing.leads_to is None else block.router.weight_EH.shape[0]
     column = emitter.emit("Unsqueeze", routing.ids_TK, emitter.ints(2), label="ids_column")
     hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.arange(experts)), label="hit")
     weights = emitter.emit("Unsqueeze", routing.weights_TK, emitter.ints(2), label="weights_column")
     spread = emitter.emit("Where", hit, weights, emitter.array("zero", np.float32(0)), label="spread")
-    return emitter.emit("ReduceSum", spread, emitter.ints(1), label="gates", keepdims=0)
+    gates = emitter.emit("ReduceSum", spread, emitter.ints(1), label="gates", keepdims=0)
+    return gates if routing.leads_to is None else columns_of(emitter, gates, routing.leads_to, "gates_of_experts")
 
 
-def slots_of(emitter: Emitter, routing: Routing, experts: int) -> tuple[gs.Tensor, gs.Tensor]:
-    """Ids (T, K) int64 and weights (T, K) float32; all experts in order where nothing was ranked."""
+def slots_of(emitter: Emitter, routing: Routing, block: MoEBlock, nobody: int = 0) -> tuple[gs.Tensor, gs.Tensor]:
+    """Ids (T, K) int64 and weights (T, K) float32; all experts of ``block`` in order where nothing was ranked.
+
+    The choice of a row that leads to no expert has the id ``nobody`` and the weight 0.
+    """
     if routing.gates_TE is None:
-        return routing.ids_TK, routing.weights_TK
+        if routing.leads_to is None:
+            return routing.ids_TK, routing.weights_TK
+        return _led(emitter, routing, block.router.weight_EH.shape[0], nobody)
     shape = emitter.emit("Shape", routing.gates_TE, label="gates_shape")
-    ids = emitter.emit("Expand", emitter.array("expert_ids", np.arange(experts)[None]), shape, label="ids")
-    return ids, routing.gates_TE
+    every_id = emitter.array("expert_ids", np.arange(block.num_experts)[None])
+    return emitter.emit("Expand", every_id, shape, label="ids"), routing.gates_TE
+
+
+def _led(emitter: Emitter, routing: Routing, rows: int, nobody: int) -> tuple[gs.Tensor, gs.Tensor]:
+    """Ids and weights of the experts that the chosen rows lead to; `graph_passes.routers.silence` reads them again."""
+    leads_to = list(routing.leads_to or ())
+    expert_of, kept = np.full(rows, nobody, np.int64), np.zeros(rows, np.float32)
+    expert_of[leads_to], kept[leads_to] = np.arange(len(leads_to)), 1
+    ids = emitter.emit("Gather", emitter.array("expert_of", expert_of), routing.ids_TK, label="led_ids", axis=0)
+    led = emitter.emit("Gather", emitter.array("leads", kept), routing.ids_TK, label="led", axis=0)
+    return ids, emitter.emit("Mul", routing.weights_TK, led, label="led_weights")
 
 
 def emit_logits(emitter: Emitter, block: MoEBlock) -> gs.Tensor:

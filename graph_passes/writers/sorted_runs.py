@@ -1,7 +1,8 @@
 """Form ``sorted``: tokens sorted by expert, one small FFN an expert on its own tokens, results put back in order.
 
 Only the selected work is done, so this is the form for many experts and many tokens on a CPU. Its Split sizes depend on
-data.
+data. Slots whose row of the router leads to no expert are sorted behind all others, and nothing is computed of them:
+their weight is 0.
 """
 
 import dataclasses
@@ -42,8 +43,9 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
 
 def compute(emitter: Emitter, block: MoEBlock, routing: Routing) -> Computed:
     """Nodes for the experts of ``block`` behind ``routing``."""
-    experts, count, top_k = block.experts, block.num_experts, block.router.top_k
-    ids, weights = slots_of(emitter, routing, count)
+    experts, count, top_k = block.experts, block.num_experts, block.router.slot_count
+    ids, weights = slots_of(emitter, routing, block, nobody=count)
+    runs = count if routing.leads_to is None else count + 1
     flat = emitter.reshape(ids, (-1,), "slots")
     slots = emitter.emit("Shape", flat, label="slot_count")
     order = _argsort(emitter, flat, slots, "order")
@@ -53,7 +55,7 @@ def compute(emitter: Emitter, block: MoEBlock, routing: Routing) -> Computed:
     sorted_gates = emitter.emit("Gather", gates, order, label="sorted_gates", axis=0)
     if block.weights_on == ON_INPUT:
         tokens = emitter.emit("Mul", tokens, sorted_gates, label="gated_tokens")
-    gated = outputs = _each(emitter, tokens, _counts(emitter, flat, count), experts)
+    gated = outputs = _each(emitter, tokens, _counts(emitter, flat, runs), runs, experts)
     if block.weights_on == ON_OUTPUT:
         gated = emitter.emit("Mul", outputs, sorted_gates, label="gated")
     places = _argsort(emitter, order, slots, "inverse")
@@ -69,20 +71,21 @@ def _argsort(emitter: Emitter, values: gs.Tensor, count: gs.Tensor, label: str) 
     return indices
 
 
-def _counts(emitter: Emitter, ids: gs.Tensor, experts: int) -> gs.Tensor:
-    """(E,) how many slots chose each expert."""
+def _counts(emitter: Emitter, ids: gs.Tensor, runs: int) -> gs.Tensor:
+    """(runs,) how many slots chose each expert, and none."""
     column = emitter.emit("Unsqueeze", ids, emitter.ints(1), label="slots_column")
-    hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.arange(experts)), label="slot_hit")
+    hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.arange(runs)), label="slot_hit")
     number = emitter.emit("Cast", hit, label="slot_hit_number", to=INT64)
     return emitter.emit("ReduceSum", number, emitter.ints(0), label="counts", keepdims=0)
 
 
-def _each(emitter: Emitter, tokens: gs.Tensor, counts: gs.Tensor, experts: Experts) -> gs.Tensor:
-    """Each expert's FFN on its own run of ``tokens``, concatenated."""
+def _each(emitter: Emitter, tokens: gs.Tensor, counts: gs.Tensor, runs: int, experts: Experts) -> gs.Tensor:
+    """Each expert's FFN on its own run of ``tokens``, concatenated; a run of no expert is passed on as it is."""
     number = experts.up_EHF.shape[0]
-    parts = emitter.emit("Split", tokens, counts, label="run", outputs=number, axis=0)
-    runs = parts if isinstance(parts, list) else [parts]
+    parts = emitter.emit("Split", tokens, counts, label="run", outputs=runs, axis=0)
+    split = parts if isinstance(parts, list) else [parts]
     ffns = [
-        single_ffn(emitter, run, experts, expert, f"experts.{expert}", f"_{expert}") for expert, run in enumerate(runs)
+        single_ffn(emitter, run, experts, expert, f"experts.{expert}", f"_{expert}")
+        for expert, run in enumerate(split[:number])
     ]
-    return emitter.emit("Concat", *ffns, label="outputs", axis=0)
+    return emitter.emit("Concat", *ffns, *split[number:], label="outputs", axis=0)

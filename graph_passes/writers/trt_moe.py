@@ -32,7 +32,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing]:
     """Nodes that compute ``block.out``, and the routing they use; all tokens stand in one sequence."""
     experts = block.experts
     routing = emit_routing(emitter, block)
-    ids, weights = slots_of(emitter, routing, block.num_experts)
+    ids, weights = slots_of(emitter, routing, block)
     small = emitter.emit("Cast", ids, label="ids_int32", to=onnx.TensorProto.INT32)
     values = [block.hidden, small, gate_dtype(emitter, weights, experts)]
     labels = ("sequence", "sequence_ids", "sequence_weights")

@@ -1,6 +1,7 @@
 """The square that must close: torch, export, and the optimised graph in every form agree, whatever is kept.
 
-The reference is the unpruned torch model with the dropped experts' logits at -inf.
+The reference is the unpruned torch model with the dropped experts' logits at -inf; their gates at 0, where the router
+stays full.
 """
 
 import functools
@@ -19,7 +20,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
 from runtime.backend import BuildOptions
@@ -40,28 +41,35 @@ every_model = pytest.mark.parametrize("name", sorted(TINY))
 every_keep = pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS.keys())
 
 
-def plan_of(zoo: Zoo, name: str, keep: tuple[int, ...]) -> PruningPlan:
+def plan_of(zoo: Zoo, name: str, keep: tuple[int, ...], router: str = ROWS) -> PruningPlan:
     checkpoint = zoo.checkpoint(name)
     layers = (
-        LayerPlan(layer.name, layer.num_experts, min(layer.top_k, len(keep)), keep, groups=layer.groups)
+        LayerPlan(
+            layer.name,
+            layer.num_experts,
+            layer.top_k if router == FULL else min(layer.top_k, len(keep)),
+            keep,
+            groups=layer.groups,
+            router=router,
+        )
         for layer in find_moe_layers(load_model(checkpoint))
     )
     return PruningPlan(checkpoint_sha256(checkpoint), "by hand", tuple(layers))
 
 
 @functools.cache
-def expected(zoo: Zoo, name: str, keep: tuple[int, ...]):
+def expected(zoo: Zoo, name: str, keep: tuple[int, ...], router: str = ROWS):
     """Inputs at every shape, and what torch gives for them with the dropped experts masked."""
     model = load_model(zoo.checkpoint(name))
     task = task_of(type(model).__name__)
     rng = np.random.default_rng(3)
     batches = [task.example(model.config, batch, sequence, rng) for batch, sequence in SHAPES]
-    with torch.no_grad(), masked(model, plan_of(zoo, name, keep)):
+    with torch.no_grad(), masked(model, plan_of(zoo, name, keep, router)):
         return batches, [run_torch(model, task, feeds) for feeds in batches]
 
 
-def assert_same(zoo: Zoo, name: str, keep: tuple[int, ...], model) -> None:
-    batches, wanted = expected(zoo, name, keep)
+def assert_same(zoo: Zoo, name: str, keep: tuple[int, ...], model, router: str = ROWS) -> None:
+    batches, wanted = expected(zoo, name, keep, router)
     for got, reference in zip(RUNNER.run(model, batches), wanted, strict=True):
         for output, value in reference.items():
             assert error_between(value, got[output])[1] <= TOLERANCE
@@ -108,6 +116,16 @@ def test_pruning_before_the_export_equals_pruning_after(zoo, tmp_path, name):
     assert_same(zoo, name, keep, tmp_path / "pruned" / MODEL)
     optimize(zoo.exported(name), tmp_path / "optimized", RUNNER, plan=plan)
     assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL)
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted", "gather"])
+@pytest.mark.parametrize("keep", [(0, 1, 5), (5,)], ids=["3 of 8", "1 of 8"])
+@pytest.mark.parametrize("name", ["olmoe", "vmoe"])
+def test_the_square_closes_where_the_router_stays_full(zoo, tmp_path, name, keep, form):
+    plan = plan_of(zoo, name, keep, FULL)
+    manifest = optimize(zoo.exported(name), tmp_path / "optimized", RUNNER, plan=plan, form=form)
+    assert {(block.form, block.experts, block.keep) for block in manifest.blocks} == {(form, len(keep), keep)}
+    assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL, FULL)
 
 
 @every_model

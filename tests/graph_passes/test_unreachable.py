@@ -278,16 +278,25 @@ def test_experts_whose_gate_is_0_go_and_the_router_keeps_their_share(tmp_path, n
     assert not any(entry.modified for entry in again.passes)
 
 
-def test_only_dense_leaves_rows_of_a_router_without_an_expert(tmp_path):
+@pytest.mark.parametrize("form", ["dense", "sorted", "gather"])
+def test_some_forms_leave_rows_of_a_router_without_an_expert(tmp_path, form):
+    onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
+    manifest = optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, form=form)
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) < 1e-5
+    (block,) = read_model(tmp_path / "out").blocks
+    assert (block.form, block.num_experts, block.router.leads_to) == (form, 2, (1, 5))
+
+
+def test_a_fused_op_cannot_leave_rows_of_a_router_without_an_expert(tmp_path):
     onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
     with pytest.raises(UserError) as error:
-        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, form="sorted")
-    assert error.value.what == ("form sorted cannot express layer moe.0: some rows of its router lead to no expert")
+        optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, form="moe")
+    assert error.value.what == "form moe cannot express layer moe.0: some rows of its router lead to no expert"
 
 
 def test_a_plan_for_a_layer_that_drops_gates_must_drop_the_same(tmp_path):
     onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
-    layer = LayerPlan("moe.0", 8, 2, (1, 2, 5))
+    layer = LayerPlan("moe.0", 8, 2, (1, 2, 5), router="full")
     planned = PruningPlan(onnx_sha256(tmp_path / "masked.onnx"), "by hand", (layer,))
     with pytest.raises(UserError) as error:
         optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, plan=planned)

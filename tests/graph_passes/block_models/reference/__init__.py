@@ -8,14 +8,22 @@ from tests.graph_passes.block_models.spec import Spec
 from tests.graph_passes.block_models.tensors import weights
 
 
-def compute(spec: Spec, x: np.ndarray, keep: tuple[int, ...], *others: tuple[int, ...]) -> np.ndarray:
-    """Like ``x`` (T, H) or (B, S, H): the model when only ``keep`` can be selected, in every layer or the first."""
+def compute(
+    spec: Spec, x: np.ndarray, keep: tuple[int, ...], *others: tuple[int, ...], full: tuple[int, ...] = ()
+) -> np.ndarray:
+    """Like ``x`` (T, H) or (B, S, H): the model when only ``keep`` can be selected, in every layer or the first.
+
+    In the layers ``full`` all can be selected, and only ``keep`` give something.
+    """
+    everyone = tuple(range(spec.experts))
     keeps = (keep, *others) if others else (keep,) * spec.layers
     hidden = x.astype(np.float64).reshape(-1, spec.hidden)
     for index in range(spec.layers):
         tensors = {name: array.astype(np.float64) for name, array in weights(spec, index).items()}
-        choices = route(spec, tensors, hidden, keeps[index], sequence=x.shape[-2])
-        out = np.stack([_mix(spec, tensors, *token) for token in zip(hidden, choices, strict=True)])
+        selectable = everyone if index in full else keeps[index]
+        choices = route(spec, tensors, hidden, selectable, sequence=x.shape[-2])
+        given = [{expert: choice[expert] for expert in choice if expert in keeps[index]} for choice in choices]
+        out = np.stack([_mix(spec, tensors, *token) for token in zip(hidden, given, strict=True)])
         hidden = hidden + out if spec.layers > 1 else out
     return hidden.reshape(x.shape)
 
