@@ -168,12 +168,13 @@ def _parity(path: Path) -> Description:
 
 
 def _plan(path: Path) -> Description:
-    from moe_spec.plan import PruningPlan
+    from moe_spec.plan import ROWS, PruningPlan
 
     plan = PruningPlan.load(path)
     lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]
     lines += [
-        f"  {layer.name}: keeps {len(layer.keep)} of {layer.experts}, K={layer.top_k}: {list(layer.keep)}"
+        f"  {layer.name}: keeps {len(layer.keep)} of {layer.experts}, K={layer.top_k}"
+        f"{'' if layer.router == ROWS else f', router {layer.router}'}: {list(layer.keep)}"
         for layer in plan.layers
     ]
     return "\n".join(lines), plan.to_json()

@@ -54,7 +54,7 @@ def require_rows(block: MoEBlock, plan: LayerPlan) -> None:
         raise UserError(
             f"the plan removes rows of the router of layer {block.name}, of which only "
             f"{len(block.router.leads_to)} of {block.router.weight_EH.shape[0]} lead to an expert",
-            hint='plan this layer with "router": "full", or leave it out of the plan',
+            hint="make the plan with `moe-edge plan --router full`, or leave this layer out of it",
         )
 
 

@@ -113,6 +113,18 @@ def test_a_plan(made):
     assert payload["layers"][0]["keep"] == list(KEEP)
 
 
+def test_a_plan_that_keeps_the_router_full_and_what_it_makes(made, tmp_path):
+    plan = PruningPlan.load(made / "plan.json")
+    full = tuple(dataclasses.replace(layer, router="full") for layer in plan.layers)
+    dataclasses.replace(plan, layers=full).save(tmp_path / "plan.json")
+    assert described(tmp_path / "plan.json")[0].endswith(f"  {NAME}: keeps 3 of 8, K=2, router full: [0, 2, 5]\n")
+    optimize(made / "block.onnx", tmp_path / "out", RUNNER, plan=PruningPlan.load(tmp_path / "plan.json"))
+    text, payload = described(tmp_path / "out")
+    assert f"  {NAME}: 3 experts, K=2, softmax, top-k, 3 of 8 rows lead to an expert; form sorted, " in text
+    assert payload["blocks"][0]["router"] == "softmax, top-k, 3 of 8 rows lead to an expert"
+    assert Manifest.load(tmp_path / "out").blocks[0].router == "softmax, top-k, 3 of 8 rows lead to an expert"
+
+
 def test_a_parity_report(made, tmp_path):
     text, payload = described(made / "parity.json")
     assert text.startswith(f"{made / 'parity.json'}: PASS, {payload['examples']} examples of random feeds")

@@ -139,6 +139,20 @@ def test_a_pruned_model_fails_against_another_plan(pruned, tmp_path):
     assert err.endswith("; the first layer that went wrong is model.layers.0.mlp\n")
 
 
+def test_a_full_router_is_compared_with_the_parent_whose_gates_are_0(zoo, tmp_path):
+    exported = zoo.exported("mixtral")
+    manifest = Manifest.load(exported)
+    layers = [LayerPlan(block.name, 8, block.top_k, (0, 2, 5), router="full") for block in manifest.blocks]
+    plan = PruningPlan(manifest.source_sha256, "manual", tuple(layers))
+    optimize(exported, tmp_path / "full", OnnxRuntimeRunner(threads=1), plan=plan)
+    code, out, _ = invoke("verify", tmp_path / "full", "--reference", exported)
+    assert code == 0
+    assert "  model.layers.0.mlp: 0 of 35 tokens flip, 0 without excuse, agreement 1.0000, gates differ by " in out
+    rows = tuple(dataclasses.replace(layer, router="rows") for layer in layers)
+    dataclasses.replace(plan, layers=rows).save(tmp_path / "rows.json")
+    assert invoke("verify", tmp_path / "full", "--reference", exported, "--plan", tmp_path / "rows.json")[0] == 3
+
+
 def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):
     """Neither has an observed.onnx; batched_mm keeps its weights in a column."""
     code, _, err = invoke("verify", zoo.exported("mixtral"), "--reference", zoo.batched_mm("mixtral"), "--json")

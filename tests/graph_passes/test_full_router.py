@@ -254,7 +254,7 @@ def test_rows_of_a_full_router_cannot_go_afterwards(pruned, tmp_path):
     rows = LayerPlan(layer_name(0), 3, 2, (0, 1))
     expected = (
         "the plan removes rows of the router of layer layers.0.mlp, of which only 3 of 8 lead to an expert",
-        'plan this layer with "router": "full", or leave it out of the plan',
+        "make the plan with `moe-edge plan --router full`, or leave this layer out of it",
     )
     assert refusal(pruned, tmp_path / "out", rows) == expected
     with pytest.raises(UserError) as error:
