@@ -1,15 +1,21 @@
 """Run task data through a model and record what its routers and experts do.
 
+An ONNX model is run by ONNX Runtime, with its experts observed; statistics of whole output vectors (which moe-edge plan
+asks for by name where a criterion needs them) are taken of checkpoints only.
+
 Under torchrun the processes share the data: gloo on CPUs, nccl on GPUs. --shard-size keeps what there is every so many
 examples, and the same command goes on from there. --device-map auto spreads a checkpoint larger than memory over
 GPUs, memory and disk.
 
 Example: moe-edge calibrate checkpoint/ --data train.npz -o statistics.safetensors
+Example: moe-edge calibrate exported/ --data train.npz -o statistics.safetensors
 Example: torchrun --nproc-per-node 4 --no-python moe-edge calibrate checkpoint/ --data train.npz -o out.safetensors
 """
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +24,13 @@ import typer
 from cli import console
 from cli.options import AsJson, Output
 from moe_spec.calibration import shards_of
+from moe_spec.errors import UserError
+from moe_spec.identity import is_onnx
 from moe_spec.statistics import Statistics
 
 
 def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout, or an ONNX model.")],
     data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`.")],
     output: Output,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 32,
@@ -39,22 +47,41 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
-    from pruning.calibrate import calibrate as run
-
+    run = _calibration_of(model, dense, device_map)
     with _told_what_is_kept(output), console.progress() as bar:
-        task = bar.add_task(f"calibrating {checkpoint}", total=None)
+        task = bar.add_task(f"calibrating {model}", total=None)
         statistics = run(
-            checkpoint,
+            model,
             data,
             output,
             batch_size=batch_size,
             limit=limit,
-            dense=dense,
             shard_size=shard_size,
-            device_map=device_map,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     report(output, statistics, as_json)
+
+
+def _calibration_of(model: Path, dense: bool, device_map: str | None) -> Callable[..., Statistics]:
+    """The function for this kind of model."""
+    if not is_onnx(model):
+        from pruning.calibrate import calibrate as of_checkpoint
+
+        return partial(of_checkpoint, dense=dense, device_map=device_map)
+    for option, asked in (
+        ("--dense", dense),
+        ("--device-map", device_map is not None),
+        ("torchrun", os.environ.get("WORLD_SIZE", "1") != "1"),
+    ):
+        if asked:
+            raise UserError(
+                f"{option} is for checkpoints, {model} is an ONNX model",
+                hint="calibrate the checkpoint, or parts of the data one by one: moe-edge merge adds them up",
+            )
+    from graph_passes.calibrate import calibrate as of_onnx
+    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+
+    return partial(of_onnx, runner=OnnxRuntimeRunner())
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from cli import console
 from cli.options import AsJson, Output
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
-from moe_spec.manifest import MODEL
+from moe_spec.identity import is_onnx
 
 if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
@@ -101,7 +101,7 @@ def _layers_of(source: Path) -> "ModelLayers":
     """The MoE layers of a checkpoint or an ONNX model."""
     from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 
-    if source.suffix != ".onnx" and not (source / MODEL).is_file():
+    if not is_onnx(source):
         return of_checkpoint(source)
     from graph_passes.describe import read_model
 

@@ -73,11 +73,11 @@ def save_graph(
     data.write(lambda: _save_checked(graph, target), on_progress)
 
 
-def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
+def save_rewritten_variant(graph: gs.Graph, target: Path, *, check: bool = True) -> None:
     """Write ``graph``, a variant of a model beside ``target`` some of whose layers were written anew.
 
     Weights whose bytes lie in one run in a data file of the model are shared, whatever larger weight they are a part
-    of; ``target.data`` gets the others.
+    of; ``target.data`` gets the others. ``check`` asks onnx.checker, to whom hard links are an attack.
     """
     data = DataFile(target.with_name(target.name + ".data"))
     for tensor in constants(graph):
@@ -88,7 +88,8 @@ def save_rewritten_variant(graph: gs.Graph, target: Path) -> None:
                 data.hold(tensor, weight)
             else:
                 tensor._values = ExternalValues(external(tensor.name, weight, *place), target.parent)
-    data.write(lambda: _save_checked(graph, target))
+    save = _save_checked if check else save_variant
+    data.write(lambda: save(graph, target))
 
 
 def _save_checked(graph: gs.Graph, target: Path) -> None:

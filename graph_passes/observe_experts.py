@@ -37,10 +37,11 @@ REDUCE_AXES_SINCE = 18
 """The opset from which ReduceL2 takes its axes as an input."""
 
 
-def save_experts_observed(directory: Path) -> dict[str, list[str]]:
+def save_experts_observed(directory: Path, *, check: bool = True) -> dict[str, list[str]]:
     """Write ``directory/experts.onnx`` beside model.onnx; for each MoE layer its logits, ids, weights and norms.
 
     It shares the weights of model.onnx as far as they lie there expert by expert; experts.onnx.data has the others.
+    ``check`` asks onnx.checker about it, which takes no weights that are hard links.
 
     Raises:
         UserError: a layer cannot be written in form ``sorted`` in the model's opset.
@@ -52,7 +53,7 @@ def save_experts_observed(directory: Path) -> dict[str, list[str]]:
     for block in reversed(blocks):  # a block may read what another one writes
         outputs[block.name] = observe_experts(graph, Emitter(graph, block.name, names), block)
     tidy(graph)
-    save_rewritten_variant(graph, directory / EXPERTS)
+    save_rewritten_variant(graph, directory / EXPERTS, check=check)
     return {block.name: outputs[block.name] for block in blocks}
 
 

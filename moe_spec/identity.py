@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file, sha256_text
+from moe_spec.manifest import MODEL
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -42,6 +43,11 @@ def checkpoint_weights(directory: Path) -> list[Path]:
             hint="convert them where you trust them: model.save_pretrained(DIR) writes safetensors",
         )
     raise UserError(f"{directory} holds no *.safetensors", hint="give a checkpoint with safetensors weights")
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether ``path`` stands for an ONNX model, by its looks: an .onnx file or a directory with model.onnx."""
+    return path.suffix == ".onnx" or (path / MODEL).is_file()
 
 
 def onnx_sha256(model: Path) -> str:

@@ -10,6 +10,7 @@ from models.checkpoints import save_model
 from moe_spec import Statistics
 from moe_spec.calibration import Shards
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import MODEL
 from moe_spec.statistics import KEYS
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 from tests.models_table import TINY
@@ -106,11 +107,11 @@ import os, signal, sys
 import pruning.calibrate
 from cli.main import main
 
-def tensor(*arguments, original=pruning.calibrate._tensor):
+def tensors(*arguments, original=pruning.calibrate.tensors_of):
     os.kill(os.getpid(), signal.SIGINT)
     return original(*arguments)
 
-pruning.calibrate._tensor = tensor
+pruning.calibrate.tensors_of = tensors
 main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
 """
 
@@ -139,13 +140,13 @@ from cli.main import main
 
 batches = []
 
-def tensor(*arguments, original=pruning.calibrate._tensor):
+def tensors(*arguments, original=pruning.calibrate.tensors_of):
     batches.append(1)
     if len(batches) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-pruning.calibrate._tensor = tensor
+pruning.calibrate.tensors_of = tensors
 main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
 """
 
@@ -204,3 +205,23 @@ def test_a_device_map_without_accelerate_says_what_to_install(checkpoint, data, 
         "error: this needs accelerate, which is not installed\nhint: pip install 'moe-edge[prune]'\n",
     )
     assert leftovers(tmp_path) == {"data.npz"}
+
+
+def test_an_onnx_model_is_calibrated_as_its_checkpoint(zoo, data, tmp_path):
+    directory, out = tmp_path / "directory.safetensors", tmp_path / "file.safetensors"
+    for source, written in ((zoo.exported("mixtral"), directory), (zoo.exported("mixtral") / MODEL, out)):
+        arguments = ("calibrate", source, "--data", data, "-o", written)
+        assert invoke(*arguments) == (0, f"{written}: 2 MoE layers, 30 tokens each\n", "")
+    assert out.read_bytes() == directory.read_bytes()
+    assert Statistics.load(out).model_sha256 == checkpoint_sha256(zoo.checkpoint("mixtral"))
+
+
+@pytest.mark.parametrize("options", [("--dense",), ("--device-map", "auto"), ()])
+def test_what_only_checkpoints_have_is_refused_for_an_onnx_model(options, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert invoke("calibrate", "model.onnx", "--data", data, "-o", tmp_path / "out.safetensors", *options) == (
+        1,
+        "",
+        f"error: {[*options, 'torchrun'][0]} is for checkpoints, model.onnx is an ONNX model\n"
+        "hint: calibrate the checkpoint, or parts of the data one by one: moe-edge merge adds them up\n",
+    )

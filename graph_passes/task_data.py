@@ -1,0 +1,75 @@
+"""Whether task data fits a graph, checked before anything runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError, did_you_mean
+from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Feeds
+
+MASK = "attention_mask"
+"""1 where a token counts, 0 where it is padding."""
+
+_KINDS = {"f": "f", "i": "biu", "u": "biu", "b": "b"}
+"""What an input of this kind is made from."""
+
+
+def fit_data(data: Dataset, inputs: Sequence[TensorSpec], where: str) -> Dataset:
+    """``data`` as a graph with ``inputs`` takes it: in its number formats, and all tokens valid where no mask is given.
+
+    Raises:
+        UserError: an array is missing, unknown, or of another kind or shape; ``where`` names their file.
+    """
+    known = [spec.name for spec in inputs]
+    for name in data.feeds:
+        if name not in known:
+            raise UserError(
+                f"{where} holds the array {name!r}, which the model does not take", hint=did_you_mean(name, known)
+            )
+    feeds = dict(data.feeds)
+    for spec in inputs:
+        if spec.name == MASK and MASK not in feeds:
+            feeds[MASK] = _all_valid(spec, inputs, data.feeds)
+    return dataclasses.replace(data, feeds={spec.name: _as_input(spec, feeds, where) for spec in inputs})
+
+
+def _all_valid(mask: TensorSpec, inputs: Sequence[TensorSpec], feeds: Feeds) -> npt.NDArray[Any]:
+    """Ones, as long as the input whose axes the mask has."""
+    twins = [feeds[spec.name] for spec in inputs if spec.shape == mask.shape and spec.name in feeds]
+    return np.ones(twins[0].shape if twins else (), np.int64)
+
+
+def _as_input(spec: TensorSpec, feeds: Feeds, where: str) -> npt.NDArray[Any]:
+    if spec.name not in feeds:
+        raise UserError(f"{where} lacks the array {spec.name!r}", hint=f"store the model's input as {spec.name!r}")
+    array, dtype = feeds[spec.name], np.dtype(spec.dtype)
+    fits = array.ndim == len(spec.shape) and all(
+        length == dim for length, dim in zip(array.shape[1:], spec.shape[1:], strict=True) if isinstance(dim, int)
+    )
+    if not fits or array.dtype.kind not in _KINDS.get(dtype.kind, ""):
+        raise UserError(
+            f"{where}: {spec.name} are {array.dtype}{list(array.shape)}, expected {dtype}"
+            f"[{', '.join(map(str, spec.shape))}]",
+            hint="store them as the model takes them, or store uint8 `images`",
+        )
+    return array.astype(dtype)
+
+
+def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, where: str) -> None:
+    """Refuse batches of another size than a graph takes; ``where`` names it.
+
+    Raises:
+        UserError: the graph was exported for a fixed number of examples, and a batch has more or fewer.
+    """
+    for spec in inputs:
+        fixed = spec.shape[0]
+        if isinstance(fixed, int) and (fixed != batch_size or len(data) % fixed):
+            raise UserError(
+                f"{where} takes exactly {fixed} examples at once, not {len(data)} in batches of {batch_size}",
+                hint=f"--batch-size {fixed} --limit {len(data) - len(data) % fixed}, or export it with a dynamic axis",
+            )
