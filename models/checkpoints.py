@@ -173,7 +173,9 @@ def _shards(directory: Path) -> list[Path]:
     weight_map = parse_object(index, index.read_bytes(), AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} maps no weights to files", hint=AGAIN)
-    paths = [inside(directory, name, index) for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    # a plain name may be a link, as all are in the cache of huggingface_hub
+    paths = [directory / name if Path(name).name == name else inside(directory, name, index) for name in names]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing, {index.name} names it", hint=AGAIN)

@@ -1,12 +1,13 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from models.checkpoints import Spread, load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers
-from models.tensor_files import INDEX
+from models.tensor_files import INDEX, read_tensors, write_tensors
 from moe_spec import UserError
 from tests.models_table import TINY, example_inputs
 
@@ -128,6 +129,19 @@ def test_lost_weights_are_never_made_up(checkpoint):
 def test_another_number_of_experts_than_config_says_is_refused(experts, checkpoint):
     edit_config(checkpoint, num_local_experts=experts)
     assert refusal(load_model, checkpoint).startswith(f"{checkpoint} cannot be loaded: ")
+
+
+def test_shards_may_be_links_as_they_are_in_the_cache_of_the_hub(tmp_path):
+    model, blobs, snapshot = TINY["olmoe"](), tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    save_model(model, blobs)
+    write_tensors(read_tensors(blobs / "model.safetensors"), blobs, shard_bytes=100_000)
+    (blobs / "model.safetensors").unlink()
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    inputs = example_inputs(model, batch=2, sequence=5, seed=0)
+    with torch.no_grad():
+        assert torch.equal(load_model(snapshot)(**inputs).logits, model(**inputs).logits)
 
 
 def test_an_index_stays_in_its_directory(checkpoint):
