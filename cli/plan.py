@@ -5,8 +5,11 @@ spends the same number in all where the scores are highest. Ties go to the lower
 
 Criteria by statistics: reap, frequency, seer-actual, gate-mass, seer-soft, ean, man, msan, task, task-squared, easy-ep,
 mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens, divided by n^b. --protect keeps
-super experts, whose outputs are far larger than all others, whatever they score. Random needs no statistics: a
-checkpoint or an ONNX model will do, and so it does for --experts, which names those that stay.
+super experts, whose outputs are far larger than all others, whatever they score.
+
+Criteria without data: random, which takes a checkpoint or an ONNX model; aimer, which reads a checkpoint's weights; and
+router-norm, which compares them with those before fine-tuning. --experts names those that stay, in a checkpoint or an
+ONNX model.
 
 With --data a checkpoint is planned for on task data at once: by any of these criteria, in several --rounds of pruning
 and looking again; or by naee, which searches for the experts whose absence changes each layer's output least.
@@ -14,6 +17,7 @@ and looking again; or by naee, which searches for the experts whose absence chan
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
 Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
+Example: moe-edge plan finetuned --criterion router-norm --pretrained base --keep 50% --router full -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
@@ -53,6 +57,7 @@ def plan(
     rounds: Annotated[int, typer.Option(help="With --data: prune in so many steps, looking again after each.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: examples a forward pass.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first so many examples.")] = None,
+    pretrained: Annotated[Path | None, typer.Option(help="For router-norm: the checkpoint before fine-tuning.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
@@ -66,7 +71,7 @@ def plan(
     how = "by hand"
     if keep is not None:
         how = f"by {criterion}"
-        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect)
+        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect, pretrained)
         if data is None:
             made = run(source, options, output, _layers_of)
         else:

@@ -1,17 +1,28 @@
 """Plan: rank the experts of every layer by a criterion and keep what the budget allows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import refuse_existing, sha256_file
+from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
-from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, Criterion, Scores, by_statistics
+from pruning.criteria import (
+    CHANGE_CRITERIA,
+    CRITERIA,
+    DATA_FREE_CRITERIA,
+    WEIGHT_CRITERIA,
+    Criterion,
+    Scores,
+    by_statistics,
+)
 from pruning.criteria.moments import SHAPE
 from pruning.criteria.protection import super_experts
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
@@ -34,6 +45,7 @@ class PlanOptions:
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
             from it; K stays, and fewer than K experts may be kept).
         protect: keep super experts (``pruning.criteria.protection``) before all others.
+        pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
     """
 
     keep: Keep
@@ -43,6 +55,7 @@ class PlanOptions:
     clamp_top_k: bool = False
     router: str = ROWS
     protect: bool = False
+    pretrained: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +93,8 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
     """Choose the experts that stay. What cannot be is refused before anything is ranked.
 
     Args:
-        source: statistics.safetensors; for criteria that need none also a model.
+        source: statistics.safetensors; for criteria that need none a model, which has to be a checkpoint where they
+            read weights.
         options: criterion and budget.
         layers_of: reads the layers of a model; that of ONNX models is injected by whoever has graph_passes.
 
@@ -90,12 +104,13 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
     """
     _check(options)
     candidates = _candidates(source, options, layers_of)
+    layers = choose(candidates, options)
     return PruningPlan(
         model_sha256=candidates.model_sha256,
         criterion=options.criterion,
-        options={key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"},
+        options=_recorded(options),
         statistics_sha256=candidates.statistics_sha256,
-        layers=choose(candidates, options),
+        layers=layers,
     )
 
 
@@ -124,18 +139,25 @@ def _check(options: PlanOptions) -> None:
     check_budget(options.keep, str(options.keep))
     _known(options.scope, "scope", SCOPES)
     check_router(options.router, clamp_top_k=options.clamp_top_k)
+    if options.pretrained is not None and options.criterion not in CHANGE_CRITERIA:
+        raise UserError(
+            f"criterion {options.criterion!r} compares with no other checkpoint",
+            hint=f"leave out --pretrained; it is for --criterion {' or '.join(CHANGE_CRITERIA)}",
+        )
 
 
 def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
     if criterion := by_statistics(options.criterion):
         return _by_statistics(source, options, criterion)
-    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *DATA_FREE_CRITERIA])
+    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *DATA_FREE_CRITERIA, *WEIGHT_CRITERIA, *CHANGE_CRITERIA])
     if options.protect:
         raise UserError(
             f"--protect finds super experts in statistics, but criterion {options.criterion!r} takes none",
             hint="rank by statistics, or leave out --protect",
         )
-    return _at_random(source, options, layers_of)
+    if options.criterion in DATA_FREE_CRITERIA:
+        return _at_random(source, options, layers_of)
+    return _by_weights(source, options)
 
 
 def _by_statistics(source: Path, options: PlanOptions, criterion: Criterion) -> Candidates:
@@ -172,6 +194,31 @@ def _at_random(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candi
     return Candidates(
         model.model_sha256, model.layers, lambda: [score(layer.experts, generator) for layer in model.layers]
     )
+
+
+def _by_weights(checkpoint: Path, options: PlanOptions) -> Candidates:
+    criterion, pretrained = options.criterion, options.pretrained
+    if options.scope != "layer":
+        raise UserError(f"criterion {criterion!r} ranks within a layer only", hint="plan with --scope layer")
+    score: Callable[[], list[Scores]]
+    if criterion in WEIGHT_CRITERIA:
+        score = functools.partial(WEIGHT_CRITERIA[criterion], checkpoint)
+    elif pretrained is not None:
+        score = functools.partial(CHANGE_CRITERIA[criterion], checkpoint, pretrained)
+    else:
+        raise UserError(
+            f"criterion {criterion!r} compares a checkpoint with the one that it was fine-tuned from",
+            hint="name that: --pretrained CHECKPOINT",
+        )
+    model = of_checkpoint(checkpoint)
+    return Candidates(model.model_sha256, model.layers, score)
+
+
+def _recorded(options: PlanOptions) -> dict[str, Any]:
+    """The options as they stand in plan.json; a path says nothing elsewhere, so the hash of what it leads to does."""
+    recorded = {key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"}
+    pretrained = options.pretrained
+    return recorded | {"pretrained": None if pretrained is None else checkpoint_sha256(pretrained)}
 
 
 def _finite(name: str, scores: Scores) -> Scores:

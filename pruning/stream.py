@@ -13,7 +13,7 @@ from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
 
-_EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 """In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.gate_proj.weight``."""
 
 
@@ -50,10 +50,10 @@ def without_dropped(
         UserError: experts are stored in neither way.
     """
     plans = {stored: pruned[name] for stored, name in names.items() if name in pruned}
-    _require_experts(tensors, plans, checkpoint)
+    require_experts(tensors, {stored: plan.experts for stored, plan in plans.items()}, checkpoint)
     kept = {}
     for stored, tensor in tensors.items():
-        plan, number = plans.get(stored), _EXPERT_ID.search(stored)
+        plan, number = plans.get(stored), EXPERT_ID.search(stored)
         if plan is None:
             kept[stored] = tensor
         elif number is None:
@@ -64,16 +64,25 @@ def without_dropped(
     return kept
 
 
-def _require_experts(tensors: Mapping[str, StoredTensor], plans: Mapping[str, LayerPlan], checkpoint: Path) -> None:
-    """All E experts are there, by their ids or as rows."""
+def require_experts(tensors: Mapping[str, StoredTensor], experts: Mapping[str, int], checkpoint: Path) -> None:
+    """All E experts are there, by their ids or as rows.
+
+    Args:
+        tensors: by their names in the files.
+        experts: E of the layer that a stored tensor belongs to; of routers and experts only.
+        checkpoint: named in errors.
+
+    Raises:
+        UserError: experts are stored in neither way.
+    """
     ids: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for stored, plan in plans.items():
-        if number := _EXPERT_ID.search(stored):
-            ids[_EXPERT_ID.sub("*", stored), plan.experts].append(int(number[0]))
-        elif tensors[stored].shape[:1] != (plan.experts,):
+    for stored, count in experts.items():
+        if number := EXPERT_ID.search(stored):
+            ids[EXPERT_ID.sub("*", stored), count].append(int(number[0]))
+        elif tensors[stored].shape[:1] != (count,):
             raise UserError(
                 f"{stored} in {checkpoint} has the shape {list(tensors[stored].shape)}, "
-                f"expected {plan.experts} experts on its first axis",
+                f"expected {count} experts on its first axis",
                 hint="load the checkpoint with transformers and save it again: model.save_pretrained(DIR)",
             )
     for (pattern, count), found in ids.items():

@@ -4,10 +4,12 @@ Criteria by statistics take a layer's sums; an expert that no token selected sco
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from moe_spec.statistics import LayerStatistics
+from pruning.criteria.by_weights import aimer, router_norm
 from pruning.criteria.moments import NAMED, parse_moment
 from pruning.criteria.published import easy_ep, mone, seer_soft
 from pruning.criteria.scores import Scores
@@ -22,7 +24,15 @@ def random(experts: int, generator: np.random.Generator) -> Scores:
     return generator.random(experts)
 
 
-__all__ = ["CRITERIA", "DATA_FREE_CRITERIA", "Criterion", "Scores", "by_statistics"]
+__all__ = [
+    "CHANGE_CRITERIA",
+    "CRITERIA",
+    "DATA_FREE_CRITERIA",
+    "WEIGHT_CRITERIA",
+    "Criterion",
+    "Scores",
+    "by_statistics",
+]
 
 Criterion = Callable[[LayerStatistics], Scores]
 
@@ -36,6 +46,12 @@ CRITERIA: Mapping[str, Criterion] = {
 
 DATA_FREE_CRITERIA: Mapping[str, Callable[[int, np.random.Generator], Scores]] = {"random": random}
 """Criteria that need no statistics: E and a seeded generator."""
+
+WEIGHT_CRITERIA: Mapping[str, Callable[[Path], list[Scores]]] = {"aimer": aimer}
+"""Criteria that read the weights of a checkpoint; scores below 0 among them, so they rank within a layer."""
+
+CHANGE_CRITERIA: Mapping[str, Callable[[Path, Path], list[Scores]]] = {"router-norm": router_norm}
+"""Criteria that compare a checkpoint with the one that it was fine-tuned from; they rank within a layer too."""
 
 
 def by_statistics(name: str) -> Criterion | None:

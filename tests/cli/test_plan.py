@@ -6,6 +6,7 @@ import safetensors.numpy
 
 import moe_spec.record
 from models.checkpoints import save_model
+from models.moe_layers import find_moe_layers
 from moe_spec import LayerStatistics, PruningPlan, Statistics
 from moe_spec.identity import onnx_sha256
 from moe_spec.statistics import KEYS
@@ -47,6 +48,7 @@ def test_plan_writes_a_plan_and_one_line(source, tmp_path):
         "clamp_top_k": False,
         "router": "rows",
         "protect": False,
+        "pretrained": None,
     }
 
 
@@ -64,6 +66,27 @@ def test_random_plans_for_a_bare_checkpoint(checkpoint, tmp_path):
     code, _, stderr = invoke("plan", checkpoint, "--criterion", "random", "--seed", 3, "--keep", 3, "-o", out)
     assert (code, stderr) == (0, "")
     assert [layer.name for layer in PruningPlan.load(out).layers] == ["layers.1.mlp", "layers.3.mlp"]
+
+
+def test_two_checkpoints_are_compared(checkpoint, tmp_path):
+    model, finetuned, out = TINY["vmoe"](), tmp_path / "finetuned", tmp_path / "plan.json"
+    for layer in find_moe_layers(model):
+        layer.router.get_parameter("weight").data[6] *= 3
+    save_model(model, finetuned)
+    arguments = ("--criterion", "router-norm", "--pretrained", checkpoint, "--keep", 1, "--router", "full", "-o", out)
+    assert invoke("plan", finetuned, *arguments) == (
+        0, f"{out}: keeps 2 of 16 experts in 2 layers, by router-norm\n", ""
+    )  # fmt: skip
+    layers = PruningPlan.load(out).layers
+    assert [(layer.keep, layer.router, layer.top_k) for layer in layers] == [((6,), "full", 2)] * 2
+
+
+def test_super_experts_stay(source, tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ("--criterion", "s(0,1,1)", "--keep", 2, "--protect", "-o", out)
+    assert invoke("plan", source, *arguments)[0] == 0
+    made = PruningPlan.load(out)
+    assert (made.criterion, made.options["protect"]) == ("s(0,1,1)", True)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.checkpoints import save_model
+from models.checkpoints import load_model, save_model
+from models.moe_layers import find_moe_layers
 from moe_spec import LayerStatistics, PruningPlan, Statistics, UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
@@ -46,6 +48,7 @@ def test_a_plan_says_what_it_was_made_from(source, tmp_path):
         "clamp_top_k": False,
         "router": "rows",
         "protect": False,
+        "pretrained": None,
     }
     assert [layer.name for layer in made.layers] == ["layers.0.mlp", "layers.1.mlp"]
 
@@ -105,8 +108,8 @@ def test_a_checkpoint_is_no_statistics(checkpoint):
 def test_unknown_names_are_refused_with_the_nearest(source):
     what, hint = refusal(source, keep=2, criterion="freqency")
     assert what == "'freqency' is no criterion"
-    assert hint.startswith("did you mean 'frequency'? known: ean, easy-ep, frequency, gate-mass, ")
-    assert hint.endswith(", random, reap, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared")
+    assert hint.startswith("did you mean 'frequency'? known: aimer, ean, easy-ep, frequency, gate-mass, ")
+    assert hint.endswith(", random, reap, router-norm, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared")
     assert refusal(source, keep=2, scope="layers") == (
         "'layers' is no scope",
         "did you mean 'layer'? known: global, layer",
@@ -136,6 +139,57 @@ def test_protection_needs_statistics(checkpoint):
         "--protect finds super experts in statistics, but criterion 'random' takes none",
         "rank by statistics, or leave out --protect",
     )
+
+
+def test_weights_are_ranked_without_statistics(checkpoint):
+    made = make_plan(checkpoint, PlanOptions(keep=4, criterion="aimer"))
+    assert (made.model_sha256, made.statistics_sha256) == (checkpoint_sha256(checkpoint), None)
+    assert all(len(layer.keep) == 4 and -1 <= min(layer.scores) < max(layer.scores) < 0 for layer in made.layers)
+
+
+def test_a_plan_holds_the_hash_of_the_checkpoint_before_fine_tuning(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    find_moe_layers(model)[0].router.get_parameter("weight").data[5] *= 2
+    save_model(model, tmp_path / "finetuned")
+    options = PlanOptions(keep=4, criterion="router-norm", pretrained=checkpoint)
+    made = plan(tmp_path / "finetuned", options, tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == made
+    assert made.options["pretrained"] == checkpoint_sha256(checkpoint)
+    assert made.layers[0].scores[5] > 0
+    assert [layer.keep for layer in made.layers] == [(0, 1, 4, 5), (0, 1, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "hint"),
+    [
+        (
+            {"criterion": "aimer", "scope": "global"},
+            "criterion 'aimer' ranks within a layer only",
+            "plan with --scope layer",
+        ),
+        (
+            {"criterion": "router-norm"},
+            "criterion 'router-norm' compares a checkpoint with the one that it was fine-tuned from",
+            "name that: --pretrained CHECKPOINT",
+        ),
+        (
+            {"criterion": "random", "pretrained": Path("base")},
+            "criterion 'random' compares with no other checkpoint",
+            "leave out --pretrained; it is for --criterion router-norm",
+        ),
+    ],
+)
+def test_what_criteria_by_weights_cannot_do_is_refused_before_a_weight_is_read(options, what, hint, tmp_path):
+    assert refusal(tmp_path / "nothing", keep=4, **options) == (what, hint)
+
+
+def test_a_budget_that_cannot_be_is_refused_before_a_weight_is_read(checkpoint, tmp_path):
+    what, _ = refusal(checkpoint, keep=9, criterion="router-norm", pretrained=tmp_path / "nothing")
+    assert what == "--keep 9 asks for 9 experts, but layer model.layers.0.mlp has 8"
+
+
+def test_statistics_hold_no_weights(source):
+    assert refusal(source, keep=2, criterion="aimer")[0] == f"{source} is a file, expected a checkpoint directory"
 
 
 def test_a_router_that_stays_keeps_fewer_than_k(source):
