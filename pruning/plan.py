@@ -57,6 +57,11 @@ class PlanOptions:
     protect: bool = False
     pretrained: Path | None = None
 
+    def recorded(self) -> dict[str, Any]:
+        """As they stand in plan.json. A path says nothing elsewhere, so the hash of what it leads to does."""
+        recorded = {key: value for key, value in dataclasses.asdict(self).items() if key != "criterion"}
+        return recorded | {"pretrained": self.pretrained and checkpoint_sha256(self.pretrained)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
@@ -102,13 +107,13 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
         UserError: ``source`` cannot be read or does not suit the criterion, options that are unknown or exclude each
             other, a budget that is none, or one that a router cannot work with.
     """
-    _check(options)
+    check_options(options)
     candidates = _candidates(source, options, layers_of)
     layers = choose(candidates, options)
     return PruningPlan(
         model_sha256=candidates.model_sha256,
         criterion=options.criterion,
-        options=_recorded(options),
+        options=options.recorded(),
         statistics_sha256=candidates.statistics_sha256,
         layers=layers,
     )
@@ -135,7 +140,12 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     return tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
 
 
-def _check(options: PlanOptions) -> None:
+def check_options(options: PlanOptions) -> None:
+    """Refuse options that no criterion could be planned with.
+
+    Raises:
+        UserError: a budget that is none, an unknown scope or router, or options that exclude each other.
+    """
     check_budget(options.keep, str(options.keep))
     _known(options.scope, "scope", SCOPES)
     check_router(options.router, clamp_top_k=options.clamp_top_k)
@@ -212,13 +222,6 @@ def _by_weights(checkpoint: Path, options: PlanOptions) -> Candidates:
         )
     model = of_checkpoint(checkpoint)
     return Candidates(model.model_sha256, model.layers, score)
-
-
-def _recorded(options: PlanOptions) -> dict[str, Any]:
-    """The options as they stand in plan.json; a path says nothing elsewhere, so the hash of what it leads to does."""
-    recorded = {key: value for key, value in dataclasses.asdict(options).items() if key != "criterion"}
-    pretrained = options.pretrained
-    return recorded | {"pretrained": None if pretrained is None else checkpoint_sha256(pretrained)}
 
 
 def _finite(name: str, scores: Scores) -> Scores:

@@ -28,7 +28,7 @@ from pruning.collect import collect
 from pruning.criteria import CRITERIA, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.inputs import check_inputs, tensors_of
-from pruning.plan import PlanOptions, candidates_of, choose
+from pruning.plan import PlanOptions, candidates_of, check_options, choose
 from pruning.reconstruction import search_model
 
 NAEE = "naee"
@@ -82,11 +82,10 @@ def plan_on_data(
     check_inputs(dataset.feeds, model, str(data))
     batches = _batches(model, dataset, how, on_progress)
     layers = _search(model, batches, options) if options.criterion == NAEE else _rounds(model, batches, options, how)
-    given = dataclasses.asdict(options) | {"rounds": how.rounds, "data_sha256": dataset.sha256}
     plan = PruningPlan(
         model_sha256=checkpoint_sha256(checkpoint),
         criterion=options.criterion,
-        options={key: value for key, value in given.items() if key != "criterion"},
+        options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256},
         layers=layers,
     )
     plan.save(out)
@@ -94,6 +93,7 @@ def plan_on_data(
 
 
 def _check(options: PlanOptions, how: DataOptions) -> None:
+    check_options(options)
     if options.criterion != NAEE and by_statistics(options.criterion) is None:
         raise UserError(
             f"criterion {options.criterion!r} does not look at data",

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,8 @@ def test_progress_counts_the_examples_of_all_rounds(files, tmp_path):
         (PlanOptions(4), {"rounds": 0}, "--rounds 0 is no number of rounds"),
         (PlanOptions(4, "naee"), {"rounds": 2}, "criterion 'naee' searches once, for the K of the model"),
         (PlanOptions(1, "naee", clamp_top_k=True), {}, "criterion 'naee' searches once, for the K of the model"),
+        (PlanOptions(4, scope="model"), {}, "'model' is no scope"),
+        (PlanOptions(4, pretrained=Path("base")), {}, "criterion 'reap' compares with no other checkpoint"),
         (PlanOptions(4, scope="global"), {"rounds": 2}, ROUNDS_REFUSED.format("global", "rows")),
         (PlanOptions(4, router="full"), {"rounds": 2}, ROUNDS_REFUSED.format("layer", "full")),
         (PlanOptions(4, "naee", router="full"), {}, ROUNDS_REFUSED.format("layer", "full")),
