@@ -87,7 +87,8 @@ def _compare(watched: Watched, expected: Arrays, got: Arrays) -> ChoiceEntry:
     assert watched.reference.gates is not None
     assert watched.reference.scores is not None
     assert watched.result.gates is not None
-    wanted, scores = expected[watched.reference.gates] != 0, expected[watched.reference.scores]
+    wanted = expected[watched.reference.gates] != 0
+    scores = expected[watched.reference.scores][:, : wanted.shape[1]]
     found = np.zeros_like(wanted)
     found[:, list(watched.keep)] = got[watched.result.gates] != 0
     other = (wanted != found).any(axis=1)

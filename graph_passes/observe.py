@@ -34,8 +34,8 @@ def observe_routing(
 
     ``<name>/observed/gates`` (T, E): the weight of each expert for each token, 0 where not selected, and for those in
     ``silent``.
-    ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``. Where rows of the router
-    lead to no expert, those of the others.
+    ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``. What rows of the router
+    score that lead to no expert stands behind: they decide the choice too.
     """
     emitter, experts = emitter.within(OBSERVED), block.num_experts
     if routing.fused is not None:
@@ -43,7 +43,9 @@ def observe_routing(
     gates = gates_of(emitter, _in_float32(emitter, routing), block)
     scores = emitter.emit("Cast", routing.ranked_TE, label="ranked", to=FLOAT)
     if block.router.leads_to is not None:
-        scores = columns_of(emitter, scores, block.router.leads_to, "ranked_of_experts")
+        led = block.router.leads_to
+        others = [row for row in range(block.router.weight_EH.shape[0]) if row not in led]
+        scores = columns_of(emitter, scores, [*led, *others], "ranked_experts_first")
     if excluded:
         scores = emitter.emit("Add", scores, emitter.array("mask", mask_E(experts, excluded, -np.inf)), label="masked")
     if silent:

@@ -49,6 +49,7 @@ class BlockEntry:
         bytes: bytes of the router's and the experts' weights.
         gates: output of ``observed.onnx`` with the gates (T, E), 0 where not selected; None without a router.
         scores: output of ``observed.onnx`` with what top-k ranks (T, E), -inf where excluded; None without a router.
+            Where more rows of the router are ranked than lead to an expert, theirs stand behind those of the experts.
     """
 
     name: str

@@ -21,7 +21,8 @@ class Routing:
 
     Attributes:
         gates: (T, E) weight of each expert, 0 where it was not selected.
-        scores: (T, E) what top-k ranked, -inf where an expert could not be selected.
+        scores: (T, E or more) what top-k ranked, -inf where an expert could not be selected; behind it that of rows
+            of the router that lead to no expert.
     """
 
     gates: Floats
@@ -38,8 +39,8 @@ class Routing:
         """
         gates = np.zeros((len(gates_Tk), experts))
         scores = np.full((len(gates_Tk), experts), -np.inf)
-        gates[:, list(keep)], scores[:, list(keep)] = gates_Tk, scores_Tk
-        return cls(gates, scores)
+        gates[:, list(keep)], scores[:, list(keep)] = gates_Tk, scores_Tk[:, : len(keep)]
+        return cls(gates, np.hstack([scores, scores_Tk[:, len(keep) :]]))
 
     @classmethod
     def of_one_expert(cls, tokens: int, keep: Sequence[int], experts: int) -> "Routing":

@@ -231,6 +231,19 @@ def test_experts_behind_a_full_router_may_be_quantised(tmp_path):
     assert read_model(tmp_path / "out").blocks[0].router.leads_to == THREE
 
 
+def test_scores_of_rows_that_lead_nowhere_are_seen_behind_the_others(tmp_path):
+    spec = spec_of("stacked")
+    source = saved(spec, tmp_path)
+    mask_model(source, None, tmp_path / "parent")
+    optimize(source, tmp_path / "out", RUNNER, plan=plan(source, layer(spec, 0, THREE)))
+    x = tokens(spec)
+    before, after = (
+        run(directory, x, OBSERVED)[Manifest.load(directory).blocks[0].scores]
+        for directory in (tmp_path / "parent", tmp_path / "out")
+    )
+    np.testing.assert_allclose(after, before[:, [1, 4, 5, 0, 2, 3, 6, 7]], rtol=1e-6)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -56,6 +57,16 @@ def test_experts_are_compared_by_their_ids_in_the_source_model():
     theirs = Routing.of(np.array([[0.3, 0.7]]), np.array([[0.3, 0.6]]), keep=(2, 5), experts=6)
     assert not compare_routing(mine, theirs, top_k=2).flipped.any()
     assert theirs.scores[0, [0, 1, 3, 4]].tolist() == [-np.inf] * 4
+
+
+def test_a_flip_between_an_expert_and_a_row_that_leads_to_none_is_judged_by_both():
+    """Expert 2 was chosen beside a row of a full router whose expert went; its rival scored a hair less."""
+    gates, scores = np.array([[0.0, 0.6]]), np.array([[0.1, 0.5, 0.49999, 0.9]])
+    mine = Routing.of(gates, scores, keep=(0, 2), experts=3)
+    theirs = Routing.of(np.array([[0.0, 0.0]]), scores, keep=(0, 2), experts=3)
+    compared = compare_routing(mine, theirs, top_k=2)
+    assert compared.flipped.all()
+    assert compared.margin[0] == pytest.approx(2e-5)
 
 
 def test_a_layer_without_a_router_sends_every_token_to_its_one_expert():
