@@ -58,7 +58,8 @@ def report(rows: Sequence[Row], seed: int, command: str) -> str:
 {table(HEAD, (_cells(row) for row in rows), left=3)}
 
 Calibration, fine-tuning and test are numbers of examples; calibration examples are out of the training data, test
-examples are out of documents or images that no model was trained with. *Trained* is processor time on one thread.
+examples are out of documents or images that no model was trained with. Training took one thread; where it is done
+here, its time is that of the processor, the embedded model's is the clock's.
 
 {usage}
 What is fetched for them, with the package managers that the machine has; nothing of it is installed:
@@ -68,7 +69,7 @@ What is fetched for them, with the package managers that the machine has; nothin
 
 def _cells(row: Row) -> list[str]:
     task, layers = row.task, find_moe_layers(row.model)
-    (kind,) = {f"{len(layers)} of {layer.num_experts} experts, K={layer.top_k}" for layer in layers}
+    (kind,) = {f"{len(layers)} x {layer.num_experts} experts, K={layer.top_k}" for layer in layers}
     return [
         task.name,
         row.model.config.model_type,

@@ -331,7 +331,7 @@ def test_the_document_has_a_line_for_each_task_and_compares_those_that_share_a_m
     __main__.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("`python -m benchmarks.tasks --seed 3` printed this on ")
-    assert any(line.startswith("| letters | mixtral | 1 of 4 experts, K=2 | ") for line in lines)
+    assert any(line.startswith("| letters | mixtral | 1 x 4 experts, K=2 | ") for line in lines)
     assert any(re.fullmatch(r"\| letters and digits \| [01]\.\d\d \|", line) for line in lines)
     assert any(re.fullmatch(r"\| two halves of digits \| [01]\.\d\d \|", line) for line in lines)
     assert sum(line.startswith("| model.layers.0.mlp | ") for line in lines) == 2
