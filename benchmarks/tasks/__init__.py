@@ -4,9 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 
 from benchmarks.tasks import images, language
+from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
-
-Report = Callable[[str], None]
 
 TASKS: Mapping[str, Callable[[int, Report], Task]] = {
     "images": lambda _seed, _report: images.task(),

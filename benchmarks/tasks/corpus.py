@@ -43,7 +43,7 @@ class CorpusRecipe:
 
 
 def read_documents(directory: Path) -> list[str]:
-    """The text of every file below ``directory`` that has some, in the order of their names; recipe.json is none."""
+    """Texts and modules below ``directory``, in the order of their names; those that are empty left out."""
     paths = sorted(path for path in directory.rglob("*.*") if path.suffix in (".txt", ".py"))
     return [text for text in (path.read_text(encoding="utf-8") for path in paths) if text.strip()]
 

@@ -31,6 +31,8 @@ MAX_GRADIENT = 1.0
 REPORT_EVERY = 100
 
 Report = Callable[[str], None]
+"""Told a line now and then."""
+
 Blocks = Mapping[str, npt.NDArray[np.int64]]
 """(N, S) token ids by domain."""
 
@@ -79,7 +81,7 @@ def task(domain: str, seed: int, report: Report) -> Task:
     Args:
         domain: a key of ``DOMAINS``.
         seed: of the training.
-        report: told a line now and then.
+        report: told how it goes.
 
     Raises:
         UserError: the text cannot be fetched.
@@ -112,7 +114,7 @@ def train(data: Path, recipe: Recipe, report: Report) -> Path:
     Args:
         data: what ``corpus`` gives; its name, which tells what is in it, is part of what the checkpoint is found by.
         recipe: seed and hyper-parameters.
-        report: told a line now and then.
+        report: told how it goes.
     """
 
     def make(directory: Path) -> Json:

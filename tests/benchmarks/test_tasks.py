@@ -6,6 +6,8 @@ import hashlib
 import io
 import math
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -199,6 +201,25 @@ def test_wheels_are_read_and_tests_in_them_are_no_text(tmp_path):
     (tmp_path / "out").mkdir()
     unpack(MANAGERS["pip"].read(path), sources.NETWORKX.members, tmp_path / "out", path)
     assert read_documents(tmp_path / "out") == ["networkx/a.py", "networkx/b/c.py"]
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb comes with Debian")
+def test_debian_packages_are_read(tmp_path):
+    tree, path = tmp_path / "tree", tmp_path / "it.deb"
+    data = tree / "usr/share/datasets/fashion-mnist"
+    data.mkdir(parents=True)
+    (data / "train-labels-idx1-ubyte.gz").write_bytes(b"labels")
+    (data / "README").write_text("not asked for")
+    (tree / "DEBIAN").mkdir()
+    (tree / "DEBIAN/control").write_text(
+        "Package: it\nVersion: 1\nArchitecture: all\nMaintainer: us <us@example.org>\nDescription: data\n"
+    )
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, path], check=True, capture_output=True)
+    (tmp_path / "out").mkdir()
+    unpack(MANAGERS["apt"].read(path), sources.FASHION_MNIST.members, tmp_path / "out", path)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == {
+        "train-labels-idx1-ubyte.gz": b"labels"
+    }
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
