@@ -63,7 +63,8 @@ def calibrate(
     refuse_existing(out)
     model = read_model(source)
     dataset = _load(model, data, batch_size, limit)
-    shards = Shards(shards_of(out), Run(model.source_sha256, dataset.sha256, len(dataset), batch_size), shard_size)
+    run = Run(model.source_sha256, dataset.sha256, len(dataset), batch_size, options={"onnx": model.parent_sha256})
+    shards = Shards(shards_of(out), run, shard_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _observed(model, runner, out.parent) as (variant, outputs), runner.open(variant) as graph:
 

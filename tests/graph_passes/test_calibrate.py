@@ -9,8 +9,10 @@ import pytest
 from graph_passes.calibrate import calibrate
 from graph_passes.optimize import optimize
 from moe_spec import Statistics, UserError, VerificationError
-from moe_spec.calibration import Shards
+from moe_spec.calibration import Shards, shards_of
+from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256, onnx_sha256
+from moe_spec.manifest import FILE_NAME
 from moe_spec.statistics import KEYS
 from pruning.calibrate import calibrate as calibrate_checkpoint
 from pruning.plan import PlanOptions, plan
@@ -203,6 +205,49 @@ def test_a_graph_of_a_fixed_batch_is_fed_so_or_refused(tmp_path):
     assert caught.value.hint == "--batch-size 3 --limit 6, or export it with a dynamic axis"
     statistics = calibrate(source, data, tmp_path / "s.safetensors", RUNNER, batch_size=3, limit=6)
     assert statistics.layers[0].token_count == 6
+
+
+def test_a_mask_that_does_not_tell_tokens_apart_is_refused(tmp_path):
+    spec = spec_of("stacked")
+    source, out = saved(spec, tmp_path), tmp_path / "s.safetensors"
+    model = onnx.load(source)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("attention_mask", onnx.TensorProto.INT64, ["n", 2]))
+    onnx.save(model, source)
+    x, mask_T2 = np.zeros((7, spec.hidden), np.float32), np.ones((7, 2), np.int64)
+    data = block_task(spec, tmp_path, x=x, attention_mask=mask_T2)
+    with pytest.raises(UserError) as caught:
+        calibrate(source, data, out, RUNNER)
+    assert caught.value.what == f"{data}: attention_mask has 14 entries in a batch of which the experts see 7 tokens"
+    assert caught.value.hint == "padding cannot be told from other tokens here; calibrate the checkpoint"
+    assert not out.exists()
+
+
+def test_half_precision_is_fed_and_summed(tmp_path):
+    spec = spec_of("batched_mm", "softmax_renormalised", dtype="float16")
+    statistics = calibrate(saved(spec, tmp_path), block_task(spec, tmp_path), tmp_path / "s.safetensors", RUNNER)
+    layer = statistics.layers[0]
+    assert layer["tokens"].sum() == 7 * spec.top_k
+    np.testing.assert_allclose(layer["gate"].sum(), 7, rtol=1e-2)  # each token's weights add up to 1
+    np.testing.assert_allclose(layer["probability"].sum(), 7, rtol=1e-6)
+
+
+def test_shards_of_another_graph_of_the_same_checkpoint_are_refused(zoo, tmp_path, monkeypatch):
+    data, out = task("vmoe", tmp_path), tmp_path / "s.safetensors"
+    optimize(zoo.exported("vmoe"), tmp_path / "dense", RUNNER, form="dense", prove=False)
+
+    def killed(self, done, layers, keep=Shards.keep):
+        keep(self, done, layers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shards, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(zoo.exported("vmoe"), data, out, RUNNER, batch_size=2, shard_size=2)
+    with pytest.raises(UserError) as caught:
+        calibrate(tmp_path / "dense", data, out, RUNNER, batch_size=2)
+    theirs, mine = ({"onnx": sha256_file(path / FILE_NAME)} for path in (zoo.exported("vmoe"), tmp_path / "dense"))
+    assert caught.value.what == (
+        f"{shards_of(out)} holds the shards of a run with options {theirs}, this one has {mine}"
+    )
 
 
 class WrongOnExperts(OnnxRuntimeRunner):
