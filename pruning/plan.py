@@ -25,7 +25,10 @@ from pruning.criteria import (
 )
 from pruning.criteria.moments import SHAPE
 from pruning.criteria.protection import super_experts
+from pruning.criteria.scores import finite
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
+from pruning.merging.mergers import MERGERS
+from pruning.merging.plan import check_merging, merge_instead
 
 LayersOf = Callable[[Path], ModelLayers]
 
@@ -38,12 +41,14 @@ class PlanOptions:
 
     Attributes:
         keep: experts a layer keeps: a count (int), or a share (float above 0 and at most 1).
-        criterion: a name in ``pruning.criteria``, or ``s(b,alpha,beta)``.
+        criterion: a name in ``pruning.criteria``, or ``s(b,alpha,beta)``; or one of ``pruning.merging``, which merges
+            experts into as many as it would keep.
         scope: ``layer`` (the same count everywhere) or ``global`` (one ranking over all layers).
-        seed: of the criterion ``random``.
+        seed: of the criterion ``random``, and of routers that are drawn anew.
         clamp_top_k: let K shrink where fewer than K experts can be selected.
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
-            from it; K stays, and fewer than K experts may be kept).
+            from it; K stays, and fewer than K experts may be kept). Where experts are merged ``rows``, ``mean`` or
+            ``new`` of ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of a merger.
         protect: keep super experts (``pruning.criteria.protection``) before all others.
         pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
     """
@@ -53,9 +58,14 @@ class PlanOptions:
     scope: str = "layer"
     seed: int = 0
     clamp_top_k: bool = False
-    router: str = ROWS
+    router: str = ""
     protect: bool = False
     pretrained: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.router:
+            own = MERGERS[self.criterion].router if self.criterion in MERGERS else ROWS
+            object.__setattr__(self, "router", own)
 
     def recorded(self) -> dict[str, Any]:
         """As they stand in plan.json. A path says nothing elsewhere, so the hash of what it leads to does."""
@@ -125,11 +135,13 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     Raises:
         UserError: a budget that a router cannot work with, checked before anything is ranked.
     """
+    merger = MERGERS.get(options.criterion)
+    router = ROWS if merger else options.router
 
     def layers(scores: Sequence[Scores]) -> list[RankedLayer]:
         protected = candidates.protected or [frozenset()] * len(scores)
         return [
-            RankedLayer(shape.name, shape.top_k, shape.groups, scores_E, options.clamp_top_k, options.router, ids)
+            RankedLayer(shape.name, shape.top_k, shape.groups, scores_E, options.clamp_top_k, router, ids)
             for shape, scores_E, ids in zip(candidates.layers, scores, protected, strict=True)
         ]
 
@@ -137,7 +149,11 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     scope.check(layers([np.zeros(shape.experts) for shape in candidates.layers]), options.keep)
     ranked = layers(candidates.score())
     counts = scope.spread(ranked, options.keep)
-    return tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
+    plans = tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
+    if merger is None:
+        return plans
+    seen = [layer for layer in candidates.layers if isinstance(layer, LayerStatistics)]
+    return tuple(merge_instead(plan, layer, merger, options.router) for plan, layer in zip(plans, seen, strict=True))
 
 
 def check_options(options: PlanOptions) -> None:
@@ -148,7 +164,10 @@ def check_options(options: PlanOptions) -> None:
     """
     check_budget(options.keep, str(options.keep))
     _known(options.scope, "scope", SCOPES)
-    check_router(options.router, clamp_top_k=options.clamp_top_k)
+    if options.criterion in MERGERS:
+        check_merging(options.criterion, options.router, protect=options.protect)
+    else:
+        check_router(options.router, clamp_top_k=options.clamp_top_k)
     if options.pretrained is not None and options.criterion not in CHANGE_CRITERIA:
         raise UserError(
             f"criterion {options.criterion!r} compares with no other checkpoint",
@@ -157,9 +176,12 @@ def check_options(options: PlanOptions) -> None:
 
 
 def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
+    if merger := MERGERS.get(options.criterion):
+        return _by_statistics(source, options, merger.scores)
     if criterion := by_statistics(options.criterion):
         return _by_statistics(source, options, criterion)
-    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *DATA_FREE_CRITERIA, *WEIGHT_CRITERIA, *CHANGE_CRITERIA])
+    without_statistics = [*DATA_FREE_CRITERIA, *WEIGHT_CRITERIA, *CHANGE_CRITERIA]
+    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *MERGERS, *without_statistics])
     if options.protect:
         raise UserError(
             f"--protect finds super experts in statistics, but criterion {options.criterion!r} takes none",
@@ -191,7 +213,7 @@ def candidates_of(
     return Candidates(
         statistics.model_sha256,
         statistics.layers,
-        lambda: [_finite(layer.name, criterion(layer)) for layer in statistics.layers],
+        lambda: [finite(layer.name, criterion(layer)) for layer in statistics.layers],
         statistics_sha256,
         super_experts(statistics.layers) if options.protect else (),
     )
@@ -222,15 +244,6 @@ def _by_weights(checkpoint: Path, options: PlanOptions) -> Candidates:
         )
     model = of_checkpoint(checkpoint)
     return Candidates(model.model_sha256, model.layers, score)
-
-
-def _finite(name: str, scores: Scores) -> Scores:
-    if not np.isfinite(scores).all():
-        raise UserError(
-            f"the statistics of layer {name} are not finite: the model overflowed on the calibration data",
-            hint="calibrate again, with data that the model can take",
-        )
-    return scores
 
 
 def _known(name: str, what: str, known: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.plan import MEAN, NEW, ROWS
+from moe_spec.plan import MEAN, NEW, ROUTERS, ROWS
 from moe_spec.statistics import LayerStatistics
 from pruning.criteria.moments import NAMED
 from pruning.criteria.scores import Scores
@@ -121,29 +121,38 @@ class Merger:
         group: puts the experts of a layer into so many groups, given their scores.
         align: whether the neurons of the others are permuted to those of the survivor first.
         router: what becomes of the router, unless the user says.
-        note: where this is not what the paper does.
+        published: the same in the paper; None where its router stays as wide as it was.
+        deviations: other points in which this is not what the paper does.
     """
 
     scores: Callable[[LayerStatistics], Scores]
     group: Callable[[LayerStatistics, Scores, int], Groups]
     align: bool
     router: str
-    note: str
+    published: str | None
+    deviations: tuple[str, ...] = ()
+
+    def notes(self, router: str) -> tuple[str, ...]:
+        """What a user has to know of a merge with this router."""
+        untrained = ("the router is drawn anew: until it is trained, the model computes nothing of use",)
+        published = _ALIASES if self.published is None else ROUTERS[self.published]
+        other = (f"the paper's router: {published}. This plan's: {ROUTERS[router]}",)
+        return self.deviations + untrained * (router == NEW) + other * (router != self.published)
 
 
 _FREQUENCY, _REAP = NAMED["frequency"], NAMED["reap"]
-_ALIASES = "the paper keeps the router as wide as it was, a group's rows leading to one expert; here they are averaged"
-_COUNTS = "Its counts come from one threshold over all layers; here they are the budget's, and scope global is nearest"
-_WEIGHTS_ALONE = (
-    "the paper merges layer after layer, each seen through those merged before, and aligns neurons by what they give "
-    "too; here statistics are those of the whole model, and neurons are aligned by weights alone"
+_ALIASES = "as wide as it was, and all rows of a group lead to one expert"
+_COUNTS = (
+    "the paper's counts come from one threshold over all layers, this plan's from its budget; scope global is nearest"
 )
+_SEQUENCE = "the paper looks at a layer once those before it are merged, this plan at the whole model"
+_BY_WEIGHTS = "the paper aligns neurons by weights and activations, this plan by weights"
 
 MERGERS: Mapping[str, Merger] = {
-    "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, note="the new router has to be trained"),
-    "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, note=f"{_ALIASES}. {_COUNTS}"),
-    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, note=_ALIASES),
-    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, note=_ALIASES),
-    "ream": Merger(_REAP, centroids, align=True, router=ROWS, note=_WEIGHTS_ALONE),
+    "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, published=NEW),
+    "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, published=None, deviations=(_COUNTS,)),
+    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=None),
+    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=None),
+    "ream": Merger(_REAP, centroids, align=True, router=ROWS, published=ROWS, deviations=(_SEQUENCE, _BY_WEIGHTS)),
 }
 """Every merger, by the name that ``plan --criterion`` takes."""

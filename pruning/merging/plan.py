@@ -9,11 +9,28 @@ import numpy.typing as npt
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.plan import MERGE_ROUTERS, LayerPlan, Merge
 from moe_spec.statistics import KEYS, LayerStatistics
-from pruning.criteria.scores import Scores
+from pruning.criteria.scores import Scores, finite
 from pruning.merging.mergers import Merger
 
 
-def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str | None = None) -> LayerPlan:
+def check_merging(criterion: str, router: str, *, protect: bool) -> None:
+    """Refuse what cannot be asked of a plan that merges.
+
+    Raises:
+        UserError: a router that is none of ``MERGE_ROUTERS``, or experts that shall stay as they are.
+    """
+    if protect:
+        raise UserError(
+            f"--protect keeps super experts as they are, but criterion {criterion!r} merges experts",
+            hint="leave out --protect",
+        )
+    if router not in MERGE_ROUTERS:
+        raise UserError(
+            f"{router!r} is no router of a plan that merges experts", hint=did_you_mean(router, MERGE_ROUTERS)
+        )
+
+
+def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str) -> LayerPlan:
     """``plan`` with as many survivors and the same K, but merged by ``merger``.
 
     1. Routing groups are merged one by one, into the same number each, for a router finds an expert by its group.
@@ -23,16 +40,14 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
         plan: what a budget leaves of the layer.
         layer: its statistics.
         merger: a row of ``MERGERS``.
-        router: one of ``MERGE_ROUTERS``, or None for the merger's own.
+        router: one of ``MERGE_ROUTERS``.
 
     Raises:
-        UserError: a router that merging does not know, statistics that the merger needs and the layer lacks, or fewer
-            survivors than routing groups.
+        UserError: statistics that the merger needs and the layer lacks, or that are not finite; or survivors that
+            routing groups cannot have the same number of.
     """
-    if router is not None and router not in MERGE_ROUTERS:
-        raise UserError(
-            f"{router!r} is no router of a plan that merges experts", hint=did_you_mean(router, MERGE_ROUTERS)
-        )
+    for values in layer.sums.values():
+        finite(layer.name, values)
     parts = 1 if layer.groups is None else layer.groups.count
     count, left_over = divmod(len(plan.keep), parts)
     if left_over:
@@ -52,7 +67,7 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
         plan,
         keep=tuple(survivor for survivor, _, _ in merges),
         scores=tuple(scores_E.tolist()),
-        router=router or merger.router,
+        router=router,
         merge=tuple(Merge(experts, weights) for _, experts, weights in merges),
         align=merger.align,
     )

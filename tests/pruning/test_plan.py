@@ -108,8 +108,8 @@ def test_a_checkpoint_is_no_statistics(checkpoint):
 def test_unknown_names_are_refused_with_the_nearest(source):
     what, hint = refusal(source, keep=2, criterion="freqency")
     assert what == "'freqency' is no criterion"
-    assert hint.startswith("did you mean 'frequency'? known: aimer, ean, easy-ep, frequency, gate-mass, ")
-    assert hint.endswith(", random, reap, router-norm, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared")
+    assert hint.startswith("did you mean 'frequency'? known: aimer, ean, easy-ep, frequency, gate-mass, hc-smoe, ")
+    assert hint.endswith("router-norm, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared, uncurl")
     assert refusal(source, keep=2, scope="layers") == (
         "'layers' is no scope",
         "did you mean 'layer'? known: global, layer",

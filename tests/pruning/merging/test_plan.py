@@ -6,7 +6,7 @@ import pytest
 from moe_spec import Groups, LayerPlan, UserError
 from moe_spec.plan import Merge
 from pruning.merging.mergers import MERGERS
-from pruning.merging.plan import merge_instead
+from pruning.merging.plan import check_merging, merge_instead
 from tests.pruning.merging.observed import observed
 
 UNCURL = observed([(1, 0), (2, 0), (0, 1), (0, 3)], tokens=(3, 1, 2, 2))
@@ -18,7 +18,7 @@ def budget(layer, keep):
 
 
 def test_the_worked_example():
-    made = merge_instead(budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"])
+    made = merge_instead(budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"], "new")
     assert made.keep == (0, 2)
     assert made.merge == (Merge((0, 1), (3.0, 1.0)), Merge((2, 3), (2.0, 2.0)))
     assert (made.scores, made.router, made.align) == ((3.0, 1.0, 2.0, 2.0), "new", True)
@@ -26,14 +26,14 @@ def test_the_worked_example():
 
 def test_experts_that_no_token_chose_count_alike_and_the_first_survives():
     layer = observed([(1, 0), (2, 0), (0, 1), (0, 3)], tokens=(0, 0, 0, 2))
-    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["m-smoe"])
+    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["m-smoe"], "mean")
     assert made.keep == (0, 3)
     assert made.merge == (Merge((0, 1), (1.0, 1.0)), Merge((2, 3), (0.0, 2.0)))
 
 
 def test_ream_weighs_by_saliency():
     layer = observed([(1, 0), (2, 0), (0, 1), (0, 3)], np.ones((4, 2, 3)), tokens=(5, 1, 1, 1), saliency=(1, 4, 2, 3))
-    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["ream"])
+    made = merge_instead(budget(layer, (0, 1)), layer, MERGERS["ream"], "rows")
     assert (made.keep, made.scores) == ((1, 3), (1.0, 4.0, 2.0, 3.0))
     assert made.merge == (Merge((0, 1, 2), (1.0, 4.0, 2.0)), Merge((3,), (3.0,)))
     assert made.router == "rows"
@@ -49,7 +49,7 @@ def grouped(name, keep):
     logits_ET = np.tile(np.eye(4), (2, 1)) + np.repeat([[0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 0.1, 0.0]], 4, axis=0)
     layer = observed(logits_ET, np.stack([logits_ET + 1] * 4, axis=1), tokens=range(1, 9), saliency=range(1, 9))
     layer = dataclasses.replace(layer, groups=Groups(2, 1))
-    return merge_instead(budget(layer, keep), layer, MERGERS[name])
+    return merge_instead(budget(layer, keep), layer, MERGERS[name], "rows")
 
 
 @pytest.mark.parametrize("name", MERGERS)
@@ -60,15 +60,15 @@ def test_routing_groups_are_merged_one_by_one(name):
     assert all(len({expert // 4 for expert in merge.experts}) == 1 for merge in made.merge)
 
 
-def refusal(call, *arguments):
+def refusal(call, *arguments, **options):
     with pytest.raises(UserError) as caught:
-        call(*arguments)
+        call(*arguments, **options)
     return caught.value.what, caught.value.hint
 
 
 def test_experts_of_different_routing_groups_cannot_become_one():
     layer = dataclasses.replace(UNCURL, groups=Groups(2, 1, scored_by=1))
-    assert refusal(merge_instead, budget(layer, (0,)), layer, MERGERS["uncurl"]) == (
+    assert refusal(merge_instead, budget(layer, (0,)), layer, MERGERS["uncurl"], "new") == (
         "layer layers.0.mlp merges its experts into 1, but has 2 routing groups: experts of different groups cannot "
         "become one",
         "keep a multiple of 2, the number of groups: --keep 2",
@@ -81,9 +81,16 @@ def test_experts_of_different_routing_groups_cannot_become_one():
 
 
 def test_a_full_router_is_refused():
-    assert refusal(merge_instead, budget(UNCURL, (0, 1)), UNCURL, MERGERS["uncurl"], "full") == (
+    assert refusal(check_merging, "uncurl", "full", protect=False) == (
         "'full' is no router of a plan that merges experts",
         "known: mean, new, rows",
+    )
+
+
+def test_super_experts_cannot_stay_as_they_are():
+    assert refusal(check_merging, "uncurl", "new", protect=True) == (
+        "--protect keeps super experts as they are, but criterion 'uncurl' merges experts",
+        "leave out --protect",
     )
 
 
@@ -100,6 +107,31 @@ def test_a_full_router_is_refused():
 def test_statistics_that_were_not_taken_are_asked_for(name, key, how):
     layer = observed([(1, 0), (0, 1)], np.ones((2, 2, 1)))
     layer = dataclasses.replace(layer, sums={other: values for other, values in layer.sums.items() if other != key})
-    what, hint = refusal(merge_instead, budget(layer, (0,)), layer, MERGERS[name])
+    what, hint = refusal(merge_instead, budget(layer, (0,)), layer, MERGERS[name], "rows")
     assert what.startswith(f"the statistics of layer layers.0.mlp lack {key!r}: ")
     assert hint == how
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_statistics_that_are_not_finite_are_refused(name):
+    layer = observed([(1, 0), (0, 1)], np.ones((2, 2, 1)))
+    layer.sums["logit_gram"][0, 1] = np.inf
+    assert refusal(merge_instead, budget(layer, (0,)), layer, MERGERS[name], "rows") == (
+        "the statistics of layer layers.0.mlp are not finite: the model overflowed on the calibration data",
+        "calibrate again, with data that the model can take",
+    )
+
+
+def test_a_merger_says_where_it_is_not_what_its_paper_does():
+    assert MERGERS["uncurl"].notes("new") == (
+        "the router is drawn anew: until it is trained, the model computes nothing of use",
+    )
+    assert MERGERS["uncurl"].notes("mean") == (
+        "the paper's router: all rows are drawn anew, and have to be trained. This plan's: the row of a survivor is "
+        "the weighted mean of those merged into it",
+    )
+    assert MERGERS["hc-smoe"].notes("mean") == (
+        "the paper's router: as wide as it was, and all rows of a group lead to one expert. This plan's: the row of a "
+        "survivor is the weighted mean of those merged into it",
+    )
+    assert [len(row.notes(row.router)) for row in MERGERS.values()] == [1, 2, 1, 1, 2]
