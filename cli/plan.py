@@ -11,6 +11,10 @@ Criteria without data: random, which takes a checkpoint or an ONNX model; aimer,
 router-norm, which compares them with those before fine-tuning. --experts names those that stay, in a checkpoint or an
 ONNX model.
 
+Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-smoe-cosine, ream. --keep is then how many
+a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe and ream need statistics taken with
+--dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained.
+
 With --data a checkpoint is planned for on task data at once: by any of these criteria, in several --rounds of pruning
 and looking again; or by naee, which searches for the experts whose absence changes each layer's output least.
 
@@ -18,6 +22,7 @@ Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
 Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
 Example: moe-edge plan finetuned --criterion router-norm --pretrained base --keep 50% --router full -o plan.json
+Example: moe-edge plan statistics.safetensors --criterion ream --keep 50% -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
@@ -50,8 +55,12 @@ def plan(
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
     clamp_top_k: Annotated[bool, typer.Option("--clamp-top-k", help="Let K shrink where fewer experts stay.")] = False,
     router: Annotated[
-        str, typer.Option(help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it.")
-    ] = "rows",
+        str,
+        typer.Option(
+            help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it. Where experts "
+            "are merged: rows, mean or new. Not given: rows, or what is nearest to a merger's paper."
+        ),
+    ] = "",
     protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rank a checkpoint on this .npz, without statistics.")] = None,
     rounds: Annotated[int, typer.Option(help="With --data: prune in so many steps, looking again after each.")] = 1,
@@ -61,6 +70,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
+    from moe_spec.plan import ROWS
     from pruning.budget import parse_keep
     from pruning.by_hand import parse_experts, plan_by_hand
     from pruning.plan import PlanOptions
@@ -68,9 +78,7 @@ def plan(
 
     if (keep is None) == (experts is None):
         raise UserError("a plan needs --keep or --experts, one of them", hint="--keep 4, or --experts 0,2,5")
-    how = "by hand"
     if keep is not None:
-        how = f"by {criterion}"
         options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect, pretrained)
         if data is None:
             made = run(source, options, output, _layers_of)
@@ -78,14 +86,23 @@ def plan(
             made = _on_data(source, data, options, output, rounds, batch_size, limit)
     else:
         refuse_existing(output)
-        made = plan_by_hand(_layers_of(source), parse_experts(experts or []), clamp_top_k=clamp_top_k, router=router)
+        named = parse_experts(experts or [])
+        made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS)
         made.save(output)
-    kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in made.layers), strict=True))
-    console.result(
-        f"{output}: keeps {kept} of {total} experts in {len(made.layers)} layers, {how}",
-        {"output": str(output), **made.to_json()},
-        as_json,
-    )
+    console.result(f"{output}: {_summary(made)}", {"output": str(output), **made.to_json()}, as_json)
+
+
+def _summary(plan: "PruningPlan") -> str:
+    from pruning.by_hand import CRITERION
+    from pruning.merging.mergers import MERGERS
+
+    kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in plan.layers), strict=True))
+    if plan.merges:
+        notes = MERGERS[plan.criterion].notes(plan.layers[0].router)
+        summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, by {plan.criterion}"
+        return "\n".join([summary, *(f"  note: {note}" for note in notes)])
+    how = plan.criterion if plan.criterion == CRITERION else f"by {plan.criterion}"
+    return f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
 
 
 def _on_data(
