@@ -10,15 +10,16 @@ from transformers import PreTrainedModel
 from models.families import Score
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.statistics import KEYS, LayerStatistics
-from pruning.observe import Seen, expert_outputs, observed
+from pruning.observe import Run, Seen, observed, outputs_of_all
 
 SCORES: Mapping[Score, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
 }
 
-_BLOCK, _DENSE_BLOCK = 2**18, 2**24
-"""Elements of the experts' outputs that are added at a time: 2 MiB in float64 stay in a cache, 128 MiB in memory."""
+_CHANGE_TOKENS, _DENSE_ELEMENTS = 128, 2**24
+"""What is held in float64 at a time: tokens before and after, so that they stay in a core's cache, and elements of all
+experts' outputs, 128 MiB."""
 
 
 def collect(
@@ -74,56 +75,55 @@ class LayerSums:
 
     def add(self, seen: Seen, valid_T: Tensor | None = None) -> None:
         """Count the valid tokens of one forward pass, or all of them."""
-        device = seen.ids_TK.device  # parameters do not tell it: they may wait on a disk
+        device = seen.hidden_TH.device  # parameters do not tell it: they may wait on a disk
         self._sums = {key: total.to(device) for key, total in self._sums.items()}
-        tokens_N = torch.arange(len(seen.ids_TK), device=device)
-        tokens_N = tokens_N if valid_T is None else tokens_N[valid_T.to(device)]
-        self._token_count += len(tokens_N)
-        for some in _blocks(tokens_N, _BLOCK // seen.outputs_TKH[0].numel()):
-            block = seen.of(some)
-            self._add_scores(block.logits_TE.double())
-            self._add_selected(block)
+        everything = torch.ones(len(seen.hidden_TH), dtype=torch.bool, device=device)
+        valid_T = everything if valid_T is None else valid_T.to(device)
+        self._token_count += int(valid_T.sum())
+        self._add_logits(seen.logits_TE[valid_T].double())
+        change_T = _change(seen.hidden_TH, seen.mixed_TH)
+        for run in seen.runs:
+            valid_N = valid_T[run.tokens_N]
+            if valid_N.any():
+                self._add_run(run.of(valid_N), change_T)
         if self._dense:
-            for some in _blocks(tokens_N, _DENSE_BLOCK // self._sums["output"].numel()):
-                self._add_dense(seen.hidden_TH[some])
+            tokens = max(1, _DENSE_ELEMENTS // self._sums["output"].numel())
+            for hidden_NH in torch.split(seen.hidden_TH[valid_T], tokens):
+                self._add_dense(hidden_NH)
 
-    def _add_scores(self, logits_TE: Tensor) -> None:
+    def _add_logits(self, logits_TE: Tensor) -> None:
         self._sums["probability"] += SCORES[self._layer.score](logits_TE).sum(dim=0)
         self._sums["logit_gram"].addmm_(logits_TE.T, logits_TE)
 
-    def _add_selected(self, seen: Seen) -> None:
-        """S (token, expert) pairs, each added to its expert."""
-        ids_S, gate_S = seen.ids_TK.flatten(), seen.gates_TK.flatten().double()
-        output_SH = seen.outputs_TKH.flatten(0, 1).double()
-        squared_SH = output_SH.square()
-        norm_squared_S = squared_SH.sum(dim=-1)
-        norm_S = norm_squared_S.sqrt()
-        gated_S = gate_S * norm_S
-        change_S = _change(seen.hidden_TH.double(), seen.mixed_TH.double()).repeat_interleave(seen.ids_TK.shape[1])
+    def _add_run(self, run: Run, change_T: Tensor) -> None:
+        gate_N, output_NH = run.gates_N.double(), run.outputs_NH.double()
+        squared_NH = output_NH.square()
+        norm_squared_N = squared_NH.sum(dim=-1)
+        norm_N = norm_squared_N.sqrt()
+        gated_N = gate_N * norm_N
         terms = {
-            "tokens": torch.ones_like(gate_S),
-            "gate": gate_S,
-            "gate_squared": gate_S.square(),
-            "output_norm": norm_S,
-            "output_norm_squared": norm_squared_S,
-            "gated_norm": gated_S,
-            "gated_norm_squared": gated_S.square(),
-            "gated_norm_change": gated_S * change_S,
-            "output": output_SH,
-            "output_squared": squared_SH,
+            "tokens": torch.ones_like(gate_N),
+            "gate": gate_N,
+            "gate_squared": gate_N.square(),
+            "output_norm": norm_N,
+            "output_norm_squared": norm_squared_N,
+            "gated_norm": gated_N,
+            "gated_norm_squared": gated_N.square(),
+            "gated_norm_change": gated_N * change_T[run.tokens_N],
+            "output": output_NH,
+            "output_squared": squared_NH,
         }
         for key, term in terms.items():
-            self._sums[key].index_add_(0, ids_S, term)
-        self._sums["output_peak"].scatter_reduce_(0, ids_S, output_SH.abs().amax(dim=-1), "amax")
+            self._sums[key][run.expert] += term.sum(dim=0)
+        peak = self._sums["output_peak"][run.expert]
+        peak.copy_(torch.maximum(peak, squared_NH.max().sqrt()))
 
-    def _add_dense(self, hidden_TH: Tensor) -> None:
-        layer = self._layer
-        ids_TE = torch.arange(layer.num_experts, device=hidden_TH.device).expand(len(hidden_TH), -1)
-        outputs_TEH = expert_outputs(layer.experts, hidden_TH, ids_TE).double()
-        self._sums["output_of_all"] += outputs_TEH.sum(dim=0)
+    def _add_dense(self, hidden_NH: Tensor) -> None:
+        outputs_ENH = outputs_of_all(self._layer, hidden_NH).double()
+        self._sums["output_of_all"] += outputs_ENH.sum(dim=1)
         # a sum over tokens of products over H is one product over both
-        directions_EN = functional.normalize(outputs_TEH, dim=-1).transpose(0, 1).flatten(1)
-        self._sums["output_cosine"].addmm_(directions_EN, directions_EN.T)
+        directions_ES = functional.normalize(outputs_ENH, dim=-1).flatten(1)
+        self._sums["output_cosine"].addmm_(directions_ES, directions_ES.T)
 
     def statistics(self) -> LayerStatistics:
         """The sums so far."""
@@ -138,11 +138,8 @@ class LayerSums:
         )
 
 
-def _blocks(tokens_N: Tensor, size: int) -> tuple[Tensor, ...]:
-    """The tokens in parts of ``size``, and of one token where it is less."""
-    return torch.split(tokens_N, max(1, size))
-
-
 def _change(before_TH: Tensor, added_TH: Tensor) -> Tensor:
     """``max(0, 1 - cos(h, h + y))`` of every token, (T,); a vector of zeros has the cosine 0 with any other."""
-    return (1 - functional.cosine_similarity(before_TH, before_TH + added_TH, dim=-1)).clamp(min=0)
+    pieces = zip(*(torch.split(values_TH, _CHANGE_TOKENS) for values_TH in (before_TH, added_TH)), strict=True)
+    cosines = [functional.cosine_similarity(h.double(), h.double() + y.double(), dim=-1) for h, y in pieces]
+    return (1 - torch.cat(cosines)).clamp(min=0)

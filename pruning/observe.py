@@ -16,28 +16,40 @@ from models.moe_layers import MoELayer, find_moe_layers
 IMPLEMENTATION = "moe_edge_observe"
 
 
+class Run(NamedTuple):
+    """One expert at work on the N tokens that selected it.
+
+    Attributes:
+        expert: its id.
+        tokens_N: which of the T tokens they are.
+        gates_N: the weights that multiply its outputs in the model.
+        outputs_NH: those outputs before they are multiplied.
+    """
+
+    expert: int
+    tokens_N: Tensor
+    gates_N: Tensor
+    outputs_NH: Tensor
+
+    def of(self, valid_N: Tensor) -> "Run":
+        """The same on the tokens for which the mask holds."""
+        return Run(self.expert, self.tokens_N[valid_N], self.gates_N[valid_N], self.outputs_NH[valid_N])
+
+
 class Seen(NamedTuple):
     """What one MoE layer did in one forward pass; padding is not told from other tokens here.
 
     Attributes:
         logits_TE: the router's logits as they come from its weights, its bias included.
         hidden_TH: what the experts read.
-        ids_TK: the experts that were selected.
-        gates_TK: the weights that multiply the experts' outputs in the model.
-        outputs_TKH: those outputs before they are multiplied.
-        mixed_TH: their weighted sum, which the routed experts give. Shared experts have no part in it.
+        mixed_TH: the weighted sum of their outputs. Shared experts have no part in it.
+        runs: each expert that a token selected, in order.
     """
 
     logits_TE: Tensor
     hidden_TH: Tensor
-    ids_TK: Tensor
-    gates_TK: Tensor
-    outputs_TKH: Tensor
     mixed_TH: Tensor
-
-    def of(self, tokens_N: Tensor) -> "Seen":
-        """The same of some tokens."""
-        return Seen(*(values[tokens_N] for values in self))
+    runs: tuple[Run, ...]
 
 
 Observer = Callable[[MoELayer, Seen], None]
@@ -57,9 +69,12 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     answers: dict[nn.Module, Tensor] = {}
 
     def experts_function(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        outputs_TKH = expert_outputs(experts, hidden_TH, ids_TK)
-        mixed_TH = (outputs_TKH * gates_TK[..., None]).sum(dim=1).to(hidden_TH.dtype)
-        observer(layers[experts], Seen(answers.pop(experts), hidden_TH, ids_TK, gates_TK, outputs_TKH, mixed_TH))
+        runs = tuple(_runs(experts, hidden_TH, ids_TK, gates_TK))
+        mixed_TH = torch.zeros_like(hidden_TH)
+        for run in runs:
+            gated_NH = run.outputs_NH * run.gates_N[:, None]
+            mixed_TH.index_add_(0, run.tokens_N, gated_NH.to(mixed_TH.dtype))
+        observer(layers[experts], Seen(answers.pop(experts), hidden_TH, mixed_TH, runs))
         return mixed_TH
 
     def router_answered(experts: nn.Module, _router: nn.Module, _inputs: Any, answer: tuple[Tensor, ...]) -> None:
@@ -78,15 +93,28 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         yield
 
 
-def expert_outputs(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor) -> Tensor:
-    """``f_e(x_t)`` of each selected expert, (T, K, H), biases included and no weight applied.
+def _runs(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Iterator[Run]:
+    """The experts that a token selected, one after the other."""
+    ids_S, order_S = ids_TK.flatten().sort(stable=True)
+    selected, counts = torch.unique_consecutive(ids_S, return_counts=True)
+    for expert, places_N in zip(selected.tolist(), torch.split(order_S, counts.tolist()), strict=True):
+        tokens_N = places_N // ids_TK.shape[1]
+        outputs_NH = expert_outputs(experts, expert, hidden_TH[tokens_N])
+        yield Run(expert, tokens_N, gates_TK.flatten()[places_N], outputs_NH)
 
-    Every (token, expert) pair is one row with weight 1 for the family's own eager code, so layouts, gating,
-    clamps and biases are the family's, not a copy of them.
+
+def expert_outputs(experts: nn.Module, expert: int, hidden_NH: Tensor) -> Tensor:
+    """``f_e(x)`` of one expert, (N, H), biases included and no weight applied.
+
+    It is the only one that the family's own eager code is told of, with weight 1, so layouts, gating, clamps and
+    biases are the family's, not a copy of them.
     """
-    top_k = ids_TK.shape[1]
-    rows_SH = hidden_TH.repeat_interleave(top_k, dim=0)
-    ones_S1 = torch.ones(len(rows_SH), 1, dtype=hidden_TH.dtype, device=hidden_TH.device)
+    ids_N1 = torch.full((len(hidden_NH), 1), expert, device=hidden_NH.device)
     eager = inspect.unwrap(type(experts).forward)
-    outputs_SH: Tensor = eager(experts, rows_SH, ids_TK.reshape(-1, 1), ones_S1)
-    return outputs_SH.reshape(-1, top_k, outputs_SH.shape[-1])
+    outputs_NH: Tensor = eager(experts, hidden_NH, ids_N1, torch.ones_like(ids_N1, dtype=hidden_NH.dtype))
+    return outputs_NH
+
+
+def outputs_of_all(layer: MoELayer, hidden_NH: Tensor) -> Tensor:
+    """``f_e(x)`` of every expert on every token, (E, N, H)."""
+    return torch.stack([expert_outputs(layer.experts, expert, hidden_NH) for expert in range(layer.num_experts)])

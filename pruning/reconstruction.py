@@ -22,7 +22,7 @@ from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.errors import UserError
 from pruning.apply import slice_rows
 from pruning.collect import run_backbone
-from pruning.observe import expert_outputs, observed
+from pruning.observe import observed, outputs_of_all
 
 MAX_SUBSETS = 1000
 """A layer with more of them is not searched but emptied one by one. Of 8 experts there are at most 70 subsets."""
@@ -88,8 +88,7 @@ def search(loss: Loss, experts: int, count: int) -> Found:
 
 def layer_loss(layer: MoELayer, hidden_TH: Tensor, row: Family) -> Loss:
     """The Frobenius norm of the change of the routed experts' sum (T, H), over the tokens ``hidden_TH``."""
-    everyone_TE = torch.arange(layer.num_experts).expand(len(hidden_TH), -1)
-    outputs_TEH = expert_outputs(layer.experts, hidden_TH, everyone_TE)
+    outputs_TEH = outputs_of_all(layer, hidden_TH).transpose(0, 1)
 
     def result(keep: Keep) -> Tensor:
         _, gates_TK, ids_TK = narrowed(layer, keep, row)(hidden_TH)

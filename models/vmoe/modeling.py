@@ -128,7 +128,7 @@ class VMoeExperts(nn.Module):
     def forward(self, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """``y_t = sum_k gates_tk f_{ids_tk}(x_t)``, (T, H): one expert after the other on the tokens it was given."""
         output_TH = torch.zeros_like(hidden_TH)
-        for expert in range(self.num_experts):
+        for expert in torch.unique(ids_TK).tolist():
             token, choice = torch.where(ids_TK == expert)
             up = functional.linear(hidden_TH[token], self.up_proj[expert], self.up_proj_bias[expert])
             down = functional.linear(self.act_fn(up), self.down_proj[expert], self.down_proj_bias[expert])

@@ -9,7 +9,7 @@ from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec import Statistics, UserError
 from moe_spec.statistics import KEYS, merge
 from pruning.collect import LayerSums, collect
-from pruning.observe import Seen, observed
+from pruning.observe import Run, Seen, observed
 from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, example_inputs
 
 SPARSE = [name for name, key in KEYS.items() if not key.dense]
@@ -170,12 +170,11 @@ def test_many_batches_give_what_one_gives_and_shards_add_up(name):
     assert_same_sums(merged.layers, whole)
 
 
-def test_many_blocks_give_what_one_gives(monkeypatch):
+def test_the_dense_statistics_do_not_depend_on_how_many_tokens_go_at_a_time(monkeypatch):
     model = TINY["granitemoe"]()
     inputs = example_inputs(model, batch=2, sequence=5, seed=0)
     whole = collect(model, [inputs], dense=True)
-    monkeypatch.setattr("pruning.collect._BLOCK", 3 * TOP_K * HIDDEN)
-    monkeypatch.setattr("pruning.collect._DENSE_BLOCK", 1)  # less than a token
+    monkeypatch.setattr("pruning.collect._DENSE_ELEMENTS", 1)  # less than a token
     assert_same_sums(collect(model, [inputs], dense=True), whole)
 
 
@@ -193,9 +192,13 @@ def test_experts_that_no_token_selects_have_zeros():
         assert not any(layer[key].any() for key in SPARSE)
 
 
-GATES_4K = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.6, 0.4]])
-IDS_4K = torch.tensor([[0, 1], [0, 1], [1, 2], [0, 1]])
-NORMS_E, CHANGES_4 = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.1, 0.1, 0.5, 0.2])
+NORMS_E, CHANGES_4 = (1, 2, 6), torch.tensor([0.1, 0.1, 0.5, 0.2])
+TOKENS_E = ((0, 1, 3), (0, 1, 2, 3), (2,))
+GATES_E = ((0.9, 0.8, 0.6), (0.1, 0.2, 0.5, 0.4), (0.5,))
+RUNS = tuple(
+    Run(expert, torch.tensor(tokens), torch.tensor(gates), torch.tensor([[0.0, -norm]]).expand(len(tokens), -1))
+    for expert, (tokens, gates, norm) in enumerate(zip(TOKENS_E, GATES_E, NORMS_E, strict=True))
+)
 WORKED: dict[str, list[float]] = {
     "tokens": [3, 4, 1],
     "gate": [2.3, 1.2, 0.5],
@@ -215,8 +218,7 @@ def test_the_worked_numbers():
     sums = LayerSums(MoELayer("mlp", nothing, nothing, 3, 2, hidden_size=2, score="softmax", groups=None))
     before_4H = torch.tensor([[1.0, 0.0]]).expand(4, -1)
     after_4H = torch.stack([1 - CHANGES_4, (1 - (1 - CHANGES_4) ** 2).sqrt()], dim=-1)
-    outputs_4KH = NORMS_E[IDS_4K][..., None] * torch.tensor([0.0, -1.0])
-    sums.add(Seen(torch.zeros(4, 3), before_4H, IDS_4K, GATES_4K, outputs_4KH, after_4H - before_4H))
+    sums.add(Seen(torch.zeros(4, 3), before_4H, after_4H - before_4H, RUNS))
     layer = sums.statistics()
     for key, expected in WORKED.items():
         np.testing.assert_allclose(layer[key], expected, rtol=1e-6, err_msg=key)
@@ -232,9 +234,19 @@ def test_tokens_that_are_turned_back_or_not_at_all_change_nothing():
     before_TH = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     added_TH = torch.tensor([[3.0, 0.0], [-2.0, 0.0], [0.0, 1.0]])  # cosines 1, -1, and 0 of a vector of zeros
     sums = LayerSums(layer)
-    one_T1 = torch.ones(3, 1)
-    sums.add(Seen(one_T1, before_TH, torch.zeros(3, 1, dtype=torch.int64), one_T1, added_TH[:, None], added_TH))
+    sums.add(Seen(torch.ones(3, 1), before_TH, added_TH, (Run(0, torch.arange(3), torch.ones(3), added_TH),)))
     np.testing.assert_allclose(sums.statistics()["gated_norm_change"], [0 * 3 + 2 * 2 + 1 * 1])
+
+
+def test_an_expert_that_only_padding_selects_is_as_if_no_token_had():
+    nothing = torch.nn.Identity()
+    sums = LayerSums(MoELayer("mlp", nothing, nothing, 3, 2, hidden_size=2, score="softmax", groups=None))
+    hidden_4H = torch.ones(4, 2)
+    sums.add(Seen(torch.zeros(4, 3), hidden_4H, hidden_4H, RUNS), valid_T=torch.tensor([True, True, False, True]))
+    layer = sums.statistics()
+    assert layer.token_count == 3
+    assert layer["tokens"].tolist() == [3, 3, 0]
+    assert layer["output_peak"].tolist() == [1, 2, 0]
 
 
 def test_groups_stand_in_the_statistics():
