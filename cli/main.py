@@ -18,6 +18,7 @@ VERBS = (
     "merge",
     "plan",
     "prune",
+    "finetune",
     "export",
     "optimize",
     "build",

@@ -23,6 +23,7 @@ FUNCTIONS = {
     "merge": "moe_spec.statistics",
     "plan": "pruning.plan",
     "prune": "pruning.apply",
+    "finetune": "pruning.finetuning.finetune",
     "export": "exporter.export",
     "optimize": "graph_passes.optimize",
     "build": "runtime.build",

@@ -1,0 +1,81 @@
+"""Train a checkpoint on task data: recover what pruning cost, or prune while the task is learned.
+
+--method plain: the task's loss. task-specific: drop the experts that the task uses less and less, until one a layer is
+left. seer: make routers decisive, and lower K. router-kd: only the routers learn, from --teacher, without labels.
+--recipe adamw or sgd; what it says about steps, learning rate and batch size can be given here.
+
+Example: moe-edge finetune pruned/ --data train.npz --steps 300 -o recovered/
+Example: moe-edge finetune checkpoint/ --data train.npz --method task-specific --beta 0.5 -o one-expert/
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import console
+from cli.options import AsJson, Output
+
+
+def finetune(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
+    data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`; with `labels`.")],
+    output: Output,
+    method: Annotated[str, typer.Option(help="plain, task-specific, seer or router-kd.")] = "plain",
+    recipe: Annotated[str, typer.Option(help="adamw, or sgd as in arXiv 2405.16646.")] = "adamw",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000 if not given.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="After the warm-up; the recipe's if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step; the recipe's if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of shuffling and of the model's own noise.")] = 0,
+    score: Annotated[str | None, typer.Option(help="task-specific: alpha (default) or hit-rate.")] = None,
+    variant: Annotated[str | None, typer.Option(help="task-specific: eager (default), staged or two-pass.")] = None,
+    windows: Annotated[int | None, typer.Option(help="task-specific: parts of the first half, 5.")] = None,
+    beta: Annotated[float | None, typer.Option(help="task-specific: go below beta / experts alive, 0.5.")] = None,
+    floor: Annotated[int | None, typer.Option(help="task-specific: experts left in the end, 1.")] = None,
+    entropy_weight: Annotated[float | None, typer.Option(help="seer: of the routers' entropy, 0.01.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="seer: K in the end; as it is if not given.")] = None,
+    lower_at: Annotated[list[int] | None, typer.Option(help="seer: a step after which K falls by one.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="router-kd: the checkpoint before it was pruned.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="router-kd: of the softmax over logits, 1.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint directory."""
+    from moe_spec.identity import checkpoint_sha256
+    from pruning.finetuning.finetune import finetune as run
+    from pruning.finetuning.options import method as named_method
+    from pruning.finetuning.recipe import recipe as named_recipe
+
+    options = _given(
+        score=score,
+        variant=variant,
+        windows=windows,
+        beta=beta,
+        floor=floor,
+        entropy_weight=entropy_weight,
+        top_k=top_k,
+        lower_at=tuple(lower_at) if lower_at else None,
+        teacher=teacher,
+        temperature=temperature,
+    )
+    changes = _given(steps=steps, learning_rate=learning_rate, batch_size=batch_size)
+    with console.progress() as bar:
+        task = bar.add_task(f"fine-tuning {checkpoint}", total=None)
+        done = run(
+            checkpoint,
+            data,
+            named_method(method, options),
+            dataclasses.replace(named_recipe(recipe), seed=seed, **changes),
+            output,
+            on_progress=lambda step, total: bar.update(task, completed=step, total=total),
+        )
+    first, last = done.first_and_last_loss()
+    console.result(
+        f"{output}: {len(done.losses)} steps of {method}, loss {first:.4f} in the first tenth, {last:.4f} in the last",
+        {"output": str(output), "model_sha256": checkpoint_sha256(output), "finetuning": done.to_json()},
+        as_json,
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

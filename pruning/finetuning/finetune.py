@@ -1,0 +1,161 @@
+"""Finetune: train a checkpoint on task data by one of the methods, into a new checkpoint."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from models.checkpoints import load_model, save_model
+from moe_spec.companions import copy_companions
+from moe_spec.dataset import Dataset, load_dataset
+from moe_spec.files import new_directory, refuse_existing
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.images import ImagePreprocessor
+from moe_spec.plan import PruningPlan
+from moe_spec.record import Json, save_record
+from pruning.apply import PLAN, apply_plan
+from pruning.finetuning import seer
+from pruning.finetuning.examples import inputs, labelled
+from pruning.finetuning.objectives import task_loss
+from pruning.finetuning.options import TWO_PASS, Method, Plain, RouterKD, Seer, TaskSpecific, name_of
+from pruning.finetuning.recipe import Recipe
+from pruning.finetuning.router_kd import distil
+from pruning.finetuning.task_specific import TaskSpecificPruning
+from pruning.finetuning.training import Progress, train
+
+RECORD, SCHEMA = "finetuning.json", 1
+"""How a fine-tuned checkpoint came about, kept in its directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """What was done.
+
+    Attributes:
+        model_sha256: the checkpoint that was trained.
+        data_sha256: what it was trained on.
+        method: with its options.
+        recipe: optimizer, schedule and seed.
+        losses: of every step; of both runs, one after the other, where there are two.
+        plan: what was pruned meanwhile, for the checkpoint that was trained.
+        drops: ``(step, layer, ids left)`` of every time that experts went.
+        teacher_sha256: the checkpoint that was imitated.
+    """
+
+    model_sha256: str
+    data_sha256: str
+    method: Method
+    recipe: Recipe
+    losses: tuple[float, ...]
+    plan: PruningPlan | None = None
+    drops: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
+    teacher_sha256: str | None = None
+
+    def first_and_last_loss(self) -> tuple[float, float]:
+        """Mean loss of the first and of the last tenth of the steps, at least one each."""
+        tenth = max(1, len(self.losses) // 10)
+        return sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
+
+    def to_json(self) -> Json:
+        """As it stands in finetuning.json; a teacher is known by its hash, wherever it lies."""
+        options = {key: value for key, value in dataclasses.asdict(self.method).items() if key != "teacher"}
+        return {
+            "model_sha256": self.model_sha256,
+            "data_sha256": self.data_sha256,
+            "method": name_of(self.method),
+            "options": options,
+            "recipe": dataclasses.asdict(self.recipe),
+            "losses": list(self.losses),
+            "drops": [{"step": step, "layer": layer, "left": list(left)} for step, layer, left in self.drops],
+            "teacher_sha256": self.teacher_sha256,
+        }
+
+
+def finetune(
+    checkpoint: Path, data: Path, method: Method, recipe: Recipe, out: Path, *, on_progress: Progress | None = None
+) -> Finetuning:
+    """Train a checkpoint and write the result as a new one, in float32, with finetuning.json beside it.
+
+    Where the method prunes, the new checkpoint has the experts that are left, and plan.json says which they are.
+
+    Args:
+        checkpoint: transformers directory of a known MoE family.
+        data: .npz of model inputs or of images (``moe_spec.dataset``), with ``labels`` for a classifier.
+        method: one of ``pruning.finetuning.options.METHODS``, with its options.
+        recipe: optimizer, schedule and seed.
+        out: directory to write; must not exist.
+        on_progress: told after every step.
+
+    Raises:
+        UserError: ``out`` exists; checkpoint, teacher or data cannot be read or do not fit together; or the method does
+            not suit the model.
+    """
+    refuse_existing(out)
+    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
+    job = _Job(checkpoint, dataset, str(data), recipe, on_progress)
+    model, done = _METHODS[type(method)](job, method)
+    with new_directory(out) as staging:
+        save_model(model, staging)
+        copy_companions(checkpoint, staging)
+        save_record(staging / RECORD, "finetuning", SCHEMA, done.to_json())
+        if done.plan is not None:
+            done.plan.save(staging / PLAN)
+    return done
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    checkpoint: Path
+    dataset: Dataset
+    where: str
+    recipe: Recipe
+    on_progress: Progress | None
+
+    def done(self, method: Method, losses: list[float], **more: Any) -> Finetuning:
+        identity = checkpoint_sha256(self.checkpoint)
+        return Finetuning(identity, self.dataset.sha256, method, self.recipe, tuple(losses), **more)
+
+
+Outcome = tuple[PreTrainedModel, Finetuning]
+
+
+def _plain(job: _Job, method: Plain) -> Outcome:
+    model = load_model(job.checkpoint)
+    examples = labelled(job.dataset, model, job.where)
+    return model, job.done(method, train(model, examples, task_loss, job.recipe, on_progress=job.on_progress))
+
+
+def _task_specific(job: _Job, method: TaskSpecific) -> Outcome:
+    model = load_model(job.checkpoint)
+    examples = labelled(job.dataset, model, job.where)
+    pruning = TaskSpecificPruning(method)
+    losses = train(model, examples, task_loss, job.recipe, callbacks=[pruning], on_progress=job.on_progress)
+    plan = pruning.plan(checkpoint_sha256(job.checkpoint))
+    if method.variant == TWO_PASS:
+        model = load_model(job.checkpoint)
+        apply_plan(model, plan)
+        losses += train(model, examples, task_loss, job.recipe, on_progress=job.on_progress)
+    return model, job.done(method, losses, plan=plan, drops=tuple(pruning.drops))
+
+
+def _seer(job: _Job, method: Seer) -> Outcome:
+    model = load_model(job.checkpoint)
+    examples = labelled(job.dataset, model, job.where)
+    return model, job.done(method, seer.fine_tune(model, examples, method, job.recipe, job.on_progress))
+
+
+def _router_kd(job: _Job, method: RouterKD) -> Outcome:
+    teacher, model = load_model(method.teacher), load_model(job.checkpoint)
+    examples = inputs(job.dataset, model, job.where)
+    losses = distil(model, teacher, examples, method.temperature, job.recipe, job.on_progress)
+    return model, job.done(method, losses, teacher_sha256=checkpoint_sha256(method.teacher))
+
+
+_METHODS: Mapping[type, Callable[[_Job, Any], Outcome]] = {
+    Plain: _plain,
+    TaskSpecific: _task_specific,
+    Seer: _seer,
+    RouterKD: _router_kd,
+}

@@ -1,0 +1,34 @@
+"""Options as the command line calls them, and what is said about those that cannot be."""
+
+from collections.abc import Collection
+
+from moe_spec.errors import UserError, did_you_mean
+
+
+def flag(option: str) -> str:
+    """The command line's name of ``option``.
+
+    >>> flag("top_k")
+    '--top-k'
+    """
+    return f"--{option.replace('_', '-')}"
+
+
+def require(fits: bool, option: str, value: object, expected: str) -> None:
+    """Refuse ``value`` of ``option`` unless it ``fits``.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not fits:
+        raise UserError(f"{flag(option)} {value} is out of range, expected {expected}", hint=f"give {expected}")
+
+
+def known(name: str, what: str, names: Collection[str]) -> None:
+    """Refuse ``name`` unless it is one of ``names``, each a ``what``.
+
+    Raises:
+        UserError: it is none.
+    """
+    if name not in names:
+        raise UserError(f"{name!r} is no {what}", hint=did_you_mean(name, names))

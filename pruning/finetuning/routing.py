@@ -1,0 +1,52 @@
+"""See what routers give while a model trains, with gradients."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.moe_layers import find_moe_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What one router gave in one forward pass, for the T tokens that are no padding.
+
+    Attributes:
+        logits_TE: (T, E) float, part of the graph.
+        gates_TK: (T, K) float, what multiplies the outputs of the selected experts.
+        ids_TK: (T, K) int64, the selected experts.
+    """
+
+    logits_TE: Tensor
+    gates_TK: Tensor
+    ids_TK: Tensor
+
+
+@contextlib.contextmanager
+def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) -> Iterator[None]:
+    """Within the block ``observer`` is told the name of each MoE layer that runs, and its `Routing`."""
+    real: dict[str, Tensor | None] = {}
+
+    def before(_model: nn.Module, _arguments: Any, keywords: Mapping[str, Any]) -> None:
+        mask_BS = keywords.get("attention_mask")
+        real["T"] = None if mask_BS is None else mask_BS.flatten() != 0
+
+    def after(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
+        def hook(_router: nn.Module, _arguments: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            # every router of `models.families` returns logits, gates and ids
+            real_T = real["T"]
+            observer(name, Routing(*(outputs if real_T is None else (output[real_T] for output in outputs))))
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [layer.router.register_forward_hook(after(layer.name)) for layer in find_moe_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

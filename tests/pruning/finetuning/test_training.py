@@ -1,0 +1,91 @@
+"""The loop: every family learns, the same way every time, and nothing but weights changes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pruning.finetuning.objectives import task_loss
+from pruning.finetuning.recipe import RECIPES
+from pruning.finetuning.training import train
+from tests.models_table import TINY, example_inputs
+from tests.pruning.finetuning.examples import columns, quick
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_learns_in_place(name):
+    model, told = TINY[name](), []
+    before, inputs = model.config.to_dict(), example_inputs(model, 2, 5, seed=1)
+    untrained = model(**inputs).logits
+    losses = train(
+        model, columns(model), task_loss, quick(30), on_progress=lambda step, total: told.append((step, total))
+    )
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert told == [(step, 30) for step in range(1, 31)]
+    assert model.config.to_dict() == before
+    assert not model.training
+    assert (model(**inputs).logits - untrained).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["vmoe", "mixtral"])
+def test_the_seed_decides_everything(name):
+    def weights(seed):
+        model = TINY[name]()
+        losses = train(model, columns(model), task_loss, quick(4, seed=seed))
+        return losses, torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    (first, again, other) = (weights(seed) for seed in (3, 3, 4))
+    assert first[0] == again[0] != other[0]
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_warms_up_and_ends_at_its_final_rate(name, monkeypatch):
+    recipe, rates = RECIPES[name], []
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    step = kind.step
+
+    def recorded(self, *arguments, **keywords):
+        rates.append(self.param_groups[0]["lr"])
+        assert self.param_groups[0].get("momentum", 0) == recipe.momentum
+        assert self.param_groups[0]["weight_decay"] == recipe.weight_decay
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(kind, "step", recorded)
+    model = TINY["vmoe"]()
+    train(model, columns(model, 8), task_loss, quick_of(recipe, 20))
+    assert rates[0] < rates[1] < rates[2] == max(rates) == pytest.approx(recipe.learning_rate)
+    assert rates[-1] == pytest.approx(recipe.final_learning_rate, abs=0.02 * recipe.learning_rate)
+
+
+def quick_of(recipe, steps):
+    return dataclasses.replace(recipe, steps=steps, batch_size=4)
+
+
+def test_the_balance_loss_is_off():
+    model, seen = TINY["vmoe"](), []
+
+    def objective(trained, batch):
+        output = trained(**batch)
+        plain = torch.nn.functional.cross_entropy(output.logits, batch["labels"])
+        seen.append((output.loss - plain).abs().item())
+        assert output.aux_loss > 0
+        return output.loss
+
+    train(model, columns(model), objective, quick(2))
+    assert seen == [0, 0]
+    assert model.config.router_aux_loss_coef == 0.01
+
+
+def test_an_interrupted_training_puts_the_settings_back():
+    model = TINY["mixtral"]()
+
+    def objective(trained, batch):
+        raise KeyboardInterrupt
+
+    before = model.config.to_dict(), model.router_aux_loss_coef
+    with pytest.raises(KeyboardInterrupt):
+        train(model, columns(model), objective, quick(2))
+    assert (model.config.to_dict(), model.router_aux_loss_coef) == before
