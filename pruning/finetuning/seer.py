@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -32,7 +31,7 @@ def fine_tune(
     """
     layers = find_moe_layers(model)
     lowered = lower_steps(options, layers[0].top_k, recipe.steps)
-    sigmoid = family(model.config.model_type).score == "sigmoid"
+    sigmoid = layers[0].score == "sigmoid"
     logits: dict[str, Tensor] = {}
 
     def objective(trained: nn.Module, batch: Inputs) -> Tensor:

@@ -1,6 +1,7 @@
 """Little tasks that tiny models can learn."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def saved(name: str, directory: Path) -> tuple[Path, Path]:
     """A checkpoint of the tiny model ``name``, and its task as .npz."""
     model, checkpoint, data = TINY[name](), directory / name, directory / "train.npz"
     save_model(model, checkpoint)
-    arrays = {key: column.numpy() for key, column in columns(model).items()}
+    arrays: dict[str, Any] = {key: column.numpy() for key, column in columns(model).items()}
     if model.main_input_name == "input_ids":
         del arrays["labels"]
     np.savez_compressed(data, **arrays)

@@ -1,5 +1,7 @@
 """What a model trains on."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,8 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_tokens():
 
 
 def test_a_model_without_a_head_is_refused():
-    model = MixtralModel(TINY["mixtral"]().config)
+    config: Any = TINY["mixtral"]().config
+    model = MixtralModel(config)
     with pytest.raises(UserError) as caught:
         is_language_model(model)
     assert caught.value.what == "MixtralModel has no head to fine-tune with"

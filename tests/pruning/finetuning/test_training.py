@@ -1,6 +1,7 @@
 """The loop: every family learns, the same way every time, and nothing but weights changes."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_seed_decides_everything(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_warms_up_and_ends_at_its_final_rate(name, monkeypatch):
     recipe, rates = RECIPES[name], []
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     step = kind.step
 
     def recorded(self, *arguments, **keywords):
