@@ -57,6 +57,14 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
     return tuple(_layer(name, block, row) for name, block in blocks)
 
 
+def set_top_k(model: PreTrainedModel, layer: MoELayer, top_k: int) -> None:
+    """Let every token select ``top_k`` experts of ``layer``, a layer of ``model``; the config stays as it is."""
+    count = family(model.config.model_type).top_k_count
+    for module in (model.get_submodule(layer.name), layer.router):
+        if hasattr(module, count):
+            setattr(module, count, top_k)
+
+
 def _layer(name: str, block: nn.Module, row: Family) -> MoELayer:
     router = getattr(block, row.router)
     groups = None if row.group_counts is None else Groups(*(getattr(router, count) for count in row.group_counts))

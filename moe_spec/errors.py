@@ -1,7 +1,7 @@
 """The two things a user hears about: a mistake that they can mend, and a proof that failed."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -39,3 +39,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1)
     everything = f"known: {', '.join(names)}"
     return f"did you mean {close[0]!r}? {everything}" if close else everything
+
+
+def require_known(name: str, what: str, known: Collection[str]) -> None:
+    """Refuse a name that is none of ``known``, each a ``what``.
+
+    Raises:
+        UserError: with the closest known name.
+    """
+    if name not in known:
+        raise UserError(f"{name!r} is no {what}", hint=did_you_mean(name, known))

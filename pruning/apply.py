@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
 from models.families import Family, family
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 from models.stored_names import parameter_names
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
@@ -92,7 +92,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             _silence(layer, layer_plan.dropped)
             continue
         _slice_layer(layer, layer_plan, row)
-        _set_counts(model.get_submodule(layer.name), layer, layer_plan, left, row)
+        _set_counts(model, layer, layer_plan, left, row)
     shapes = _shapes(model)
     if len(shapes) == 1:
         experts, top_k, one_group = shapes.pop()
@@ -158,12 +158,10 @@ def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
     setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
 
 
-def _set_counts(block: nn.Module, layer: MoELayer, plan: LayerPlan, groups: Groups | None, row: Family) -> None:
+def _set_counts(model: PreTrainedModel, layer: MoELayer, plan: LayerPlan, groups: Groups | None, row: Family) -> None:
     for module in (layer.router, layer.experts):
         setattr(module, row.experts_count, len(plan.keep))
-    for module in (block, layer.router):
-        if hasattr(module, row.top_k_count):
-            setattr(module, row.top_k_count, plan.top_k)
+    set_top_k(model, layer, plan.top_k)
     if row.group_counts is not None and groups is not None:
         for name, value in zip(row.group_counts, (groups.count, groups.selected), strict=True):
             setattr(layer.router, name, value)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_spec.errors import UserError, did_you_mean
+from moe_spec.errors import UserError, require_known
 from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
@@ -163,7 +163,7 @@ def check_options(options: PlanOptions) -> None:
         UserError: a budget that is none, an unknown scope or router, or options that exclude each other.
     """
     check_budget(options.keep, str(options.keep))
-    _known(options.scope, "scope", SCOPES)
+    require_known(options.scope, "scope", SCOPES)
     if options.criterion in MERGERS:
         check_merging(options.criterion, options.router, protect=options.protect)
     else:
@@ -181,7 +181,7 @@ def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Cand
     if criterion := by_statistics(options.criterion):
         return _by_statistics(source, options, criterion)
     without_statistics = [*DATA_FREE_CRITERIA, *WEIGHT_CRITERIA, *CHANGE_CRITERIA]
-    _known(options.criterion, "criterion", [*CRITERIA, SHAPE, *MERGERS, *without_statistics])
+    require_known(options.criterion, "criterion", [*CRITERIA, SHAPE, *MERGERS, *without_statistics])
     if options.protect:
         raise UserError(
             f"--protect finds super experts in statistics, but criterion {options.criterion!r} takes none",
@@ -244,8 +244,3 @@ def _by_weights(checkpoint: Path, options: PlanOptions) -> Candidates:
         )
     model = of_checkpoint(checkpoint)
     return Candidates(model.model_sha256, model.layers, score)
-
-
-def _known(name: str, what: str, known: Collection[str]) -> None:
-    if name not in known:
-        raise UserError(f"{name!r} is no {what}", hint=did_you_mean(name, known))

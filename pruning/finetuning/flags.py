@@ -1,8 +1,6 @@
 """Options as the command line calls them, and what is said about those that cannot be."""
 
-from collections.abc import Collection
-
-from moe_spec.errors import UserError, did_you_mean
+from moe_spec.errors import UserError
 
 
 def flag(option: str) -> str:
@@ -22,13 +20,3 @@ def require(fits: bool, option: str, value: object, expected: str) -> None:
     """
     if not fits:
         raise UserError(f"{flag(option)} {value} is out of range, expected {expected}", hint=f"give {expected}")
-
-
-def known(name: str, what: str, names: Collection[str]) -> None:
-    """Refuse ``name`` unless it is one of ``names``, each a ``what``.
-
-    Raises:
-        UserError: it is none.
-    """
-    if name not in names:
-        raise UserError(f"{name!r} is no {what}", hint=did_you_mean(name, names))

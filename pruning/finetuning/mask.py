@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from models.moe_layers import MoELayer, find_moe_layers
-from pruning.finetuning.top_k import set_top_k
+from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 
 UNSELECTABLE = -1e30
 """For a selection bias, where -inf will not do: a sigmoid of -inf is 0, and 0 plus a bias can win; and two of -inf make
@@ -44,7 +43,7 @@ class ExpertMask:
         dropped_E = torch.ones(layer.num_experts, dtype=torch.bool)
         dropped_E[list(experts)] = False
         self._dropped[name] = dropped_E
-        set_top_k(self._model, name, min(layer.top_k, len(experts)))
+        set_top_k(self._model, layer, min(layer.top_k, len(experts)))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -57,7 +56,7 @@ class ExpertMask:
         finally:
             for layer in self._layers.values():
                 del layer.router.forward
-                set_top_k(self._model, layer.name, layer.top_k)
+                set_top_k(self._model, layer, layer.top_k)
 
     def _route(self, layer: MoELayer, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
         dropped_E = self._dropped[layer.name].to(hidden.device)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_spec.errors import UserError
-from pruning.finetuning.flags import flag, known, require
+from moe_spec.errors import UserError, require_known
+from pruning.finetuning.flags import flag, require
 
 EAGER, STAGED, TWO_PASS = "eager", "staged", "two-pass"
 VARIANTS: Mapping[str, str] = {
@@ -52,8 +52,8 @@ class TaskSpecific:
     floor: int = 1
 
     def __post_init__(self) -> None:
-        known(self.score, "score", SCORES)
-        known(self.variant, "variant", VARIANTS)
+        require_known(self.score, "score", SCORES)
+        require_known(self.variant, "variant", VARIANTS)
         require(self.windows >= 1, "windows", self.windows, "at least 1")
         require(0 < self.beta <= 1, "beta", self.beta, "above 0 and at most 1")
         require(self.floor >= 1, "floor", self.floor, "at least 1")
@@ -120,7 +120,7 @@ def method(name: str, options: Mapping[str, Any]) -> Method:
     >>> method("seer", {"top_k": 1})
     Seer(entropy_weight=0.01, top_k=1, lower_at=())
     """
-    known(name, "method", METHODS)
+    require_known(name, "method", METHODS)
     fields = {field.name: field for field in dataclasses.fields(METHODS[name])}
     for option in options:
         if option not in fields:

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from pruning.finetuning.flags import known, require
+from moe_spec.errors import require_known
+from pruning.finetuning.flags import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,5 +78,5 @@ def recipe(name: str) -> Recipe:
     >>> recipe("sgd").momentum
     0.9
     """
-    known(name, "recipe", RECIPES)
+    require_known(name, "recipe", RECIPES)
     return RECIPES[name]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
 from pruning.apply import apply_plan
@@ -14,7 +14,6 @@ from pruning.finetuning.objectives import mean_entropy, task_loss
 from pruning.finetuning.options import Seer, name_of
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.routing import watched
-from pruning.finetuning.top_k import set_top_k
 from pruning.finetuning.training import AfterStep, Progress, train
 
 
@@ -41,7 +40,7 @@ def fine_tune(
     def lower(step: int, _steps: int) -> None:
         if step in lowered:
             for layer in layers:
-                set_top_k(model, layer.name, lowered[step])
+                set_top_k(model, layer, lowered[step])
 
     with watched(model, lambda name, routing: logits.update({name: routing.logits_TE})):
         losses = train(model, examples, objective, recipe, callbacks=[AfterStep(lower)], on_progress=on_progress)
