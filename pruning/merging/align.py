@@ -44,7 +44,7 @@ def agreement(experts: nn.Module, reference: Weights, other: Weights) -> Tensor:
 def aligned(experts: nn.Module, reference: Weights, other: Weights) -> dict[str, Tensor]:
     """``other`` with its neurons permuted to agree most with those of ``reference``; it computes what it did.
 
-    The best of all permutations, by linear assignment. That takes O(F^3) time and F^2 float64 of memory.
+    The best of all permutations, by linear assignment: O(F^3) time, seconds for F = 2048, and F^2 float64 of memory.
     Weights on the meta device have no values to be aligned by, and stay as they are.
     """
     from scipy.optimize import linear_sum_assignment  # takes a while to import

@@ -134,7 +134,7 @@ class Merger:
 
     def notes(self, router: str) -> tuple[str, ...]:
         """What a user has to know of a merge with this router."""
-        untrained = ("the router is drawn anew: until it is trained, the model computes nothing of use",)
+        untrained = ("the router is drawn anew: until it is trained, it chooses at random",)
         published = _ALIASES if self.published is None else ROUTERS[self.published]
         other = (f"the paper's router: {published}. This plan's: {ROUTERS[router]}",)
         return self.deviations + untrained * (router == NEW) + other * (router != self.published)

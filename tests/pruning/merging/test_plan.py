@@ -123,9 +123,7 @@ def test_statistics_that_are_not_finite_are_refused(name):
 
 
 def test_a_merger_says_where_it_is_not_what_its_paper_does():
-    assert MERGERS["uncurl"].notes("new") == (
-        "the router is drawn anew: until it is trained, the model computes nothing of use",
-    )
+    assert MERGERS["uncurl"].notes("new") == ("the router is drawn anew: until it is trained, it chooses at random",)
     assert MERGERS["uncurl"].notes("mean") == (
         "the paper's router: all rows are drawn anew, and have to be trained. This plan's: the row of a survivor is "
         "the weighted mean of those merged into it",
