@@ -2,7 +2,7 @@
 
     python -m benchmarks.calibration > benchmarks/calibration.md
 
-It takes about two minutes. With ``--quick`` it takes seconds, and its numbers are worth no more than that.
+It takes some minutes. With ``--quick`` it takes seconds, and its numbers are worth no more than that.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.machine import describe_machine
 from pruning.collect import collect
 from runtime.bench import time_in_turns
 
-EXAMPLES, REPEATS, QUICK_REPEATS, WARMUP, THREADS = 4, 7, 1, 1, 1
+EXAMPLES, REPEATS, QUICK_REPEATS, WARMUP, THREADS = 4, 5, 1, 1, 1
 PLAIN = ("eager", "grouped_mm")
 OBSERVED, DENSE = "observed", "dense"
 GOOD_ENOUGH = 1.3
@@ -127,7 +127,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    times = (f"{row.median_ms[name]:.3g}" for name in (*PLAIN, OBSERVED, DENSE))
+    times = (f"{row.median_ms[name]:,.0f}" for name in (*PLAIN, OBSERVED, DENSE))
     ratios = (f"{row.ratio(OBSERVED):.2f}", f"{row.ratio(DENSE):.1f}")
     return (str(row.size.experts), str(row.size.top_k), str(row.size.width), *times, *ratios)
 
