@@ -34,7 +34,7 @@ def aimer(checkpoint: Path) -> list[Scores]:
         for expert, piece in weights.experts(layer):
             counts_E[expert] += piece.size
             sums_E[expert] += np.abs(piece).sum()
-            squares_E[expert] += piece @ piece
+            squares_E[expert] += np.square(piece).sum()  # `piece @ piece` would wake all of BLAS' threads for it
         mean_E, rms_E = sums_E / counts_E, np.sqrt(_finite(squares_E / counts_E, layer.name, checkpoint))
         scores.append(-np.divide(mean_E, rms_E, out=np.ones_like(rms_E), where=rms_E != 0))
     return scores
