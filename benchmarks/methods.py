@@ -66,6 +66,11 @@ def by_criterion(name: str, router: str = "") -> Method:
     )
 
 
+def aimer(subject: Subject, keep: Keep, _seed: int) -> PruningPlan:
+    """Rank by the experts' weights alone."""
+    return make_plan(subject.task.checkpoint, PlanOptions(keep, "aimer", clamp_top_k=True))
+
+
 def in_rounds(subject: Subject, keep: Keep, _seed: int) -> PruningPlan:
     """REAP in rounds of pruning and looking again."""
     return _on_data(subject, PlanOptions(keep, "reap", clamp_top_k=True), DataOptions(rounds=ROUNDS))
@@ -86,6 +91,7 @@ def _on_data(subject: Subject, options: PlanOptions, how: DataOptions) -> Prunin
 METHODS: Mapping[str, Method] = {
     **{name: by_criterion(name) for name in ("random", *CRITERIA)},
     **{name: by_criterion(name, MEAN if row.router == NEW else row.router) for name, row in MERGERS.items()},
+    "aimer": aimer,
     f"reap, {ROUNDS} rounds": in_rounds,
     "naee": naee,
 }
