@@ -14,7 +14,7 @@ from pruning.finetuning.objectives import mean_entropy, task_loss
 from pruning.finetuning.options import Seer, name_of
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.routing import watched
-from pruning.finetuning.training import AfterStep, Progress, train
+from pruning.finetuning.training import Progress, train
 
 
 def fine_tune(
@@ -43,7 +43,7 @@ def fine_tune(
                 set_top_k(model, layer, lowered[step])
 
     with watched(model, lambda name, routing: logits.update({name: routing.logits_TE})):
-        losses = train(model, examples, objective, recipe, callbacks=[AfterStep(lower)], on_progress=on_progress)
+        losses = train(model, examples, objective, recipe, after_step=[lower], on_progress=on_progress)
     if lowered:
         kept = tuple(_all_experts(layer, min(lowered.values())) for layer in layers)
         apply_plan(model, PruningPlan("", name_of(options), kept))

@@ -1,7 +1,7 @@
 """Train a model in place with transformers' Trainer: nothing on disk, no network, the same result for the same seed."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def train(
     recipe: Recipe,
     *,
     callbacks: Iterable[TrainerCallback] = (),
+    after_step: Iterable[Progress] = (),
     on_progress: Progress | None = None,
 ) -> list[float]:
     """Train ``model`` in place; it ends in eval mode on the CPU. Parameters that need no gradient stay as they are.
@@ -35,19 +36,21 @@ def train(
         objective: the loss of a batch. The model's auxiliary losses are off: nothing balances the experts.
         recipe: optimizer, schedule and seed. The seed becomes that of torch, numpy and random.
         callbacks: told of every step.
+        after_step: called after every step, with the steps done and the steps in all.
         on_progress: told after every step.
 
     Returns:
         The loss of every step.
     """
     losses: list[float] = []
+    acts = [*after_step, *([] if on_progress is None else [on_progress])]
     # the Trainer wants a directory, and turns the cache of generation off for good
     with tempfile.TemporaryDirectory() as nowhere, without_balance_loss(model), restored(model.config, "use_cache"):
         trainer = _Trainer(
             model=model,
             args=_arguments(recipe, nowhere),
             train_dataset=_Examples(examples),
-            callbacks=[*callbacks, *([] if on_progress is None else [AfterStep(on_progress)])],
+            callbacks=[*callbacks, _AfterStep(acts)],
             optimizer_cls_and_kwargs=_optimizer(recipe),
         )
         trainer.remove_callback(PrinterCallback)
@@ -87,15 +90,16 @@ def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, A
     return kind, {"lr": recipe.learning_rate, **options}
 
 
-class AfterStep(TrainerCallback):
-    """Calls ``act(steps done, steps in all)`` after every step."""
+class _AfterStep(TrainerCallback):
+    """Calls each of ``acts`` after every step; one callback for all, for the Trainer warns of two of a kind."""
 
-    def __init__(self, act: Progress) -> None:
-        self._act = act
+    def __init__(self, acts: Sequence[Progress]) -> None:
+        self._acts = acts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 # the Trainer's names
         """Called by the Trainer."""
-        self._act(state.global_step, state.max_steps)
+        for act in self._acts:
+            act(state.global_step, state.max_steps)
 
 
 class _Trainer(Trainer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import trainer_callback
 
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
@@ -88,3 +89,11 @@ def test_what_cannot_be_scheduled_is_refused(options, what, hint):
     with pytest.raises(UserError) as caught:
         lower_steps(options, top_k=4, steps=100)
     assert (caught.value.what, caught.value.hint) == (what, hint)
+
+
+def test_progress_beside_a_falling_top_k_warns_of_nothing(monkeypatch):
+    monkeypatch.setattr(trainer_callback.logger, "warning", pytest.fail)  # of two callbacks of a kind
+    model = TINY["mixtral"]()
+    told: list[tuple[int, int]] = []
+    fine_tune(model, columns(model), Seer(top_k=1), quick(4), on_progress=lambda *step: told.append(step))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
