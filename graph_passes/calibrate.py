@@ -14,9 +14,9 @@ from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.proof import prove_variant
 from graph_passes.runnable import check_runnable
-from graph_passes.task_data import MASK, check_batches, fit_data
+from graph_passes.task_data import check_batches, fit_data
 from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
-from moe_spec.dataset import Dataset, load_dataset
+from moe_spec.dataset import MASK, Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.images import ImagePreprocessor
@@ -84,9 +84,7 @@ def calibrate(
 def _load(model: Model, path: Path, batch_size: int, limit: int | None) -> Dataset:
     """The data as the graph takes it."""
     inputs, _ = io_of(model.graph)
-    dataset = load_dataset(path, ImagePreprocessor.load(model.path.parent))
-    if limit is not None:
-        dataset = dataset.first(limit)
+    dataset = load_dataset(path, ImagePreprocessor.load(model.path.parent), limit=limit)
     check_batches(dataset, inputs, batch_size, str(model.path))
     return fit_data(dataset, inputs, str(path))
 

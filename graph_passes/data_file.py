@@ -18,7 +18,6 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 """Smaller constants stay in the .onnx file: shapes, axes, scales."""
 
-
 CHUNK_BYTES = 1 << 18
 """Written at once: what stays in a core's cache between the copy out of the source and the copy into the file."""
 

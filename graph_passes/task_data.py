@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.dataset import Dataset
+from moe_spec.dataset import MASK, Dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Feeds
-
-MASK = "attention_mask"
-"""1 where a token counts, 0 where it is padding."""
 
 _KINDS = {"f": "f", "i": "biu", "u": "biu", "b": "b"}
 """What an input of this kind is made from."""

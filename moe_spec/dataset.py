@@ -16,6 +16,9 @@ from moe_spec.images import ImagePreprocessor
 
 IMAGES = "images"
 LABELS = "labels"
+MASK = "attention_mask"
+"""1 where a token counts, 0 where it is padding."""
+
 MAX_BYTES = 8 << 30
 """What an .npz may unpack to; checked before anything is allocated."""
 
@@ -65,8 +68,10 @@ class Dataset:
         return self.part(0, count)
 
 
-def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None) -> Dataset:
+def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None, *, limit: int | None = None) -> Dataset:
     """Read an .npz: arrays named like the model's inputs, or ``images`` (uint8, preprocessed here), and ``labels``.
+
+    With ``limit`` only the first so many examples are taken.
 
     Raises:
         UserError: no .npz, cut, pickled objects inside, too large, empty, of unequal lengths, or images without
@@ -93,7 +98,8 @@ def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None) -> D
             f"{path} holds {labels.dtype}{list(labels.shape)} labels for {examples} examples",
             hint="store one integer class an example in `labels`",
         )
-    return Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path))
+    dataset = Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path))
+    return dataset if limit is None else dataset.first(limit)
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:

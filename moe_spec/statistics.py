@@ -179,16 +179,18 @@ def _values(record: Record, key: str, tensor: npt.NDArray[np.float64] | None, ex
     if key not in KEYS:
         raise record.fail(f"{key!r} is no statistic")
     axes, name = KEYS[key].axes, f"{record.take('name', str)}/{key}"
-    found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-    expected = [experts if axis == "E" else axis for axis in axes]
-    fits = tensor is not None and tensor.ndim == len(axes)
-    if tensor is None or not fits or tensor.dtype != np.float64 or not _same(tensor.shape, expected):
-        raise record.fail(f"tensor {name} holds {found}, expected float64[{', '.join(map(str, expected))}]")
+    if tensor is None or tensor.dtype != np.float64 or not _has_axes(tensor.shape, axes, experts):
+        found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+        expected = ", ".join(str(experts) if axis == "E" else axis for axis in axes)
+        raise record.fail(f"tensor {name} holds {found}, expected float64[{expected}]")
     return tensor
 
 
-def _same(shape: tuple[int, ...], expected: list[int | str]) -> bool:
-    return all(wanted in (length, "H") for length, wanted in zip(shape, expected, strict=True))
+def _has_axes(shape: tuple[int, ...], axes: str, experts: int) -> bool:
+    """Whether there are as many axes, and those of experts have their number."""
+    return len(shape) == len(axes) and all(
+        length == experts for length, axis in zip(shape, axes, strict=True) if axis == "E"
+    )
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:

@@ -57,9 +57,7 @@ def calibrate(
             its shards beside ``out``.
     """
     refuse_existing(out)
-    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
-    if limit is not None:
-        dataset = dataset.first(limit)
+    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=limit)
     with team() as us, _loaded(checkpoint, device_map, us.device, out.parent) as model:
         check_inputs(dataset.feeds, model, str(data))
         share = us.share(dataset, batch_size)

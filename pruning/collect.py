@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from models.families import Score
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.statistics import KEYS, LayerStatistics
+from pruning.inputs import valid_tokens
 from pruning.observe import Run, Seen, observed, outputs_of_all
 
 SCORES: Mapping[Score, Callable[[Tensor], Tensor]] = {
@@ -46,8 +47,7 @@ def collect(
 
     with observed(model, observe):
         for batch in batches:
-            mask_BS = batch.get("attention_mask")
-            valid_T = None if mask_BS is None else mask_BS.flatten() != 0
+            valid_T = valid_tokens(batch)
             run_backbone(model, batch)
     return tuple(layer_sums.statistics() for layer_sums in sums.values())
 

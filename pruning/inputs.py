@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_spec.dataset import MASK
 from moe_spec.errors import UserError, did_you_mean
 
-OPTIONAL_INPUTS = ("attention_mask", "token_type_ids", "position_ids")
+OPTIONAL_INPUTS = (MASK, "token_type_ids", "position_ids")
 """What a data set may hold beside the model's main input."""
 
 
@@ -44,6 +45,12 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Arrays as tensors on ``device``: ids and masks as int64, everything else in ``dtype``, the model's."""
     return {name: _tensor(array, dtype).to(device) for name, array in feeds.items()}
+
+
+def valid_tokens(batch: Mapping[str, Any]) -> Tensor | None:
+    """(T,) bool: which tokens of a model's arguments are no padding; None where all count."""
+    mask_BS: Tensor | None = batch.get(MASK)
+    return None if mask_BS is None else mask_BS.flatten() != 0
 
 
 def _tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:

@@ -76,8 +76,7 @@ def plan_on_data(
     """
     refuse_existing(out)
     _check(options, how)
-    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
-    dataset = dataset if how.limit is None else dataset.first(how.limit)
+    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=how.limit)
     model = load_model(checkpoint)
     check_inputs(dataset.feeds, model, str(data))
     batches = _batches(model, dataset, how, on_progress)

@@ -9,6 +9,7 @@ which is not the paper's method.
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,8 @@ from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.errors import UserError
 from pruning.apply import slice_rows
 from pruning.collect import run_backbone
-from pruning.observe import observed, outputs_of_all
+from pruning.inputs import valid_tokens
+from pruning.observe import Seen, observed, outputs_of_all
 
 MAX_SUBSETS = 1000
 """A layer with more of them is not searched but emptied one by one. Of 8 experts there are at most 70 subsets."""
@@ -75,6 +77,7 @@ def search_model(
 
 def search(loss: Loss, experts: int, count: int) -> Found:
     """The subset of ``count`` of ``experts`` with the smallest loss; of equal ones the first in ascending order."""
+    loss = functools.cache(loss)  # what misses one expert is asked for twice, and the best once more
     everyone = tuple(range(experts))
     scores = tuple(loss(_without(everyone, expert)) for expert in everyone) if experts > count else (0.0,) * experts
     if math.comb(experts, count) <= MAX_SUBSETS:
@@ -130,14 +133,16 @@ def _check(layer: MoELayer, count: int) -> None:
 
 def _hidden_states(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """What the experts of each layer read, (T, H), of the first valid tokens."""
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in find_moe_layers(model)}
-    with observed(model, lambda layer, what: seen[layer.name].append(what.hidden_TH)):
-        valid: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {layer.name: [] for layer in find_moe_layers(model)}
+    valid_T: Tensor | None = None
+
+    def note(layer: MoELayer, seen: Seen) -> None:
+        parts[layer.name].append(seen.hidden_TH if valid_T is None else seen.hidden_TH[valid_T])
+
+    with observed(model, note):
         for batch in batches:
+            valid_T = valid_tokens(batch)
             run_backbone(model, batch)
-            mask_BS = batch.get("attention_mask")
-            last_T = torch.ones(len(next(iter(seen.values()))[-1])) if mask_BS is None else mask_BS.flatten()
-            valid.append(last_T != 0)
-            if sum(int(one.sum()) for one in valid) >= MAX_TOKENS:
+            if sum(map(len, next(iter(parts.values())))) >= MAX_TOKENS:
                 break
-    return [torch.cat(parts)[torch.cat(valid)][:MAX_TOKENS] for parts in seen.values()]
+    return [torch.cat(hidden)[:MAX_TOKENS] for hidden in parts.values()]

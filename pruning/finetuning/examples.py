@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_spec.dataset import LABELS, Dataset
+from moe_spec.dataset import LABELS, MASK, Dataset
 from moe_spec.errors import UserError
-from pruning.inputs import check_inputs
+from pruning.inputs import check_inputs, tensors_of
 
 IGNORED = -100
 """The label of a token that no loss is taken of: transformers' convention."""
@@ -28,10 +27,7 @@ def inputs(dataset: Dataset, model: PreTrainedModel, where: str) -> Inputs:
         UserError: the data does not fit the model; ``where`` names its file.
     """
     check_inputs(dataset.feeds, model, where)
-    return {
-        name: torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "biu" else np.float32))
-        for name, array in dataset.feeds.items()
-    }
+    return tensors_of(dataset.feeds, torch.float32)
 
 
 def labelled(dataset: Dataset, model: PreTrainedModel, where: str) -> Inputs:
@@ -44,7 +40,7 @@ def labelled(dataset: Dataset, model: PreTrainedModel, where: str) -> Inputs:
     """
     batch = inputs(dataset, model, where)
     if is_language_model(model):
-        return {**batch, LABELS: next_tokens(batch["input_ids"], batch.get("attention_mask"))}
+        return {**batch, LABELS: next_tokens(batch["input_ids"], batch.get(MASK))}
     if dataset.labels is None:
         raise UserError(
             f"{where} holds no labels, which training {type(model).__name__} on its task needs",

@@ -1,6 +1,7 @@
 """Finetune: train a checkpoint on task data by one of the methods, into a new checkpoint."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,12 @@ class _Job:
     recipe: Recipe
     on_progress: Progress | None
 
+    @functools.cached_property
+    def model_sha256(self) -> str:
+        return checkpoint_sha256(self.checkpoint)
+
     def done(self, method: Method, losses: list[float], **more: Any) -> Finetuning:
-        identity = checkpoint_sha256(self.checkpoint)
-        return Finetuning(identity, self.dataset.sha256, method, self.recipe, tuple(losses), **more)
+        return Finetuning(self.model_sha256, self.dataset.sha256, method, self.recipe, tuple(losses), **more)
 
 
 Outcome = tuple[PreTrainedModel, Finetuning]
@@ -132,7 +136,7 @@ def _task_specific(job: _Job, method: TaskSpecific) -> Outcome:
     examples = labelled(job.dataset, model, job.where)
     pruning = TaskSpecificPruning(method)
     losses = train(model, examples, task_loss, job.recipe, callbacks=[pruning], on_progress=job.on_progress)
-    plan = pruning.plan(checkpoint_sha256(job.checkpoint))
+    plan = pruning.plan(job.model_sha256)
     if method.variant == TWO_PASS:
         model = load_model(job.checkpoint)
         apply_plan(model, plan)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.moe_layers import find_moe_layers
+from moe_spec.dataset import MASK
 from moe_spec.errors import UserError
 from pruning.finetuning.examples import Inputs, is_language_model
 from pruning.finetuning.objectives import distance
@@ -49,7 +50,7 @@ def distil(
         with torch.no_grad():
             target = teacher.to(logits.device)(**batch).logits
         if language:
-            mask_BS = batch.get("attention_mask")
+            mask_BS = batch.get(MASK)
             real_BS = torch.ones(logits.shape[:2], dtype=torch.bool) if mask_BS is None else mask_BS != 0
             logits, target = logits[real_BS], target[real_BS]
         return distance(target, logits, temperature)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.moe_layers import find_moe_layers
+from pruning.inputs import valid_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,7 @@ def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) ->
     real: dict[str, Tensor | None] = {}
 
     def before(_model: nn.Module, _arguments: Any, keywords: Mapping[str, Any]) -> None:
-        mask_BS = keywords.get("attention_mask")
-        real["T"] = None if mask_BS is None else mask_BS.flatten() != 0
+        real["T"] = valid_tokens(keywords)
 
     def after(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
         def hook(_router: nn.Module, _arguments: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
