@@ -2,9 +2,11 @@
 
 --method plain: the task's loss. task-specific: drop the experts that the task uses less and less, until one a layer is
 left. seer: make routers decisive, and lower K. router-kd: only the routers learn, from --teacher, without labels.
---recipe adamw or sgd; what it says about steps, learning rate and batch size can be given here.
+--recipe adamw, or how a V-MoE is fine-tuned after pruning in arXiv 2405.16646, with SGD: router-norm-cifar or
+router-norm-imagenet. Whatever a recipe says can be given here; the warm-up is a share of the steps.
 
 Example: moe-edge finetune pruned/ --data train.npz --steps 300 -o recovered/
+Example: moe-edge finetune pruned/ --data train.npz --recipe router-norm-cifar --batch-size 128 -o recovered/
 Example: moe-edge finetune checkpoint/ --data train.npz --method task-specific --beta 0.5 -o one-expert/
 """
 
@@ -23,10 +25,16 @@ def finetune(
     data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`; with `labels`.")],
     output: Output,
     method: Annotated[str, typer.Option(help="plain, task-specific, seer or router-kd.")] = "plain",
-    recipe: Annotated[str, typer.Option(help="adamw, or sgd as in arXiv 2405.16646.")] = "adamw",
+    recipe: Annotated[str, typer.Option(help="adamw, router-norm-cifar or router-norm-imagenet.")] = "adamw",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000 if not given.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warm-up; the recipe's if not given.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step; the recipe's if not given.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps; the recipe's if not given.")] = None,
+    final_learning_rate: Annotated[float | None, typer.Option(help="At the last step; the recipe's.")] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Longer gradients are scaled to it; the recipe's.")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD; the recipe's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of shuffling and of the model's own noise.")] = 0,
     score: Annotated[str | None, typer.Option(help="task-specific: alpha (default) or hit-rate.")] = None,
     variant: Annotated[str | None, typer.Option(help="task-specific: eager (default), staged or two-pass.")] = None,
@@ -58,7 +66,15 @@ def finetune(
         teacher=teacher,
         temperature=temperature,
     )
-    changes = _given(steps=steps, learning_rate=learning_rate, batch_size=batch_size)
+    changes = _given(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        warmup=warmup,
+        final_learning_rate=final_learning_rate,
+        max_grad_norm=max_grad_norm,
+        momentum=momentum,
+    )
     with console.progress() as bar:
         task = bar.add_task(f"fine-tuning {checkpoint}", total=None)
         done = run(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from pruning.finetuning.examples import Inputs
 from pruning.finetuning.objectives import Objective
-from pruning.finetuning.recipe import Recipe
+from pruning.finetuning.recipe import ADAMW, SGD, Recipe
 from pruning.finetuning.temporary import restored, without_balance_loss
 
 Progress = Callable[[int, int], None]
@@ -83,8 +83,8 @@ def _arguments(recipe: Recipe, directory: str) -> TrainingArguments:
 
 def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-        "adamw": (torch.optim.AdamW, {}),
-        "sgd": (torch.optim.SGD, {"momentum": recipe.momentum}),
+        ADAMW: (torch.optim.AdamW, {}),
+        SGD: (torch.optim.SGD, {"momentum": recipe.momentum}),
     }
     kind, options = kinds[recipe.optimizer]
     return kind, {"lr": recipe.learning_rate, **options}

@@ -32,7 +32,7 @@ def test_finetune_writes_a_checkpoint_and_one_line(task, tmp_path):
 
 def test_json_names_the_new_model_and_what_was_done(task, tmp_path):
     out = tmp_path / "out"
-    options = ("--method", "task-specific", "--windows", 2, "--beta", 0.9, "--recipe", "sgd", "--seed", 7)
+    options = ("--method", "task-specific", "--windows", 2, "--beta", 0.9, "--seed", 7)
     code, stdout, stderr = run(task, out, *QUICK, *options, "--json")
     assert (code, stderr) == (0, "")
     result = json.loads(stdout)
@@ -40,8 +40,27 @@ def test_json_names_the_new_model_and_what_was_done(task, tmp_path):
     assert (result["output"], result["model_sha256"]) == (str(out), checkpoint_sha256(out))
     assert done["model_sha256"] == checkpoint_sha256(task[0])
     assert done["options"] == {"score": "alpha", "variant": "eager", "windows": 2, "beta": 0.9, "floor": 1}
-    assert (done["recipe"]["optimizer"], done["recipe"]["seed"], done["recipe"]["steps"]) == ("sgd", 7, 4)
+    assert (done["recipe"]["optimizer"], done["recipe"]["seed"], done["recipe"]["steps"]) == ("adamw", 7, 4)
     assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "plan.json", "finetuning.json"}
+
+
+def test_single_options_change_a_recipe(task, tmp_path):
+    changes = ("--warmup", 0.25, "--momentum", 0.5, "--max-grad-norm", 2, "--final-learning-rate", 1e-6)
+    arguments = ("--recipe", "router-norm-imagenet", "--steps", 4, *changes, "--json")
+    code, stdout, stderr = run(task, tmp_path / "out", *arguments)
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout)["finetuning"]["recipe"] == {
+        "optimizer": "sgd",
+        "steps": 4,
+        "learning_rate": 9.375e-5,
+        "final_learning_rate": 1e-6,
+        "warmup": 0.25,
+        "batch_size": 32,
+        "max_grad_norm": 2.0,
+        "momentum": 0.5,
+        "weight_decay": 0.0,
+        "seed": 0,
+    }
 
 
 def test_seer_and_router_kd_take_their_options(task, tmp_path):
@@ -75,6 +94,11 @@ def test_seer_and_router_kd_take_their_options(task, tmp_path):
         (
             ("--method", "seer", "--top-k", 3),
             "error: --top-k 3 is more than the K=2 that the model has\nhint: give at most --top-k 2\n",
+        ),
+        (
+            ("--momentum", 0.9),
+            "error: --momentum 0.9 is out of range, expected 0, for adamw takes none\n"
+            "hint: give 0, for adamw takes none\n",
         ),
         (
             ("--method", "router-kd"),

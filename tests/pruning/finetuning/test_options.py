@@ -51,12 +51,23 @@ def test_what_cannot_be_is_refused(name, options, what, hint):
         ({"learning_rate": 0.0}, "--learning-rate 0.0 is out of range, expected above 0"),
         ({"warmup": 1.5}, "--warmup 1.5 is out of range, expected a share from 0 to 1"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0 is out of range, expected above 0"),
+        ({"final_learning_rate": -1.0}, "--final-learning-rate -1.0 is out of range, expected 0 or more"),
+        ({"momentum": 0.9}, "--momentum 0.9 is out of range, expected 0, for adamw takes none"),
+        ({"momentum": 1.0, "optimizer": "sgd"}, "--momentum 1.0 is out of range, expected from 0, below 1"),
+        ({"optimizer": "lion"}, "'lion' is no optimizer"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(changes, what):
-    good = {"steps": 1, "learning_rate": 1.0, "final_learning_rate": 0.0, "warmup": 0.0, "batch_size": 1}
+    good = {
+        "optimizer": "adamw",
+        "steps": 1,
+        "learning_rate": 1.0,
+        "final_learning_rate": 0.0,
+        "warmup": 0.0,
+        "batch_size": 1,
+    }
     with pytest.raises(UserError) as caught:
-        Recipe("adamw", **{**good, "max_grad_norm": 1.0, **changes})
+        Recipe(**{**good, "max_grad_norm": 1.0, **changes})
     assert caught.value.what == what
 
 
@@ -65,7 +76,7 @@ def test_an_unknown_recipe_is_refused():
         recipe("adam")
     assert (caught.value.what, caught.value.hint) == (
         "'adam' is no recipe",
-        "did you mean 'adamw'? known: adamw, sgd",
+        "did you mean 'adamw'? known: adamw, router-norm-cifar, router-norm-imagenet",
     )
 
 
@@ -77,7 +88,12 @@ def test_every_name_leads_to_its_method_and_back():
     assert method("task-specific", {"beta": 0.1}) == TaskSpecific(beta=0.1)
 
 
-def test_the_recipe_of_the_pruned_vmoe():
-    sgd = RECIPES["sgd"]
-    assert (sgd.momentum, sgd.max_grad_norm, sgd.learning_rate, sgd.final_learning_rate) == (0.9, 10, 0.0015, 1e-5)
-    assert (sgd.steps, sgd.warmup * sgd.steps, sgd.batch_size, sgd.weight_decay) == (1000, 100, 512, 0)
+@pytest.mark.parametrize(
+    ("name", "peak", "warmup_steps", "batch_size"),
+    [("router-norm-cifar", 0.0015, 100, 512), ("router-norm-imagenet", 9.375e-5, 500, 32)],
+)
+def test_the_recipes_of_the_pruned_vmoe(name, peak, warmup_steps, batch_size):
+    sgd = RECIPES[name]
+    assert (sgd.optimizer, sgd.momentum, sgd.max_grad_norm, sgd.weight_decay) == ("sgd", 0.9, 10, 0)
+    assert (sgd.learning_rate, sgd.final_learning_rate, sgd.batch_size) == (peak, 1e-5, batch_size)
+    assert (sgd.steps, round(sgd.warmup * sgd.steps)) == (1000, warmup_steps)
