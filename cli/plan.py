@@ -1,7 +1,9 @@
 """Choose which experts stay, by a criterion and a budget, or by name.
 
 --keep is a count of experts a layer (4) or a share of them (0.5 or 50%, rounded half up, at least one). --scope global
-spends the same number in all where the scores are highest. Ties go to the lower id.
+spends the same number in all where the scores are highest. Ties go to the lower id. --floor is what every layer keeps
+at least; --target NAME rounds a share to what that target's kernels take, and refuses a count that they do not: the
+targets of `moe-edge optimize` take any, edge-llm-fp16 and edge-llm-nvfp4 128 or 256, edge-llm-nvfp4-a16 512 too.
 
 Criteria by statistics: reap, frequency, seer-actual, gate-mass, seer-soft, ean, man, msan, task, task-squared, easy-ep,
 mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens, divided by n^b. --protect keeps
@@ -23,6 +25,7 @@ Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% 
 Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
 Example: moe-edge plan finetuned --criterion router-norm --pretrained base --keep 50% --router full -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion ream --keep 50% -o plan.json
+Example: moe-edge plan statistics.safetensors --keep 40% --floor 2 --target edge-llm-fp16 -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
@@ -67,19 +70,26 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: examples a forward pass.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first so many examples.")] = None,
     pretrained: Annotated[Path | None, typer.Option(help="For router-norm: the checkpoint before fine-tuning.")] = None,
+    floor: Annotated[int, typer.Option(help="Experts that every layer keeps at least.")] = 1,
+    target: Annotated[str | None, typer.Option(help="Keep what the kernels of this target take.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
+    from moe_spec.feasibility import ANY
     from moe_spec.plan import ROWS
     from pruning.budget import parse_keep
     from pruning.by_hand import parse_experts, plan_by_hand
     from pruning.plan import PlanOptions
     from pruning.plan import plan as run
+    from runtime.targets import kernels_of
 
     if (keep is None) == (experts is None):
         raise UserError("a plan needs --keep or --experts, one of them", hint="--keep 4, or --experts 0,2,5")
+    kernels = ANY if target is None else kernels_of(target)
     if keep is not None:
-        options = PlanOptions(parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect, pretrained)
+        options = PlanOptions(
+            parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect, pretrained, floor, kernels
+        )
         if data is None:
             made = run(source, options, output, _layers_of)
         else:
@@ -87,7 +97,7 @@ def plan(
     else:
         refuse_existing(output)
         named = parse_experts(experts or [])
-        made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS)
+        made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
     console.result(f"{output}: {_summary(made)}", {"output": str(output), **made.to_json()}, as_json)
 

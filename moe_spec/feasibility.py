@@ -9,6 +9,8 @@ stays exact, with two limits:
    have to compete with each other for a place, their order is not defined by the original model, and the plan is
    refused.
 2. Whichever groups get through, they must hold at least K survivors between them.
+
+A target's kernels may be built for certain numbers of experts only (``Kernels``).
 """
 
 import dataclasses
@@ -44,6 +46,64 @@ class Groups:
         """
         width = experts // self.count
         return [sum(expert // width == group for expert in keep) for group in range(self.count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What the kernels of a target take; the default is: anything.
+
+    Attributes:
+        target: its name.
+        counts: how many experts a layer may have, ascending; empty where any number does.
+        max_top_k: the largest K; None where any does.
+    """
+
+    target: str = ""
+    counts: tuple[int, ...] = ()
+    max_top_k: int | None = None
+
+    def take(self, count: int) -> bool:
+        """Whether a layer may have ``count`` experts.
+
+        >>> Kernels().take(96), Kernels("edge-llm-fp16", (128, 256)).take(96)
+        (True, False)
+        """
+        return not self.counts or count in self.counts
+
+    def check(self, layer: str, count: int, top_k: int, nearest: Sequence[int] = ()) -> None:
+        """Refuse a layer that the kernels do not take; ``nearest`` are counts that could be kept instead.
+
+        Raises:
+            UserError: too many selected, or a number of experts that is none of ``counts``.
+        """
+        if self.max_top_k is not None and top_k > self.max_top_k:
+            raise UserError(
+                f"layer {layer} selects K={top_k} experts a token, target {self.target} takes at most {self.max_top_k}",
+                hint="choose another --target",
+            )
+        if not self.take(count):
+            others = " or ".join(f"--keep {other}" for other in nearest)
+            raise UserError(
+                f"layer {layer} keeps {count} experts, target {self.target} takes {' or '.join(map(str, self.counts))}",
+                hint=f"the nearest that works: {others}" if nearest else "choose another --target",
+            )
+
+
+ANY = Kernels()
+"""Kernels that take any number of experts."""
+
+
+def check_floor(layer: str, experts: int, floor: int) -> None:
+    """Refuse a floor that a layer of ``experts`` experts cannot have.
+
+    Raises:
+        UserError: it is below 1 or above ``experts``.
+    """
+    if not 1 <= floor <= experts:
+        raise UserError(
+            f"--floor {floor} asks for {floor} experts, but layer {layer} has {experts}",
+            hint=f"give --floor 1 to {experts}",
+        )
 
 
 def check_keep(layer: str, experts: int, top_k: int, keep: Sequence[int], groups: Groups | None = None) -> None:

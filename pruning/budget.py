@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.feasibility import Groups, check_keep
+from moe_spec.feasibility import ANY, Groups, Kernels, check_floor, check_keep
 from moe_spec.plan import FULL, ROWS, LayerPlan
 
 Keep = int | float
@@ -80,6 +80,8 @@ class RankedLayer:
         clamp_top_k: let K shrink to what the router can then select.
         router: ``rows`` or ``full`` of ``moe_spec.plan.ROUTERS``. With ``full`` K stays, and any number may be kept.
         protected: ids that are kept before all others.
+        floor: the layer keeps at least so many.
+        kernels: what the target takes.
     """
 
     name: str
@@ -89,6 +91,8 @@ class RankedLayer:
     clamp_top_k: bool = False
     router: str = ROWS
     protected: frozenset[int] = frozenset()
+    floor: int = 1
+    kernels: Kernels = ANY
 
     @property
     def experts(self) -> int:
@@ -126,13 +130,19 @@ class RankedLayer:
         return tuple(sorted(kept.flatten().tolist()))
 
     def count(self, keep: Keep) -> int:
-        """How many experts ``keep`` means here: a share is rounded half up, and is at least one.
+        """How many experts ``keep`` means here.
+
+        A share is rounded half up, is at least the floor, and where kernels take certain numbers only, the nearest
+        that works, of two equally near the larger. A count is meant as it is.
 
         Raises:
-            UserError: more experts than the layer has.
+            UserError: more experts than the layer has, kept or as the floor.
         """
+        check_floor(self.name, self.experts, self.floor)
         if isinstance(keep, float):
-            return max(1, math.floor(keep * self.experts + 0.5 + 1e-9))  # 0.35 x 10 may come out a hair below 3.5
+            count = math.floor(keep * self.experts + 0.5 + 1e-9)  # 0.35 x 10 may come out a hair below 3.5
+            nearest = self._nearest(count, 1) if self.kernels.counts else []
+            return nearest[0] if nearest else max(self.floor, count)
         if keep > self.experts:
             raise UserError(
                 f"--keep {keep} asks for {keep} experts, but layer {self.name} has {self.experts}",
@@ -152,7 +162,8 @@ class RankedLayer:
         """Keep the ``count`` best.
 
         Raises:
-            UserError: the router cannot work with so many, or more are protected.
+            UserError: the router cannot work with so many, the target does not take them, the floor is higher, or more
+                are protected.
         """
         if count < self.fewest:
             raise UserError(
@@ -160,6 +171,13 @@ class RankedLayer:
                 f"protected, for which it has to keep {self.fewest}",
                 hint=f"keep more: --keep {self.fewest}; or plan without --protect",
             )
+        if count < self.floor:
+            raise UserError(
+                f"layer {self.name} keeps {count} of {self.experts} experts, the floor is {self.floor}",
+                hint=f"keep more: --keep {self.floor}; or a lower --floor",
+            )
+        nearest = [] if self.kernels.take(count) else self._nearest(count, 2)
+        self.kernels.check(self.name, count, self.top_k_after(count), nearest)
         if self.bound_by is not None:
             self._check_groups(self.bound_by, count)
         scores = tuple(self.scores.tolist())
@@ -167,10 +185,28 @@ class RankedLayer:
         return LayerPlan(self.name, self.experts, top_k, self.best(count), scores, self.groups, self.router)
 
     def legal_counts(self) -> list[int]:
-        """The counts that the router can work with, ascending."""
+        """The counts that router, floor and target can work with, ascending."""
         return [count for count in sorted({1, *range(self.step, self.experts + 1, self.step)}) if self._works(count)]
 
+    def levels(self) -> list[int]:
+        """The counts between which a layer can change by whole steps, so that all protected experts stay; ascending.
+
+        Raises:
+            UserError: there is none.
+        """
+        check_floor(self.name, self.experts, self.floor)
+        levels = [n for n in self.legal_counts() if n % self.step == 0 and n >= self.fewest]
+        if not levels:
+            self.plan(self.experts)  # says why not even all of them will do
+        return levels
+
+    def _nearest(self, count: int, how_many: int) -> list[int]:
+        """The legal counts nearest to ``count``, ascending."""
+        return sorted(sorted(self.legal_counts(), key=lambda other: (abs(other - count), -other))[:how_many])
+
     def _works(self, count: int) -> bool:
+        if count < self.floor or not self.kernels.take(count):
+            return False
         top_k = 1 if self.router == FULL else self.top_k_after(count)
         try:
             check_keep(self.name, self.experts, top_k, self.best(count), self.bound_by)
@@ -179,10 +215,9 @@ class RankedLayer:
         return True
 
     def _check_groups(self, groups: Groups, count: int) -> None:
-        legal = self.legal_counts()
-        if count in legal:
+        if count in self.legal_counts():
             return
-        nearest = sorted(sorted(legal, key=lambda other: abs(other - count))[:2])
+        nearest = self._nearest(count, 2)
         raise UserError(
             f"layer {self.name} keeps {count} of {self.experts} experts, but its router selects K={self.top_k} from "
             f"{groups.selected} of {groups.count} groups: every group must keep the same number, and enough of them",
@@ -211,7 +246,7 @@ def smallest_counts(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
         UserError: that is more than ``keep`` allows in all.
     """
     budget = sum(layer.count(keep) for layer in layers)
-    counts = [min(n for n in layer.legal_counts() if n % layer.step == 0 and n >= layer.fewest) for layer in layers]
+    counts = [layer.levels()[0] for layer in layers]
     if sum(counts) > budget:
         may_shrink = any(layer.clamp_top_k or layer.router == FULL for layer in layers)
         raise UserError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from moe_spec.errors import UserError
+from moe_spec.feasibility import ANY, Kernels
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from pruning.budget import check_router
 from pruning.layers import LayerShape, ModelLayers
@@ -40,11 +41,19 @@ def parse_experts(texts: Sequence[str]) -> Named:
     return named
 
 
-def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False, router: str = ROWS) -> PruningPlan:
+def plan_by_hand(
+    model: ModelLayers,
+    named: Named,
+    *,
+    clamp_top_k: bool = False,
+    router: str = ROWS,
+    kernels: Kernels = ANY,
+) -> PruningPlan:
     """Keep the experts that ``named`` says; a layer that it does not name keeps all.
 
     Raises:
-        UserError: a layer that the model lacks, experts that a router cannot work with, or a router that cannot be.
+        UserError: a layer that the model lacks, experts that a router cannot work with or that ``kernels`` do not
+            take, or a router that cannot be.
     """
     check_router(router, clamp_top_k=clamp_top_k)
     known = [layer.name for layer in model.layers]
@@ -56,6 +65,8 @@ def plan_by_hand(model: ModelLayers, named: Named, *, clamp_top_k: bool = False,
         )
     kept = [(layer, named.get(layer.name, named.get(EVERY_LAYER))) for layer in model.layers]
     layers = tuple(_keep(layer, ids, clamp_top_k, router) for layer, ids in kept if ids is not None)
+    for layer in layers:
+        kernels.check(layer.name, len(layer.keep), layer.top_k)
     return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k, "router": router})
 
 

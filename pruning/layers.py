@@ -1,9 +1,14 @@
 """What a plan needs to know of a model: its identity, and the counts of its MoE layers."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_spec.feasibility import Groups
+
+if TYPE_CHECKING:
+    from models.moe_layers import MoELayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,5 +41,9 @@ def of_checkpoint(directory: Path) -> ModelLayers:
     from moe_spec.identity import checkpoint_sha256
 
     layers = find_moe_layers(load_skeleton(directory))
-    shapes = tuple(LayerShape(layer.name, layer.num_experts, layer.top_k, layer.groups) for layer in layers)
-    return ModelLayers(checkpoint_sha256(directory), shapes)
+    return ModelLayers(checkpoint_sha256(directory), shapes_of(layers))
+
+
+def shapes_of(layers: Iterable["MoELayer"]) -> tuple[LayerShape, ...]:
+    """What a plan needs to know of the MoE layers of a torch model."""
+    return tuple(LayerShape(layer.name, layer.num_experts, layer.top_k, layer.groups) for layer in layers)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from moe_spec.errors import UserError, require_known
+from moe_spec.feasibility import ANY, Kernels
 from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
 from pruning.criteria import (
@@ -51,6 +52,8 @@ class PlanOptions:
             ``new`` of ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of a merger.
         protect: keep super experts (``pruning.criteria.protection``) before all others.
         pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
+        floor: experts that every layer keeps at least.
+        kernels: what the target takes; a share is rounded to it, a count that it does not take is refused.
     """
 
     keep: Keep
@@ -61,6 +64,8 @@ class PlanOptions:
     router: str = ""
     protect: bool = False
     pretrained: Path | None = None
+    floor: int = 1
+    kernels: Kernels = ANY
 
     def __post_init__(self) -> None:
         if not self.router:
@@ -69,8 +74,11 @@ class PlanOptions:
 
     def recorded(self) -> dict[str, Any]:
         """As they stand in plan.json. A path says nothing elsewhere, so the hash of what it leads to does."""
-        recorded = {key: value for key, value in dataclasses.asdict(self).items() if key != "criterion"}
-        return recorded | {"pretrained": self.pretrained and checkpoint_sha256(self.pretrained)}
+        recorded = dataclasses.asdict(self) | {
+            "pretrained": self.pretrained and checkpoint_sha256(self.pretrained),
+            "target": self.kernels.target or None,
+        }
+        return {key: value for key, value in recorded.items() if key not in ("criterion", "kernels")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,25 +143,47 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     Raises:
         UserError: a budget that a router cannot work with, checked before anything is ranked.
     """
-    merger = MERGERS.get(options.criterion)
-    router = ROWS if merger else options.router
-
-    def layers(scores: Sequence[Scores]) -> list[RankedLayer]:
-        protected = candidates.protected or [frozenset()] * len(scores)
-        return [
-            RankedLayer(shape.name, shape.top_k, shape.groups, scores_E, options.clamp_top_k, router, ids)
-            for shape, scores_E, ids in zip(candidates.layers, scores, protected, strict=True)
-        ]
-
     scope = SCOPES[options.scope]
-    scope.check(layers([np.zeros(shape.experts) for shape in candidates.layers]), options.keep)
-    ranked = layers(candidates.score())
+    scope.check(unranked(candidates.layers, options, candidates.protected), options.keep)
+    ranked = rank(candidates.layers, candidates.score(), options, candidates.protected)
     counts = scope.spread(ranked, options.keep)
     plans = tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
+    merger = MERGERS.get(options.criterion)
     if merger is None:
         return plans
     seen = [layer for layer in candidates.layers if isinstance(layer, LayerStatistics)]
     return tuple(merge_instead(plan, layer, merger, options.router) for plan, layer in zip(plans, seen, strict=True))
+
+
+def rank(
+    layers: Sequence[LayerShape | LayerStatistics],
+    scores: Sequence[Scores],
+    options: PlanOptions,
+    protected: Sequence[frozenset[int]] = (),
+) -> list[RankedLayer]:
+    """``layers`` with the ``scores`` of their experts, (E,) each, and all that binds how many they may keep."""
+    router = ROWS if options.criterion in MERGERS else options.router
+    return [
+        RankedLayer(
+            name=shape.name,
+            top_k=shape.top_k,
+            groups=shape.groups,
+            scores=scores_E,
+            clamp_top_k=options.clamp_top_k,
+            router=router,
+            protected=ids,
+            floor=options.floor,
+            kernels=options.kernels,
+        )
+        for shape, scores_E, ids in zip(layers, scores, protected or [frozenset()] * len(scores), strict=True)
+    ]
+
+
+def unranked(
+    layers: Sequence[LayerShape | LayerStatistics], options: PlanOptions, protected: Sequence[frozenset[int]] = ()
+) -> list[RankedLayer]:
+    """``layers`` with scores of 0: all that has to be known to tell whether a budget can be."""
+    return rank(layers, [np.zeros(shape.experts) for shape in layers], options, protected)
 
 
 def check_options(options: PlanOptions) -> None:
@@ -164,6 +194,12 @@ def check_options(options: PlanOptions) -> None:
     """
     check_budget(options.keep, str(options.keep))
     require_known(options.scope, "scope", SCOPES)
+    if options.kernels.counts and (options.scope != "layer" or options.router == FULL):
+        raise UserError(
+            f"--scope {options.scope} --router {options.router} cannot be had on target {options.kernels.target}: it "
+            "builds from a checkpoint, where every layer has as many experts, and its router as many rows",
+            hint="leave them out, or choose another --target",
+        )
     if options.criterion in MERGERS:
         check_merging(options.criterion, options.router, protect=options.protect)
     else:

@@ -8,28 +8,28 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from models.checkpoints import load_model
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import find_moe_layers
 from moe_spec.calibration import Progress
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
+from moe_spec.feasibility import ANY
 from moe_spec.files import refuse_existing
-from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.apply import apply_plan
-from pruning.budget import RankedLayer
+from pruning.budget import SCOPES, Keep, RankedLayer
 from pruning.collect import collect
 from pruning.criteria import CRITERIA, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.inputs import check_inputs, tensors_of
-from pruning.plan import PlanOptions, candidates_of, check_options, choose
-from pruning.reconstruction import search_model
+from pruning.layers import LayerShape, of_checkpoint, shapes_of
+from pruning.plan import PlanOptions, candidates_of, check_options, choose, unranked
+from pruning.reconstruction import check_search, search_model
 
 NAEE = "naee"
 
@@ -76,13 +76,15 @@ def plan_on_data(
     """
     refuse_existing(out)
     _check(options, how)
+    source = of_checkpoint(checkpoint)
+    keeps = _check_layers(source.layers, options, how)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=how.limit)
     model = load_model(checkpoint)
     check_inputs(dataset.feeds, model, str(data))
     batches = _batches(model, dataset, how, on_progress)
-    layers = _search(model, batches, options) if options.criterion == NAEE else _rounds(model, batches, options, how)
+    layers = _search(model, batches, options) if options.criterion == NAEE else _rounds(model, batches, options, keeps)
     plan = PruningPlan(
-        model_sha256=checkpoint_sha256(checkpoint),
+        model_sha256=source.model_sha256,
         criterion=options.criterion,
         options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256},
         layers=layers,
@@ -112,29 +114,42 @@ def _check(options: PlanOptions, how: DataOptions) -> None:
         )
 
 
+def _check_layers(shapes: Sequence[LayerShape], options: PlanOptions, how: DataOptions) -> list[Keep]:
+    """What is kept after each round, once it is clear that routers, floor and target can work with it."""
+    layers = unranked(shapes, options)
+    if options.criterion == NAEE:
+        for shape, layer in zip(shapes, layers, strict=True):
+            check_search(shape, layer.count(options.keep))
+    SCOPES[options.scope].check(layers, options.keep)
+    return _counts(layers, options.keep, how.rounds)
+
+
 def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> tuple[LayerPlan, ...]:
-    layers = find_moe_layers(model)
-    found = search_model(model, batches(), [_unranked(layer).count(options.keep) for layer in layers])
+    layers = unranked(shapes_of(find_moe_layers(model)), options)
+    found = search_model(model, batches(), [layer.count(options.keep) for layer in layers])
     return tuple(
-        LayerPlan(layer.name, layer.num_experts, layer.top_k, one.keep, one.scores)
+        LayerPlan(layer.name, layer.experts, layer.top_k, one.keep, one.scores)
         for layer, one in zip(layers, found, strict=True)
     )
 
 
-def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, how: DataOptions) -> tuple[LayerPlan, ...]:
+def _rounds(
+    model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]
+) -> tuple[LayerPlan, ...]:
     """Prune ``model`` in place, a part in each round; the ids that stay are those of the model as it was."""
     criterion = by_statistics(options.criterion)
     assert criterion is not None
     parents = find_moe_layers(model)
     kept = {layer.name: tuple(range(layer.num_experts)) for layer in parents}
     plans: tuple[LayerPlan, ...] = ()
-    for count in _counts(parents, options, how.rounds):
-        step = dataclasses.replace(options, keep=count)
+    for keep in keeps:
+        kernels = options.kernels if keep == keeps[-1] else ANY  # what is left in between runs nowhere else
+        step = dataclasses.replace(options, keep=keep, kernels=kernels)
         seen = Statistics("", (), collect(model, batches()))
         plans = choose(candidates_of(seen, options, criterion), step)
         apply_plan(model, PruningPlan("", options.criterion, plans))
         kept = {plan.name: tuple(kept[plan.name][expert] for expert in plan.keep) for plan in plans}
-    if how.rounds == 1:
+    if len(keeps) == 1:
         return plans
     return tuple(
         LayerPlan(plan.name, parent.num_experts, plan.top_k, kept[plan.name], groups=parent.groups)
@@ -142,24 +157,20 @@ def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, how:
     )
 
 
-def _counts(layers: Sequence[MoELayer], options: PlanOptions, rounds: int) -> list[int | float]:
+def _counts(layers: Sequence[RankedLayer], keep: Keep, rounds: int) -> list[Keep]:
     """How many experts a layer keeps after each round."""
     if rounds == 1:
-        return [options.keep]
-    shapes = {(layer.num_experts, _unranked(layer).step) for layer in layers}
+        return [keep]
+    shapes = {(layer.experts, layer.step) for layer in layers}
     if len(shapes) > 1:
         raise UserError(
             f"layers of {sorted(count for count, _ in shapes)} experts cannot lose them in the same rounds",
             hint="plan in one round: leave out --rounds",
         )
     ((experts, step),) = shapes
-    last = _unranked(layers[0]).count(options.keep)
+    last = layers[0].count(keep)
     between = [experts - (experts - last) * done // rounds for done in range(1, rounds)]
     return [*(-(-count // step) * step for count in between), last]
-
-
-def _unranked(layer: MoELayer) -> RankedLayer:
-    return RankedLayer(layer.name, layer.top_k, layer.groups, np.zeros(layer.num_experts))
 
 
 def _batches(model: PreTrainedModel, dataset: Dataset, how: DataOptions, on_progress: Progress | None) -> Batches:

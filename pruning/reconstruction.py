@@ -24,6 +24,7 @@ from moe_spec.errors import UserError
 from pruning.apply import slice_rows
 from pruning.collect import run_backbone
 from pruning.inputs import valid_tokens
+from pruning.layers import LayerShape, shapes_of
 from pruning.observe import Seen, observed, outputs_of_all
 
 MAX_SUBSETS = 1000
@@ -65,8 +66,8 @@ def search_model(
         UserError: a layer keeps fewer than K experts, or routes in groups, which subsets would break.
     """
     layers, row = find_moe_layers(model), family(model.config.model_type)
-    for layer, count in zip(layers, counts, strict=True):
-        _check(layer, count)
+    for shape, count in zip(shapes_of(layers), counts, strict=True):
+        check_search(shape, count)
     seen = _hidden_states(model, batches)
     with torch.no_grad():
         return tuple(
@@ -117,17 +118,22 @@ def _without(keep: Keep, expert: int) -> Keep:
     return tuple(other for other in keep if other != expert)
 
 
-def _check(layer: MoELayer, count: int) -> None:
+def check_search(layer: LayerShape, count: int) -> None:
+    """Refuse a layer whose subsets of ``count`` experts cannot be tried.
+
+    Raises:
+        UserError: it keeps fewer than K experts, or routes in groups, which subsets would break.
+    """
     if layer.groups is not None:
         raise UserError(
             f"layer {layer.name} routes in {layer.groups.count} groups, and subsets of its experts would break them",
             hint="use a criterion that ranks experts within groups, like --criterion reap",
         )
-    if not layer.top_k <= count <= layer.num_experts:
+    if not layer.top_k <= count <= layer.experts:
         raise UserError(
-            f"layer {layer.name} would keep {count} of {layer.num_experts} experts, "
+            f"layer {layer.name} would keep {count} of {layer.experts} experts, "
             f"but its router selects K={layer.top_k} a token",
-            hint=f"keep {layer.top_k} to {layer.num_experts}",
+            hint=f"keep {layer.top_k} to {layer.experts}",
         )
 
 

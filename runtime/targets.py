@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from moe_spec.errors import UserError, did_you_mean
+from moe_spec.feasibility import Kernels
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
 
@@ -56,6 +57,37 @@ TARGETS: tuple[Target, ...] = (
         "built on the device",
     ),
 )  # fmt: skip
+
+CHECKPOINT_TARGETS: tuple[Kernels, ...] = (
+    Kernels("edge-llm-fp16", (128, 256), max_top_k=8),  # Fp16MoePlugin
+    Kernels("edge-llm-nvfp4", (128, 256), max_top_k=8),  # Nvfp4MoePlugin; issue 160 there has its whole refusal
+    Kernels("edge-llm-nvfp4-a16", (128, 256, 512), max_top_k=32),  # Nvfp4A16MoePlugin
+)
+"""What builds from a pruned checkpoint by itself, with kernels for certain numbers of experts: plans are made for it.
+
+TensorRT-Edge-LLM 0.11, read in its plugins' sources (https://github.com/NVIDIA/TensorRT-Edge-LLM). Every form of
+`TARGETS` takes any number.
+"""
+
+
+def kernels_of(name: str) -> Kernels:
+    """What the kernels of the target called ``name`` take.
+
+    >>> kernels_of("edge-llm-fp16").counts, kernels_of("rtx-ada").counts
+    ((128, 256), ())
+
+    Raises:
+        UserError: there is no such target; the hint names the closest.
+    """
+    found = next((row for row in CHECKPOINT_TARGETS if row.target == name), None)
+    if found is not None:
+        return found
+    known = {alias for row in TARGETS for alias in (row.name, *row.aliases)}
+    if name not in known:
+        raise UserError(
+            f"unknown target {name!r}", hint=did_you_mean(name, known | {row.target for row in CHECKPOINT_TARGETS})
+        )
+    return Kernels(name)
 
 
 def find_target(name: str, backend: str | None = None) -> Target:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from models.checkpoints import load_model, save_model
+from models.checkpoints import load_model, load_skeleton, save_model
+from models.moe_layers import find_moe_layers
 from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
@@ -23,7 +24,7 @@ from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.options import TWO_PASS, Method, Plain, RouterKD, Seer, TaskSpecific, name_of
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.router_kd import distil
-from pruning.finetuning.task_specific import TaskSpecificPruning
+from pruning.finetuning.task_specific import TaskSpecificPruning, check_dropping
 from pruning.finetuning.training import Progress, train
 
 RECORD, SCHEMA = "finetuning.json", 1
@@ -94,6 +95,8 @@ def finetune(
             not suit the model.
     """
     refuse_existing(out)
+    if check := _CHECKS.get(type(method)):
+        check(load_skeleton(checkpoint), method, recipe.steps)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
     job = _Job(checkpoint, dataset, str(data), recipe, on_progress)
     model, done = _METHODS[type(method)](job, method)
@@ -156,6 +159,16 @@ def _router_kd(job: _Job, method: RouterKD) -> Outcome:
     losses = distil(model, teacher, examples, method.temperature, job.recipe, job.on_progress)
     return model, job.done(method, losses, teacher_sha256=checkpoint_sha256(method.teacher))
 
+
+def _seer_steps(model: PreTrainedModel, method: Seer, steps: int) -> None:
+    seer.lower_steps(method, find_moe_layers(model)[0].top_k, steps)
+
+
+_CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
+    TaskSpecific: check_dropping,
+    Seer: _seer_steps,
+}
+"""What is refused by the shape of a model, before any data is read."""
 
 _METHODS: Mapping[type, Callable[[_Job, Any], Outcome]] = {
     Plain: _plain,

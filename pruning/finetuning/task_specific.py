@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.errors import UserError
+from moe_spec.feasibility import check_floor
 from moe_spec.plan import LayerPlan, PruningPlan
 from pruning.apply import apply_plan
 from pruning.finetuning.mask import ExpertMask
@@ -51,9 +52,9 @@ class TaskSpecificPruning(TrainerCallback):
         """
         model: PreTrainedModel = kwargs["model"]
         self._layers = {layer.name: layer for layer in find_moe_layers(model)}
+        check_dropping(model, self._options, state.max_steps)
         self._at = drop_steps(self._options, state.max_steps)
         for layer in self._layers.values():
-            _check(layer, self._options.floor)
             self._window[layer.name], self._scores[layer.name] = np.zeros((2, layer.num_experts))
         self._model = model
         self._mask = ExpertMask(model)
@@ -105,14 +106,18 @@ class TaskSpecificPruning(TrainerCallback):
             self.drops.append((step, name, left))
 
 
-def _check(layer: MoELayer, floor: int) -> None:
-    if layer.groups is not None:
-        raise UserError(
-            f"layer {layer.name} routes in {layer.groups.count} groups, which experts that go one by one leave uneven",
-            hint="plan with moe-edge plan, prune, and recover with --method plain",
-        )
-    if floor > layer.num_experts:
-        raise UserError(
-            f"--floor {floor} asks for {floor} experts, but layer {layer.name} has {layer.num_experts}",
-            hint=f"give at most --floor {layer.num_experts}",
-        )
+def check_dropping(model: PreTrainedModel, options: TaskSpecific, steps: int) -> None:
+    """Refuse a model that cannot be pruned while it learns in ``steps`` steps; its weights are not looked at.
+
+    Raises:
+        UserError: fewer steps than windows, fewer experts than the floor, or routing groups.
+    """
+    drop_steps(options, steps)
+    for layer in find_moe_layers(model):
+        if layer.groups is not None:
+            raise UserError(
+                f"layer {layer.name} routes in {layer.groups.count} groups, which experts that go one by one leave "
+                "uneven",
+                hint="plan with moe-edge plan, prune, and recover with --method plain",
+            )
+        check_floor(layer.name, layer.num_experts, options.floor)

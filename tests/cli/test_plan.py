@@ -49,6 +49,8 @@ def test_plan_writes_a_plan_and_one_line(source, tmp_path):
         "router": "rows",
         "protect": False,
         "pretrained": None,
+        "floor": 1,
+        "target": None,
     }
 
 

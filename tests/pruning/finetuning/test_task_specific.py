@@ -156,6 +156,6 @@ def test_what_cannot_be_done_is_refused():
     )
     assert refusal("vmoe", TaskSpecific(floor=9)) == (
         "--floor 9 asks for 9 experts, but layer layers.1.mlp has 8",
-        "give at most --floor 8",
+        "give --floor 1 to 8",
     )
     assert refusal("vmoe", TaskSpecific(), steps=8)[0] == "the first half of 8 steps cannot be divided into 5 windows"
