@@ -65,8 +65,8 @@ def plan_by_hand(
         )
     kept = [(layer, named.get(layer.name, named.get(EVERY_LAYER))) for layer in model.layers]
     layers = tuple(_keep(layer, ids, clamp_top_k, router) for layer, ids in kept if ids is not None)
-    for layer in layers:
-        kernels.check(layer.name, len(layer.keep), layer.top_k)
+    for layer, ids in kept:
+        kernels.check(layer.name, layer.experts if ids is None else len(ids), layer.top_k)
     return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k, "router": router})
 
 

@@ -213,3 +213,22 @@ def test_a_checkpoint_is_planned_for_on_data_in_rounds(tmp_path):
     assert (made.options["rounds"], made.statistics_sha256) == (2, None)
     code, _, stderr = invoke(*arguments, "--criterion", "random", "-o", tmp_path / "random.json")
     assert (code, stderr.partition("\n")[0]) == (1, "error: criterion 'random' does not look at data")
+
+
+@pytest.mark.parametrize(("keep", "code"), [("40%", 0), ("64", 1)])
+def test_a_target_rounds_a_share_and_refuses_a_count(keep, code, tmp_path):
+    sums = {key: np.arange(256.0) for key, row in KEYS.items() if row.axes == "E"}
+    Statistics("model", ("data",), (LayerStatistics("mlp", 256, 2, 40, sums),)).save(tmp_path / "s.safetensors")
+    arguments = ("--keep", keep, "--floor", 4, "--target", "edge-llm-fp16", "-o", tmp_path / "plan.json")
+    refused = (
+        "error: layer mlp keeps 64 experts, target edge-llm-fp16 takes 128 or 256\n"
+        "hint: the nearest that works: --keep 128 or --keep 256\n"
+    )
+    expected = (0, f"{tmp_path / 'plan.json'}: keeps 128 of 256 experts in 1 layers, by reap\n", "")
+    assert invoke("plan", tmp_path / "s.safetensors", *arguments) == ((1, "", refused) if code else expected)
+
+
+def test_named_experts_are_bound_by_the_target_too(block, tmp_path):
+    arguments = ("--experts", "6,1,2", "--target", "edge-llm-nvfp4", "-o", tmp_path / "plan.json")
+    error = "error: layer layers.0.mlp keeps 3 experts, target edge-llm-nvfp4 takes 128 or 256\nhint: "
+    assert invoke("plan", block, *arguments) == (1, "", error + "choose another --target\n")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_spec import Groups, UserError
+from moe_spec.feasibility import Kernels
 from pruning.budget import SCOPES, RankedLayer, check_router, parse_keep
 
 
@@ -210,6 +211,76 @@ def test_more_protected_experts_than_are_kept_is_refused(groups, fewest):
         f"layer mlp keeps 2 of 8 experts, but [1, 2, 6] are protected, for which it has to keep {fewest}"
     )
     assert caught.value.hint == f"keep more: --keep {fewest}; or plan without --protect"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0.1, 3), (0.25, 3), (0.5, 4), (3, 3)])
+def test_a_share_never_goes_below_the_floor(keep, left):
+    assert len(kept([layer(range(8), floor=3)], keep)[0]) == left
+
+
+def test_a_count_below_the_floor_is_refused():
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8), floor=3)], 2)
+    assert caught.value.what == "layer mlp keeps 2 of 8 experts, the floor is 3"
+    assert caught.value.hint == "keep more: --keep 3; or a lower --floor"
+
+
+def test_a_global_budget_leaves_every_layer_the_floor():
+    dead, alive = layer([1, 0, 0, 0, 0, 0], name="dead", floor=3), layer(np.ones(6), name="alive", floor=3)
+    assert [len(keep) for keep in kept([dead, alive], 4, "global")] == [3, 5]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("floor", [0, 9])
+def test_a_floor_that_cannot_be_is_refused(scope, floor):
+    with pytest.raises(UserError) as caught:
+        SCOPES[scope].check([layer(np.zeros(8), floor=floor)], 4)
+    assert caught.value.what == f"--floor {floor} asks for {floor} experts, but layer mlp has 8"
+    assert caught.value.hint == "give --floor 1 to 8"
+
+
+EVENS = Kernels("gadget", (2, 6), max_top_k=2)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0.1, 2), (0.25, 2), (0.5, 6), (1.0, 6), (6, 6)])
+def test_a_share_is_rounded_to_what_kernels_take(keep, left):
+    assert len(kept([layer(range(8), kernels=EVENS)], keep)[0]) == left
+
+
+def test_a_share_is_rounded_to_what_kernels_and_groups_and_floor_take():
+    some = Kernels("gadget", (3, 4, 6))
+    assert len(kept([layer(range(8), kernels=some, **TWO_GROUPS)], 0.3)[0]) == 4
+    assert len(kept([layer(range(8), kernels=some, **TWO_GROUPS, floor=5)], 0.3)[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "keep", "what", "hint"),
+    [
+        (
+            {},
+            4,
+            "layer mlp keeps 4 experts, target gadget takes 2 or 6",
+            "the nearest that works: --keep 2 or --keep 6",
+        ),
+        (
+            {"floor": 3},
+            8,
+            "layer mlp keeps 8 experts, target gadget takes 2 or 6",
+            "the nearest that works: --keep 6",
+        ),
+        ({"floor": 7}, 0.5, "layer mlp keeps 7 experts, target gadget takes 2 or 6", "choose another --target"),
+        (
+            {"top_k": 3},
+            6,
+            "layer mlp selects K=3 experts a token, target gadget takes at most 2",
+            "choose another --target",
+        ),
+    ],
+)
+def test_what_kernels_do_not_take_is_refused_with_the_nearest_that_they_do(options, keep, what, hint):
+    with pytest.raises(UserError) as caught:
+        kept([layer(range(8), kernels=EVENS, **options)], keep)
+    assert (caught.value.what, caught.value.hint) == (what, hint)
 
 
 def test_scores_below_zero_say_nothing_across_layers():

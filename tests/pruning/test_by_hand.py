@@ -3,7 +3,7 @@
 import pytest
 
 from moe_spec.errors import UserError
-from moe_spec.feasibility import Groups
+from moe_spec.feasibility import Groups, Kernels
 from pruning.by_hand import parse_experts, plan_by_hand
 from pruning.layers import LayerShape, ModelLayers
 
@@ -52,3 +52,12 @@ def test_what_cannot_be_kept_is_refused(texts, what, hint):
     with pytest.raises(UserError) as error:
         plan_by_hand(MODEL, parse_experts(texts))
     assert (error.value.what, error.value.hint) == (what, hint)
+
+
+def test_what_the_target_does_not_take_is_refused():
+    gadget = Kernels("gadget", (2, 4))
+    for experts, layer, count in ((["0,1,4"], 0, 3), (["layers.0.mlp=0,1"], 1, 8)):
+        with pytest.raises(UserError) as caught:
+            plan_by_hand(MODEL, parse_experts(experts), clamp_top_k=True, kernels=gadget)
+        assert caught.value.what == f"layer layers.{layer}.mlp keeps {count} experts, target gadget takes 2 or 4"
+        assert caught.value.hint == "choose another --target"

@@ -7,6 +7,7 @@ import torch
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec import PruningPlan, UserError
+from moe_spec.feasibility import Kernels
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.plan import PlanOptions, make_plan
@@ -104,3 +105,57 @@ def test_options_that_exclude_each_other_are_refused(options, how, what, files, 
         plan(files, tmp_path, options, **how)
     assert caught.value.what == what
     assert not (tmp_path / "plan.json").exists()
+
+
+GADGET = Kernels("gadget", (3, 6))
+FIRST = "layer model.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rounds", "what"),
+    [
+        ("mixtral", PlanOptions(9), 1, f"--keep 9 asks for 9 experts, but {FIRST} has 8"),
+        ("mixtral", PlanOptions(1), 2, f"{FIRST} keeps 1 of 8 experts, but its router selects K=2 a token"),
+        ("mixtral", PlanOptions(1, scope="global"), 1, "--keep 1 leaves 2 experts for 2 layers, which need at least 4"),
+        ("mixtral", PlanOptions(2, floor=3), 1, f"{FIRST} keeps 2 of 8 experts, the floor is 3"),
+        ("mixtral", PlanOptions(2, "naee", floor=3), 1, f"{FIRST} keeps 2 of 8 experts, the floor is 3"),
+        ("mixtral", PlanOptions(4, floor=9), 1, f"--floor 9 asks for 9 experts, but {FIRST} has 8"),
+        ("mixtral", PlanOptions(4, kernels=GADGET), 2, f"{FIRST} keeps 4 experts, target gadget takes 3 or 6"),
+        (
+            "mixtral",
+            PlanOptions(6, scope="global", kernels=GADGET),
+            1,
+            "--scope global --router rows cannot be had on target gadget: it builds from a checkpoint, where every "
+            "layer has as many experts, and its router as many rows",
+        ),
+        (
+            "mixtral",
+            PlanOptions(1, "naee"),
+            1,
+            f"{FIRST} would keep 1 of 8 experts, but its router selects K=2 a token",
+        ),
+        (
+            "deepseek_v3",
+            PlanOptions(4, "naee"),
+            1,
+            f"{FIRST} routes in 2 groups, and subsets of its experts would break them",
+        ),
+        (
+            "deepseek_v3",
+            PlanOptions(5),
+            1,
+            f"{FIRST} keeps 5 of 8 experts, but its router selects K=2 from 1 of 2 groups: every group "
+            "must keep the same number, and enough of them",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_data_is_read(name, options, rounds, what, files, tmp_path):
+    with pytest.raises(UserError) as caught:
+        plan_on_data(files / name, tmp_path / "nothing.npz", options, tmp_path / "plan.json", DataOptions(rounds))
+    assert caught.value.what == what
+
+
+def test_a_share_is_rounded_to_what_the_target_takes_and_rounds_lead_there(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(0.5, kernels=GADGET), rounds=2)
+    assert [len(layer.keep) for layer in made.layers] == [3, 3]
+    assert (made.options["target"], made.options["floor"]) == ("gadget", 1)

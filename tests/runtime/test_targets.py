@@ -4,7 +4,7 @@ import pytest
 
 from moe_spec.errors import UserError
 from runtime.backends import BACKENDS
-from runtime.targets import TARGETS, find_target
+from runtime.targets import CHECKPOINT_TARGETS, TARGETS, find_target, kernels_of
 from runtime.tensorrt.plan_header import CAPABILITY_BITS
 
 
@@ -59,3 +59,21 @@ def test_compute_capabilities_are_names_too(name, found):
 def test_an_unknown_target_is_answered_with_the_closest(name, backend, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         find_target(name, backend)
+
+
+def test_what_moe_edge_writes_itself_runs_with_any_number_of_experts():
+    for name in (name for target in TARGETS for name in (target.name, *target.aliases)):
+        assert (kernels_of(name).target, kernels_of(name).counts, kernels_of(name).max_top_k) == (name, (), None)
+
+
+def test_targets_of_checkpoints_are_no_targets_of_graphs():
+    for kernels in CHECKPOINT_TARGETS:
+        assert kernels_of(kernels.target) is kernels
+        assert sorted(kernels.counts) == list(kernels.counts)
+        with pytest.raises(UserError, match=f"unknown target '{kernels.target}'"):
+            find_target(kernels.target)
+
+
+def test_an_unknown_target_of_a_plan_is_answered_with_the_closest():
+    with pytest.raises(UserError, match=r"unknown target 'edge-llm-fp8'\nhint: did you mean 'edge-llm-fp16'\?"):
+        kernels_of("edge-llm-fp8")

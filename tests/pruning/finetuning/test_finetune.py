@@ -140,3 +140,23 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
     with pytest.raises(UserError) as caught:
         finetune(tmp_path / "nothing", tmp_path / "nothing", Plain(), quick(1), tmp_path)
     assert caught.value.what == f"{tmp_path} already exists"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "what"),
+    [
+        ("vmoe", TaskSpecific(floor=9), "--floor 9 asks for 9 experts, but layer layers.1.mlp has 8"),
+        ("vmoe", TaskSpecific(windows=8), "the first half of 10 steps cannot be divided into 8 windows"),
+        (
+            "deepseek_v3",
+            TaskSpecific(),
+            "layer model.layers.0.mlp routes in 2 groups, which experts that go one by one leave uneven",
+        ),
+        ("vmoe", Seer(top_k=3), "--top-k 3 is more than the K=2 that the model has"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_data_is_read(name, method, what, tmp_path):
+    checkpoint, _ = saved(name, tmp_path)
+    with pytest.raises(UserError) as caught:
+        finetune(checkpoint, tmp_path / "nothing.npz", method, quick(10), tmp_path / "out")
+    assert caught.value.what == what
