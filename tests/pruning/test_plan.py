@@ -49,6 +49,8 @@ def test_a_plan_says_what_it_was_made_from(source, tmp_path):
         "router": "rows",
         "protect": False,
         "pretrained": None,
+        "floor": 1,
+        "target": None,
     }
     assert [layer.name for layer in made.layers] == ["layers.0.mlp", "layers.1.mlp"]
 
