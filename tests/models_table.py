@@ -105,17 +105,12 @@ def granitemoe() -> PreTrainedModel:
 
 def vmoe() -> PreTrainedModel:
     """Images of 12 x 12 pixels in 4 patches; experts in blocks 1 and 3, not gated, with biases; not renormalised."""
-    config = VMoeConfig(
-        image_size=12,
-        stem_channels=[8, 16],
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        **_TEN_CLASSES,
-    )
-    torch.manual_seed(0)
-    return _randomised(VMoeForImageClassification(config))
+    return _vmoe()
+
+
+def vmoe_ensemble() -> PreTrainedModel:
+    """Two members of 8 experts each, in both of two blocks: four layers for whatever ranks or prunes layers."""
+    return _vmoe(ensemble_size=2, num_hidden_layers=2, moe_every=1)
 
 
 TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
@@ -138,6 +133,21 @@ def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     ids = torch.randint(0, model.config.vocab_size, (batch, sequence), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _vmoe(**routing: Any) -> PreTrainedModel:
+    config = VMoeConfig(
+        image_size=12,
+        stem_channels=[8, 16],
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        **routing,
+        **_TEN_CLASSES,
+    )
+    torch.manual_seed(0)
+    return _randomised(VMoeForImageClassification(config))
 
 
 def _decoder(config: PreTrainedConfig) -> PreTrainedModel:

@@ -19,9 +19,11 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         intermediate_size: F, of the dense MLPs and of each expert.
         num_hidden_layers: encoder blocks.
         num_attention_heads: heads, which share H evenly.
-        num_experts: E.
+        num_experts: E, among which a token can choose. In an ensemble every member has as many of its own.
         num_experts_per_tok: K.
         moe_every: every ``moe_every``-th block has experts; 2 means blocks 1, 3, 5, ... (zero-based).
+        ensemble_size: M, members of an ensemble E3 (https://arxiv.org/abs/2110.03360); 1 is no ensemble. The paper's E
+            counts the experts of all members, which share them evenly: ``M * num_experts`` here.
         hidden_act: activation of MLPs and experts, by its transformers name.
         router_aux_loss_coef: weight of the auxiliary loss in the training loss (lambda of the paper).
         initializer_range: standard deviation of the initial router weights and position embeddings.
@@ -40,6 +42,7 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_every: int = 2
+    ensemble_size: int = 1
     hidden_act: str = "gelu"
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
@@ -54,12 +57,18 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         """Called by transformers on reading and saving.
 
         Raises:
-            ValueError: a router that selects more experts than there are, or heads that do not share H evenly.
+            ValueError: a router that selects more experts than there are, heads that do not share H evenly, or an
+                ensemble without members or experts.
         """
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"the router selects {self.num_experts_per_tok} of {self.num_experts} experts")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.num_attention_heads} heads do not share {self.hidden_size} channels evenly")
+
+        if self.ensemble_size < 1:
+            raise ValueError(f"an ensemble has at least one member, not {self.ensemble_size}")
+        if self.ensemble_size > 1 and self.moe_every > self.num_hidden_layers:
+            raise ValueError(f"none of {self.num_hidden_layers} blocks has experts for {self.ensemble_size} members")
 
     @property
     def num_patches(self) -> int:

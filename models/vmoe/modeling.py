@@ -4,11 +4,17 @@ Token-choice routing: the router is linear without bias, probabilities are a sof
 token goes to its K most probable experts, and their probabilities are the gates as they are, never renormalised.
 No token is dropped: this is V-MoE with an unbounded capacity ratio, so no expert has a buffer that could overflow.
 
-Axes beside those of ``moe_spec``: B images, P tokens of one image, T = B * P.
+An ensemble E3 (https://arxiv.org/abs/2110.03360) of M members computes every image M times from its first block with
+experts on. In these blocks a member has a router and experts of its own, elsewhere members share all weights. So each
+member's part of a block is a MoE layer like any other: whatever ranks, prunes or exports layers does so a member.
+
+Axes beside those of ``moe_spec``: B images (those of one member after those of another), P tokens of one image,
+T = B * P, M members, C classes.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -156,6 +162,20 @@ class VMoeSparseMlp(nn.Module):
         return mixed_BPH, auxiliary_loss(router.logits(hidden_TH), logits_TE, router.noise_std, router.top_k)
 
 
+class VMoeEnsembleMlp(nn.Module):
+    """A sparse MLP for each member of an ensemble."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(VMoeSparseMlp(config) for _ in range(config.ensemble_size))
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each member's images to itself, (B, P, H); in training the mean of their auxiliary losses."""
+        parts = hidden_BPH.reshape(len(self.members), -1, *hidden_BPH.shape[1:]).unbind(0)
+        mixed, losses = zip(*(member(part) for member, part in zip(self.members, parts, strict=True)), strict=True)
+        return torch.cat(mixed), torch.stack(losses).mean() if self.training else None
+
+
 class VMoeLayer(nn.Module):
     """A pre-LayerNorm transformer block with a dense or a sparse MLP."""
 
@@ -164,7 +184,8 @@ class VMoeLayer(nn.Module):
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = VMoeSelfAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = VMoeSparseMlp(config) if config.has_experts(block) else VMoeMlp(config)
+        sparse = VMoeSparseMlp if config.ensemble_size == 1 else VMoeEnsembleMlp
+        self.mlp = sparse(config) if config.has_experts(block) else VMoeMlp(config)
 
     def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, P, H) to (B, P, H), and the auxiliary loss of a sparse MLP in training."""
@@ -174,7 +195,7 @@ class VMoeLayer(nn.Module):
 
 
 class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call] # as VMoeConfig
-    """Stem, encoder blocks, LayerNorm, mean over the tokens, linear classifier."""
+    """Stem, encoder blocks, LayerNorm, mean over the tokens, linear classifier; an ensemble's mean probabilities."""
 
     config_class = VMoeConfig
     base_model_prefix = ""
@@ -199,21 +220,30 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
 
         Returns:
             logits (B, num_labels); with ``labels`` the loss: cross-entropy, and in training mode the auxiliary loss of
-            the routers times ``router_aux_loss_coef``.
+            the routers times ``router_aux_loss_coef``. An ensemble's logits are the logarithm of its members' mean
+            probability; in training its cross-entropy is the mean of its members', as in google-research/vmoe.
         """
+        of_members, total = self._of_members(pixel_values)
+        logits_BC = mean_prediction(of_members, self.config.ensemble_size)
+        loss = None
+        if labels is not None:
+            judged = of_members if self.training else logits_BC
+            loss = functional.cross_entropy(judged, labels.repeat(len(judged) // len(labels)))
+            loss = loss if total is None else loss + self.config.router_aux_loss_coef * total
+        return VMoeImageClassifierOutput(loss=loss, logits=logits_BC, aux_loss=total)
+
+    def _of_members(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (M * B, C), one member's after those of another, and in training the routers' auxiliary losses."""
         hidden_BPH = self.stem(pixel_values)
         aux_losses = []
-        for layer in self.layers:
+        for block, layer in enumerate(self.layers):
+            if block == self.config.moe_every - 1 and self.config.ensemble_size > 1:
+                hidden_BPH = hidden_BPH.repeat(self.config.ensemble_size, 1, 1)
             hidden_BPH, aux_loss = layer(hidden_BPH)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        logits = self.classifier(self.layernorm(hidden_BPH).mean(dim=1))
         total = torch.stack(aux_losses).sum() if aux_losses else None
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(logits, labels)
-            loss = loss if total is None else loss + self.config.router_aux_loss_coef * total
-        return VMoeImageClassifierOutput(loss=loss, logits=logits, aux_loss=total)
+        return self.classifier(self.layernorm(hidden_BPH).mean(dim=1)), total
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -236,6 +266,18 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
             _zero_bias(module)
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def mean_prediction(logits: Tensor, members: int) -> Tensor:
+    """The logarithm of the mean probability, (B, C), of logits (M * B, C); those of a single member stay as they are.
+
+    >>> mean_prediction(torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log(), members=2).exp()
+    tensor([[0.6000, 0.4000]])
+    """
+    if members == 1:
+        return logits
+    logits_MBC = logits.log_softmax(dim=-1).reshape(members, -1, logits.shape[-1])
+    return logits_MBC.logsumexp(dim=0) - math.log(members)
 
 
 def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:

@@ -45,7 +45,8 @@ def router_norm(checkpoint: Path, pretrained: Path) -> list[Scores]:
 
     Neither the length of the difference nor the size of the change: a row that became shorter is the first to go.
     https://arxiv.org/abs/2405.16646, which ranks within a layer only, and whose router stays full (``--router full``).
-    Its second model, the ensemble E3-MoE, whose members would be ranked each by itself, is of no family here.
+    In an ensemble, its second model, a layer is what a member has of a block: members are ranked each by itself, and
+    keep as many. That they have to is our reading; the authors' code has no ensembles.
 
     Args:
         checkpoint: fine-tuned on the task.
