@@ -1,4 +1,4 @@
-"""What pruning a checkpoint costs that is larger than memory may be: OLMoE-1B-7B's shape, with random weights.
+"""What calibrating and pruning a checkpoint costs that memory may not hold: OLMoE-1B-7B's shape, random weights.
 
     python -m benchmarks.large_checkpoints > benchmarks/large_checkpoints.md
 
@@ -8,6 +8,7 @@ removes them. With ``--quick`` they are small, and its numbers say nothing about
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ from models.tensor_files import Span, StoredTensor, write_tensors
 Array = npt.NDArray[Any]
 
 KEPT = "50%"
+MEMORY = "4GB"
+"""What calibration may fill with weights; in float32 the whole model has 28 GB of them."""
+EXAMPLES, TOKENS = 4, 128
 BFLOAT16_BYTES = 2
 BLOCK_BYTES = 1 << 24
 MEGABYTE = 1 << 20
@@ -91,11 +95,12 @@ QUICK_SHAPES = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One checkpoint: planned, pruned, and what is kept of it copied."""
+    """One checkpoint: calibrated, planned, pruned, and what is kept of it copied."""
 
     layers: int
     bytes_before: int
     bytes_after: int
+    calibrate: Usage
     plan: Usage
     prune: Usage
     cp_seconds: float
@@ -128,19 +133,23 @@ def _repeated(source: Path, shape: tuple[int, ...]) -> StoredTensor:
 
 
 def measure(shape: Shape) -> Row:
-    """Half of the experts of each layer deleted, at random; then what is left copied by ``cp``."""
+    """Half of the experts of each layer deleted, by what they did; then what is left copied by ``cp``."""
     with tempfile.TemporaryDirectory() as scratch:
-        source, plan, out, copy = (Path(scratch) / name for name in ("model", "plan.json", "out", "copy"))
+        names = ("model", "data.npz", "statistics.safetensors", "plan.json", "out", "copy")
+        source, data, statistics, plan, out, copy = (Path(scratch) / name for name in names)
         save_large(shape, source)
+        np.savez(data, input_ids=np.random.default_rng(0).integers(0, shape.vocabulary, (EXAMPLES, TOKENS)))
         os.sync()
-        planned = moe_edge("plan", source, "--criterion", "random", "--keep", KEPT, "-o", plan)
+        spread = ("--device-map", "auto", "--max-memory", MEMORY)
+        calibrated = moe_edge("calibrate", source, "--data", data, *spread, "-o", statistics)
+        planned = moe_edge("plan", statistics, "--keep", KEPT, "-o", plan)
         pruned = moe_edge("prune", source, "--plan", plan, "-o", out)
         before, after = _bytes(source), _bytes(out)
         shutil.rmtree(source)  # disks are small
         started = time.perf_counter()
         subprocess.run(["cp", "-r", out, copy], check=True)
         os.sync()
-        return Row(shape.layers, before, after, planned, pruned, time.perf_counter() - started)
+        return Row(shape.layers, before, after, calibrated, planned, pruned, time.perf_counter() - started)
 
 
 def _bytes(directory: Path) -> int:
@@ -151,29 +160,47 @@ def report(rows: Sequence[Row], command: str) -> str:
     """The whole document."""
     small, large = rows[0], rows[-1]
     bytes_more = (large.bytes_before - small.bytes_before) / 1e9
-    peak_more = (large.prune.peak_bytes - small.prune.peak_bytes) / MEGABYTE
-    return f"""# What pruning a large checkpoint costs
+    calibrate_more, prune_more = (
+        (more.peak_bytes - less.peak_bytes) / MEGABYTE
+        for more, less in ((large.calibrate, small.calibrate), (large.prune, small.prune))
+    )
+    return f"""# What calibrating and pruning a large checkpoint costs
 
 `{command}` printed this on {describe_machine()}.
 
 OLMoE-1B-7B's shape with random weights in bfloat16: 16 layers are the whole model, fewer are beside it to show what
-grows. `plan --criterion random --keep {KEPT}` and `prune` ran as processes of their own, until what they wrote was on
-disk; peak memory is that of the whole process, of which torch and transformers take the most before a weight is
-touched. `plan` hashes the model; `prune` hashes it again, copies what is kept, and hashes what it wrote. `cp` copies
-the kept bytes, and hashes nothing. One run each, one after the other, on a machine that does other things too.
+grows. Three processes of their own, until what they wrote was on disk; peak memory is that of the whole process.
+
+- `calibrate --device-map auto --max-memory {MEMORY}` on {EXAMPLES} x {TOKENS} random tokens, one batch, in float32.
+  Weights that do not fit are read from the checkpoint where they are needed, and nothing but the statistics is
+  written. It hashes the model too.
+- `plan --keep {KEPT}` from those statistics, by REAP. It reads no model.
+- `prune` hashes the model, copies what is kept, and hashes what it wrote. torch and transformers take most of its
+  memory before a weight is touched. `cp` copies the kept bytes, and hashes nothing.
+
+One run each, one after the other, on a machine that does other things too.
 
 {_table(rows)}
 
-From first to last the model grows by {bytes_more:.1f} GB, the peak memory of `prune` by {peak_more:.0f} MB."""
+From first to last the model grows by {bytes_more:.1f} GB, the peak memory of `calibrate` by {calibrate_more:.0f} MB,
+that of `prune` by {prune_more:.0f} MB."""
 
 
 def _table(rows: Sequence[Row]) -> str:
-    titles = ("layers", "model", "kept", "plan", "plan's peak", "prune", "prune's peak", "cp of the kept bytes")
+    steps = ("calibrate", "plan", "prune")
+    titles = (
+        "layers",
+        "model",
+        "kept",
+        *(f"{step}{what}" for step in steps for what in ("", ", peak")),
+        "cp of the kept",
+    )
     lines = [titles, ("---:",) * len(titles)]
     for row in rows:
         sizes = (f"{row.bytes_before / 1e9:.2f} GB", f"{row.bytes_after / 1e9:.2f} GB")
-        costs = [(f"{usage.seconds:.1f} s", f"{usage.peak_bytes / MEGABYTE:.0f} MB") for usage in (row.plan, row.prune)]
-        lines.append((str(row.layers), *sizes, *costs[0], *costs[1], f"{row.cp_seconds:.1f} s"))
+        usages = (row.calibrate, row.plan, row.prune)
+        costs = [(f"{usage.seconds:.1f} s", f"{usage.peak_bytes / MEGABYTE:,.0f} MB") for usage in usages]
+        lines.append((str(row.layers), *sizes, *itertools.chain(*costs), f"{row.cp_seconds:.1f} s"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -4,11 +4,14 @@ An ONNX model is run by ONNX Runtime, with its experts observed; statistics of w
 asks for by name where a criterion needs them) are taken of checkpoints only.
 
 Under torchrun the processes share the data: gloo on CPUs, nccl on GPUs. --shard-size keeps what there is every so many
-examples, and the same command goes on from there. --device-map auto spreads a checkpoint larger than memory over
-GPUs, memory and disk.
+examples, and the same command goes on from there.
+
+--device-map auto spreads a checkpoint larger than memory over GPUs, memory and disk; weights fill at most --max-memory
+of the machine's. What waits on the disk is read from the checkpoint for every batch: give a large --batch-size.
 
 Example: moe-edge calibrate checkpoint/ --data train.npz -o statistics.safetensors
 Example: moe-edge calibrate exported/ --data train.npz -o statistics.safetensors
+Example: moe-edge calibrate checkpoint/ --data train.npz --device-map auto --max-memory 4GB -o statistics.safetensors
 Example: torchrun --nproc-per-node 4 --no-python moe-edge calibrate checkpoint/ --data train.npz -o out.safetensors
 """
 
@@ -44,10 +47,13 @@ def calibrate(
     device_map: Annotated[
         str | None, typer.Option(help="auto, balanced or sequential: for a model larger than memory.")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With --device-map: of the machine's, for weights, e.g. 4GB. All that is free.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
-    run = _calibration_of(model, dense, device_map)
+    run = _calibration_of(model, dense, device_map, max_memory)
     with _told_what_is_kept(output), console.progress() as bar:
         task = bar.add_task(f"calibrating {model}", total=None)
         statistics = run(
@@ -62,15 +68,18 @@ def calibrate(
     report(output, statistics, as_json)
 
 
-def _calibration_of(model: Path, dense: bool, device_map: str | None) -> Callable[..., Statistics]:
+def _calibration_of(
+    model: Path, dense: bool, device_map: str | None, max_memory: str | None
+) -> Callable[..., Statistics]:
     """The function for this kind of model."""
     if not is_onnx(model):
         from pruning.calibrate import calibrate as of_checkpoint
 
-        return partial(of_checkpoint, dense=dense, device_map=device_map)
+        return partial(of_checkpoint, dense=dense, device_map=device_map, max_memory=max_memory)
     for option, asked in (
         ("--dense", dense),
         ("--device-map", device_map is not None),
+        ("--max-memory", max_memory is not None),
         ("torchrun", os.environ.get("WORLD_SIZE", "1") != "1"),
     ):
         if asked:

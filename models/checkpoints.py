@@ -1,7 +1,6 @@
 """Checkpoints in transformers' layout: local, safetensors only, and never a silent substitute for a lost weight."""
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from models import vmoe
 from models.families import family
 from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
-from moe_spec.errors import UserError, did_you_mean
+from moe_spec.errors import UserError
 from moe_spec.files import inside
 from moe_spec.identity import checkpoint_weights
 from moe_spec.record import parse_object
@@ -31,46 +30,20 @@ _NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, Strict
 """What transformers raises about files that do not fit together."""
 
 
-DEVICE_MAPS = ("auto", "balanced", "sequential")
-"""In which order accelerate fills the devices."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A model larger than memory, spread over GPUs, memory and disk by accelerate; each layer is loaded where it runs.
-
-    https://huggingface.co/docs/accelerate/usage_guides/big_modeling
-
-    Attributes:
-        offload: directory for what no memory holds; it has to outlive the model.
-        device_map: one of ``DEVICE_MAPS``.
-        max_memory: what accelerate may fill of each device, e.g. ``{"cpu": "20GiB"}``; None: what is free.
-    """
-
-    offload: Path
-    device_map: str = "auto"
-    max_memory: Mapping[int | str, str] | None = None
-
-
-def load_model(
-    directory: Path, dtype: torch.dtype | None = torch.float32, *, spread: Spread | None = None
-) -> PreTrainedModel:
-    """The model of a checkpoint, in eval mode, on the CPU unless it is spread.
+def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """The model of a checkpoint, in eval mode, on the CPU; ``models.spread`` has models larger than memory.
 
     Args:
         directory: config.json and safetensors weights.
         dtype: what floating-point weights are cast to; None leaves them as they are stored.
-        spread: for models larger than memory.
 
     Raises:
         UserError: no checkpoint, pickled, cut or quantised weights, an unknown family, or weights that do not fill
             the model that config.json describes.
-        ModuleNotFoundError: ``spread`` without accelerate.
     """
-    placement = {} if spread is None else _placement(spread)
     config = load_config(directory)
     stored_tensors(directory)  # every file is complete
-    with _quiet(), _explained(directory):
+    with quiet(), _explained(directory):
         model: PreTrainedModel
         model, report = _auto_class(config).from_pretrained(
             directory,
@@ -80,7 +53,6 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **placement,
         )
     lost = sorted(report["missing_keys"])
     if lost:  # transformers fills them with random numbers
@@ -91,19 +63,9 @@ def load_model(
     return model
 
 
-def _placement(spread: Spread) -> dict[str, Any]:
-    """What transformers wants to be told."""
-    if spread.device_map not in DEVICE_MAPS:
-        raise UserError(f"unknown device map {spread.device_map!r}", hint=did_you_mean(spread.device_map, DEVICE_MAPS))
-    import accelerate  # noqa: F401  # transformers' own complaint does not say which extra brings it
-
-    max_memory = None if spread.max_memory is None else dict(spread.max_memory)
-    return {"device_map": spread.device_map, "max_memory": max_memory, "offload_folder": str(spread.offload)}
-
-
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write config.json and safetensors weights, in the layout that the family's checkpoints have."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors keeps it to its owner
@@ -116,9 +78,25 @@ def load_skeleton(directory: Path) -> PreTrainedModel:
         UserError: no checkpoint, pickled or quantised weights, or an unknown family.
     """
     config = load_config(directory)
-    with _quiet(), _explained(directory), torch.device("meta"):
+    with quiet(), _explained(directory), torch.device("meta"):
         skeleton: PreTrainedModel = _auto_class(config).from_config(config)
     return skeleton
+
+
+def load_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint in eval mode, without values for its parameters; buffers are those of a new model.
+
+    Raises:
+        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+        ModuleNotFoundError: accelerate is not installed.
+    """
+    from accelerate import init_empty_weights
+
+    config = load_config(directory)
+    with quiet(), _explained(directory), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
+    model.train(False)
+    return model
 
 
 def load_config(directory: Path) -> Any:
@@ -142,7 +120,7 @@ def load_config(directory: Path) -> Any:
             f"{path} names the file of its weights", hint=f"call it {WEIGHTS}, and remove transformers_weights"
         )
     vmoe.register()
-    with _quiet(), _explained(directory):
+    with quiet(), _explained(directory):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
@@ -195,7 +173,7 @@ def _explained(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' load reports and progress bars: what matters in them is an error here."""
     reports: Any = transformers.utils.logging  # untyped
     verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()

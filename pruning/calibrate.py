@@ -1,17 +1,16 @@
 """Calibrate: one pass over task data, and the statistics file by which criteria rank experts."""
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.checkpoints import Spread, load_model
+from models.checkpoints import load_model
+from models.spread import load_spread
 from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import load_dataset
+from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
@@ -32,6 +31,7 @@ def calibrate(
     dense: bool = False,
     shard_size: int | None = None,
     device_map: str | None = None,
+    max_memory: str | None = None,
     on_progress: Progress | None = None,
 ) -> Statistics:
     """Run task data through a checkpoint and write statistics.safetensors.
@@ -49,7 +49,9 @@ def calibrate(
         shard_size: keep what there is after every so many examples, in ``moe_spec.calibration.shards_of(out)``, until
             the run has come to its end.
         device_map: how accelerate spreads a model larger than memory over GPUs, memory and disk
-            (``models.checkpoints.Spread``); None: all of it on the GPU of this process, or in memory without one.
+            (``models.spread``); None: all of it on the GPU of this process, or in memory without one.
+        max_memory: with ``device_map``: how much of the machine's memory weights may fill, e.g. ``4GB``; None: what is
+            free. What finds no place is read from the checkpoint again for every batch, so batches should be large.
         on_progress: told after every batch what this process has done of its share.
 
     Raises:
@@ -58,7 +60,8 @@ def calibrate(
     """
     refuse_existing(out)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=limit)
-    with team() as us, _loaded(checkpoint, device_map, us.device, out.parent) as model:
+    with team() as us:
+        model = _loaded(checkpoint, device_map, max_memory, us.device)
         check_inputs(dataset.feeds, model, str(data))
         share = us.share(dataset, batch_size)
 
@@ -76,14 +79,12 @@ def calibrate(
     return statistics
 
 
-@contextlib.contextmanager
-def _loaded(checkpoint: Path, device_map: str | None, device: torch.device, beside: Path) -> Iterator[PreTrainedModel]:
-    """The model on ``device``; or spread by ``device_map``, a directory in ``beside`` for what memory cannot hold."""
-    if device_map is None:
-        model = load_model(checkpoint)
-        nn.Module.to(model, device)  # in place; transformers' own is not typed
-        yield model
-        return
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".offload.", dir=beside) as offload:
-        yield load_model(checkpoint, spread=Spread(Path(offload), device_map))
+def _loaded(checkpoint: Path, device_map: str | None, max_memory: str | None, device: torch.device) -> PreTrainedModel:
+    """The model on ``device``, or spread by ``device_map``."""
+    if device_map is not None:
+        return load_spread(checkpoint, device_map, max_memory)
+    if max_memory is not None:
+        raise UserError("--max-memory is for a model that is spread over devices", hint="spread it: --device-map auto")
+    model = load_model(checkpoint)
+    nn.Module.to(model, device)  # in place; transformers' own is not typed
+    return model

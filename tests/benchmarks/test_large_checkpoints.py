@@ -29,14 +29,14 @@ def test_bytes_go_with_the_experts():
     dropped = sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name) // 2
     dropped += math.prod(shapes["model.layers.0.mlp.gate.weight"]) // 2
     assert row.bytes_before - row.bytes_after == pytest.approx(2 * dropped, abs=2000)  # the header gets shorter too
-    assert min(row.plan.peak_bytes, row.prune.peak_bytes) > 0
+    assert min(usage.peak_bytes for usage in (row.calibrate, row.plan, row.prune)) > 0
 
 
 def test_the_document_says_how_memory_grows_with_the_model():
-    def row(layers, gigabytes, peak):
-        usage = Usage(seconds=12.5, peak_bytes=peak << 20)
-        return Row(layers, gigabytes * 10**9, gigabytes * 10**9 // 2, usage, usage, cp_seconds=4.0)
+    def row(layers, gigabytes, peaks):
+        usages = [Usage(seconds=12.5, peak_bytes=peak << 20) for peak in peaks]
+        return Row(layers, gigabytes * 10**9, gigabytes * 10**9 // 2, *usages, cp_seconds=4.0)
 
-    text = report([row(2, 2, 390), row(16, 14, 396)], "command")
-    assert "| 16 | 14.00 GB | 7.00 GB | 12.5 s | 396 MB | 12.5 s | 396 MB | 4.0 s |" in text
-    assert "From first to last the model grows by 12.0 GB, the peak memory of `prune` by 6 MB." in text
+    text = report([row(2, 2, (4000, 80, 390)), row(16, 14, (4500, 81, 396))], "command")
+    assert "| 16 | 14.00 GB | 7.00 GB | 12.5 s | 4,500 MB | 12.5 s | 81 MB | 12.5 s | 396 MB | 4.0 s |" in text
+    assert "grows by 12.0 GB, the peak memory of `calibrate` by 500 MB,\nthat of `prune` by 6 MB." in text

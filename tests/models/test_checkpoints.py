@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoints import Spread, load_model, load_skeleton, save_model
+from models.checkpoints import load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers
 from models.tensor_files import INDEX, read_tensors, write_tensors
 from moe_spec import UserError
@@ -159,27 +159,3 @@ def test_an_index_stays_in_its_directory(checkpoint):
     index.unlink()
     expected = f"{checkpoint} has neither model.safetensors nor {INDEX}"
     assert refusal(load_model, checkpoint) == expected
-
-
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("memory", ["40KB", "150KB"])
-def test_a_model_larger_than_memory_computes_what_it_computes_in_memory(name, memory, zoo, tmp_path, capfd):
-    checkpoint = zoo.checkpoint(name)
-    capfd.readouterr()
-    whole = load_model(checkpoint)
-    spread = load_model(checkpoint, spread=Spread(tmp_path, max_memory={"cpu": memory}))
-    assert any(parameter.is_meta for parameter in spread.parameters())  # these lie on the disk
-    inputs = example_inputs(whole, batch=2, sequence=5, seed=0)
-    for implementation in ("eager", "batched_mm"):
-        for model in (whole, spread):
-            model.set_experts_implementation(implementation)
-        with torch.no_grad():
-            assert torch.equal(spread(**inputs).logits, whole(**inputs).logits)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_an_unknown_device_map_is_refused(checkpoint, tmp_path):
-    with pytest.raises(UserError) as caught:
-        load_model(checkpoint, spread=Spread(tmp_path, "autp"))
-    assert caught.value.what == "unknown device map 'autp'"
-    assert caught.value.hint == "did you mean 'auto'? known: auto, balanced, sequential"
