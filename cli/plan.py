@@ -17,8 +17,9 @@ Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-sm
 a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe and ream need statistics taken with
 --dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained.
 
-With --data a checkpoint is planned for on task data at once: by any of these criteria, in several --rounds of pruning
-and looking again; or by naee, which searches for the experts whose absence changes each layer's output least.
+With --data a checkpoint is planned for on task data at once: by any criterion by statistics, in several --rounds of
+pruning and looking again; by any merger, with all the statistics that it needs; or by naee, which searches for the
+experts whose absence changes each layer's output least.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json

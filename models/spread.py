@@ -47,11 +47,12 @@ def load_spread(
     places = _places(model, device_map, memory)
     _fill(model, stored, places)
     held = {name: value for name, value in model.state_dict().items() if _place(places, name) == "cpu"}
+    values = ChainMap[str, Tensor](held, stored)  # type: ignore[arg-type]  # nobody writes to it
     with quiet():
         accelerate.dispatch_model(
             model,
             device_map=places,
-            state_dict=ChainMap(held, stored),
+            state_dict=values,
             offload_index={},  # the state dict has everything
             skip_keys=model._skip_keys_device_placement,
         )

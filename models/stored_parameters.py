@@ -4,6 +4,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -38,7 +39,8 @@ class StoredParameters(Mapping[str, Tensor]):
         self._directory, self._dtype = directory, dtype
         self._skeleton = load_skeleton(directory)
         self._tensors = stored_tensors(directory)
-        self._loading = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(self._skeleton))
+        transforms: list[Any] = get_model_conversion_mapping(self._skeleton)
+        self._loading = LoadStateDictConfig(weight_mapping=transforms)
         tied: Mapping[str, str] = self._skeleton.all_tied_weights_keys
         self._home = {name: tied.get(name, name) for name in self._skeleton.state_dict()}
         self._parts: dict[str, list[str]] = defaultdict(list)

@@ -197,12 +197,18 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
     """The statistics of two shards of data together: what one pass over both would have given.
 
     Raises:
-        UserError: the shards were taken from different models, or from different layers of one.
+        UserError: the shards were taken from different models, from different layers of one, or from the same data.
     """
     if left.model_sha256 != right.model_sha256:
         raise UserError(
             f"statistics of model {left.model_sha256[:12]} cannot be merged with those of {right.model_sha256[:12]}",
             hint="calibrate every shard with the same checkpoint",
+        )
+    twice = [shard for shard in right.data_sha256 if shard in left.data_sha256]
+    if twice:
+        raise UserError(
+            f"two of the statistics were taken on the same data {twice[0][:12]}, which would count twice",
+            hint="merge each shard once; to share one file among machines, split it before it is calibrated",
         )
     mine, theirs = (
         [(layer.name, layer.experts, layer.top_k, layer.groups, sorted(layer.sums)) for layer in shard.layers]

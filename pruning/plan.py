@@ -11,7 +11,7 @@ import numpy as np
 from moe_spec.errors import UserError, require_known
 from moe_spec.feasibility import ANY, Kernels
 from moe_spec.files import refuse_existing, sha256_file
-from moe_spec.identity import checkpoint_sha256
+from moe_spec.identity import checkpoint_sha256, is_onnx
 from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
@@ -230,10 +230,11 @@ def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Cand
 
 def _by_statistics(source: Path, options: PlanOptions, criterion: Criterion) -> Candidates:
     if source.is_dir() or source.suffix == ".onnx":
+        without = "random" if is_onnx(source) else "aimer or random"
         raise UserError(
             f"criterion {options.criterion!r} ranks by statistics, but {source} is a model",
             hint=f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
-            "without data: --criterion random, or --experts",
+            f"without data: --criterion {without}, or --experts",
         )
     return candidates_of(Statistics.load(source), options, criterion, sha256_file(source))
 

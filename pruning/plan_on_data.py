@@ -1,4 +1,4 @@
-"""Plan on data: from a checkpoint and task data, by search or in rounds of pruning and looking again.
+"""Plan on data: from a checkpoint and task data, by search, by merging, or in rounds of pruning and looking again.
 
 Once experts are gone, others take their tokens, and what was ranked before holds no more. MC-Suite,
 https://arxiv.org/abs/2504.05586, found that looking again pays where many experts go.
@@ -28,6 +28,7 @@ from pruning.criteria import CRITERIA, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.inputs import check_inputs, tensors_of
 from pruning.layers import LayerShape, of_checkpoint, shapes_of
+from pruning.merging.mergers import MERGERS
 from pruning.plan import PlanOptions, candidates_of, check_options, choose, unranked
 from pruning.reconstruction import check_search, search_model
 
@@ -65,7 +66,8 @@ def plan_on_data(
     Args:
         checkpoint: transformers directory of a known MoE family; it stays as it is.
         data: .npz of model inputs or of images (``moe_spec.dataset``); labels are not used.
-        options: budget, and a criterion that ranks by statistics; or ``naee`` (`pruning.reconstruction`).
+        options: budget, and a criterion that ranks by statistics, or one of ``pruning.merging``, or ``naee``
+            (`pruning.reconstruction`).
         out: plan to write; must not exist.
         how: see ``DataOptions``.
         on_progress: called with the examples done and the examples in all, of all rounds.
@@ -82,12 +84,11 @@ def plan_on_data(
     model = load_model(checkpoint)
     check_inputs(dataset.feeds, model, str(data))
     batches = _batches(model, dataset, how, on_progress)
-    layers = _search(model, batches, options) if options.criterion == NAEE else _rounds(model, batches, options, keeps)
     plan = PruningPlan(
         model_sha256=source.model_sha256,
         criterion=options.criterion,
         options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256},
-        layers=layers,
+        layers=_layers(model, batches, options, keeps),
     )
     plan.save(out)
     return plan
@@ -95,13 +96,17 @@ def plan_on_data(
 
 def _check(options: PlanOptions, how: DataOptions) -> None:
     check_options(options)
-    if options.criterion != NAEE and by_statistics(options.criterion) is None:
+    if options.criterion not in (NAEE, *MERGERS) and by_statistics(options.criterion) is None:
         raise UserError(
             f"criterion {options.criterion!r} does not look at data",
-            hint=did_you_mean(options.criterion, [NAEE, *CRITERIA, SHAPE]),
+            hint=did_you_mean(options.criterion, [NAEE, *CRITERIA, SHAPE, *MERGERS]),
         )
     if how.rounds < 1:
         raise UserError(f"--rounds {how.rounds} is no number of rounds", hint="give 1 or more")
+    if options.criterion in MERGERS and how.rounds > 1:
+        raise UserError(
+            f"criterion {options.criterion!r} merges experts, which is done in one round", hint="leave out --rounds"
+        )
     if options.criterion == NAEE and (how.rounds > 1 or options.clamp_top_k):
         raise UserError(
             "criterion 'naee' searches once, for the K of the model", hint="leave out --rounds and --clamp-top-k"
@@ -122,6 +127,17 @@ def _check_layers(shapes: Sequence[LayerShape], options: PlanOptions, how: DataO
             check_search(shape, layer.count(options.keep))
     SCOPES[options.scope].check(layers, options.keep)
     return _counts(layers, options.keep, how.rounds)
+
+
+def _layers(
+    model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]
+) -> tuple[LayerPlan, ...]:
+    if options.criterion == NAEE:
+        return _search(model, batches, options)
+    if merger := MERGERS.get(options.criterion):
+        seen = Statistics("", (), collect(model, batches(), dense=merger.dense))
+        return choose(candidates_of(seen, options, merger.scores), options)
+    return _rounds(model, batches, options, keeps)
 
 
 def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> tuple[LayerPlan, ...]:

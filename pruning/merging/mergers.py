@@ -120,6 +120,7 @@ class Merger:
         scores: ranks experts. The best of a group survives, and scores are the weights of the mean.
         group: puts the experts of a layer into so many groups, given their scores.
         align: whether the neurons of the others are permuted to those of the survivor first.
+        dense: whether it needs statistics for which every expert runs on every token.
         router: what becomes of the router, unless the user says.
         published: the same in the paper; None where its router stays as wide as it was.
         deviations: other points in which this is not what the paper does.
@@ -130,6 +131,7 @@ class Merger:
     align: bool
     router: str
     published: str | None
+    dense: bool = False
     deviations: tuple[str, ...] = ()
 
     def notes(self, router: str) -> tuple[str, ...]:
@@ -151,8 +153,10 @@ _BY_WEIGHTS = "the paper aligns neurons by weights and activations, this plan by
 MERGERS: Mapping[str, Merger] = {
     "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, published=NEW),
     "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, published=None, deviations=(_COUNTS,)),
-    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=None),
-    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=None),
-    "ream": Merger(_REAP, centroids, align=True, router=ROWS, published=ROWS, deviations=(_SEQUENCE, _BY_WEIGHTS)),
+    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=None, dense=True),
+    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=None, dense=True),
+    "ream": Merger(
+        _REAP, centroids, align=True, router=ROWS, published=ROWS, dense=True, deviations=(_SEQUENCE, _BY_WEIGHTS)
+    ),
 }
 """Every merger, by the name that ``plan --criterion`` takes."""

@@ -34,8 +34,8 @@ def test_bytes_go_with_the_experts():
 
 def test_the_document_says_how_memory_grows_with_the_model():
     def row(layers, gigabytes, peaks):
-        usages = [Usage(seconds=12.5, peak_bytes=peak << 20) for peak in peaks]
-        return Row(layers, gigabytes * 10**9, gigabytes * 10**9 // 2, *usages, cp_seconds=4.0)
+        calibrate, plan, prune = (Usage(seconds=12.5, peak_bytes=peak << 20) for peak in peaks)
+        return Row(layers, gigabytes * 10**9, gigabytes * 10**9 // 2, calibrate, plan, prune, cp_seconds=4.0)
 
     text = report([row(2, 2, (4000, 80, 390)), row(16, 14, (4500, 81, 396))], "command")
     assert "| 16 | 14.00 GB | 7.00 GB | 12.5 s | 4,500 MB | 12.5 s | 81 MB | 12.5 s | 396 MB | 4.0 s |" in text

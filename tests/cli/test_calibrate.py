@@ -190,10 +190,32 @@ def test_ctrl_c_says_where_the_run_would_go_on(checkpoint, data, tmp_path, monke
 
 def test_a_device_map_changes_nothing_but_the_place(checkpoint, data, tmp_path):
     here, spread = tmp_path / "here.safetensors", tmp_path / "spread.safetensors"
-    for arguments in ((here,), (spread, "--device-map", "auto")):
+    for arguments in ((here,), (spread, "--device-map", "auto", "--max-memory", "100KB")):
         assert invoke("calibrate", checkpoint, "--data", data, "-o", *arguments)[0] == 0
     assert here.read_bytes() == spread.read_bytes()
     assert leftovers(tmp_path) == {"data.npz", here.name, spread.name}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--max-memory", "4GB"),
+            "error: --max-memory is for a model that is spread over devices\nhint: spread it: --device-map auto\n",
+        ),
+        (
+            ("--max-memory", "a lot", "--device-map", "auto"),
+            "error: --max-memory a lot is no amount of memory\nhint: for example 4GB, 900MB or 4GiB\n",
+        ),
+    ],
+)
+def test_memory_that_cannot_be_given_is_refused(options, message, checkpoint, data, tmp_path):
+    assert invoke("calibrate", checkpoint, "--data", data, "-o", tmp_path / "out.safetensors", *options) == (
+        1,
+        "",
+        message,
+    )
+    assert leftovers(tmp_path) == {"data.npz"}
 
 
 def test_a_device_map_without_accelerate_says_what_to_install(checkpoint, data, tmp_path, monkeypatch):
@@ -216,7 +238,7 @@ def test_an_onnx_model_is_calibrated_as_its_checkpoint(zoo, data, tmp_path):
     assert Statistics.load(out).model_sha256 == checkpoint_sha256(zoo.checkpoint("mixtral"))
 
 
-@pytest.mark.parametrize("options", [("--dense",), ("--device-map", "auto"), ()])
+@pytest.mark.parametrize("options", [("--dense",), ("--device-map", "auto"), ("--max-memory", "4GB"), ()])
 def test_what_only_checkpoints_have_is_refused_for_an_onnx_model(options, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert invoke("calibrate", "model.onnx", "--data", data, "-o", tmp_path / "out.safetensors", *options) == (

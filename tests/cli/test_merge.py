@@ -60,6 +60,13 @@ def test_what_cannot_be_merged_ends_in_an_error_and_a_hint(zoo, shards, tmp_path
         f"error: {tmp_path / 'no'} does not exist, expected statistics (safetensors)\nhint: check the path\n",
     )
     assert invoke("merge", shards[0], "-o", other)[2].startswith(f"error: {other} already exists\n")
+    data_sha256 = Statistics.load(shards[1]).data_sha256[0][:12]
+    assert invoke("merge", *shards, shards[1], "-o", out) == (
+        1,
+        "",
+        f"error: two of the statistics were taken on the same data {data_sha256}, which would count twice\n"
+        "hint: merge each shard once; to share one file among machines, split it before it is calibrated\n",
+    )
     assert leftovers(tmp_path) == {other.name}
 
 

@@ -43,7 +43,7 @@ def test_a_stored_parameter_is_what_the_loader_makes_of_it(name, zoo):
 
 
 def test_values_are_cast(tmp_path):
-    save_model(TINY["olmoe"]().to(torch.bfloat16), tmp_path)
+    save_model(TINY["olmoe"]().bfloat16(), tmp_path)
     stored = StoredParameters(tmp_path, torch.float32)["model.layers.1.mlp.experts.down_proj"]
     expected = load_model(tmp_path).get_parameter("model.layers.1.mlp.experts.down_proj")
     assert torch.equal(stored, expected)

@@ -98,12 +98,14 @@ def refusal(source, **options):
     return caught.value.what, caught.value.hint
 
 
-def test_a_checkpoint_is_no_statistics(checkpoint):
-    what, hint = refusal(checkpoint, keep=4)
-    assert what == f"criterion 'reap' ranks by statistics, but {checkpoint} is a model"
+@pytest.mark.parametrize(("name", "without"), [("checkpoint", "aimer or random"), ("model.onnx", "random")])
+def test_a_model_is_no_statistics(name, without, checkpoint):
+    source = checkpoint if name == "checkpoint" else Path(name)
+    what, hint = refusal(source, keep=4)
+    assert what == f"criterion 'reap' ranks by statistics, but {source} is a model"
     assert hint == (
-        f"moe-edge calibrate {checkpoint} --data DATA.npz -o statistics.safetensors, and plan with that; "
-        "without data: --criterion random, or --experts"
+        f"moe-edge calibrate {source} --data DATA.npz -o statistics.safetensors, and plan with that; "
+        f"without data: --criterion {without}, or --experts"
     )
 
 

@@ -10,6 +10,7 @@ from moe_spec import PruningPlan, UserError
 from moe_spec.feasibility import Kernels
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
+from pruning.merging.mergers import MERGERS
 from pruning.plan import PlanOptions, make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
 from pruning.reconstruction import search_model
@@ -41,6 +42,18 @@ def test_one_round_is_calibrating_and_planning(files, tmp_path):
     np.testing.assert_allclose([made.layers[0].scores], [expected.layers[0].scores], rtol=1e-9)
     assert PruningPlan.load(tmp_path / "plan.json") == made
     assert made.options["rounds"] == 1
+
+
+@pytest.mark.parametrize("merger", MERGERS)
+def test_merging_on_data_is_calibrating_and_planning(merger, files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(3, merger), batch_size=2)
+    calibrate(files / "mixtral", files / "data.npz", tmp_path / "s.safetensors", batch_size=2, dense=True)
+    expected = make_plan(tmp_path / "s.safetensors", PlanOptions(3, merger))
+    assert made.merges
+    for mine, theirs in zip(made.layers, expected.layers, strict=True):
+        assert (mine.keep, mine.router, mine.align) == (theirs.keep, theirs.router, theirs.align)
+        assert [merge.experts for merge in mine.merge] == [merge.experts for merge in theirs.merge]
+    apply_plan(load_model(files / "mixtral"), made)
 
 
 def test_in_rounds_the_pruned_model_is_looked_at_again(files, tmp_path):
@@ -91,6 +104,7 @@ def test_progress_counts_the_examples_of_all_rounds(files, tmp_path):
     [
         (PlanOptions(4, "random"), {}, "criterion 'random' does not look at data"),
         (PlanOptions(4), {"rounds": 0}, "--rounds 0 is no number of rounds"),
+        (PlanOptions(4, "uncurl"), {"rounds": 2}, "criterion 'uncurl' merges experts, which is done in one round"),
         (PlanOptions(4, "naee"), {"rounds": 2}, "criterion 'naee' searches once, for the K of the model"),
         (PlanOptions(1, "naee", clamp_top_k=True), {}, "criterion 'naee' searches once, for the K of the model"),
         (PlanOptions(4, scope="model"), {}, "'model' is no scope"),

@@ -104,7 +104,18 @@ def test_shards_with_different_layers_are_never_merged():
     with pytest.raises(
         UserError, match=re.escape("the shards have different MoE layers, or different statistics of them")
     ):
-        merge(statistics(layer("a")), statistics(layer("b")))
+        merge(statistics(layer("a"), data="a"), statistics(layer("b"), data="b"))
+
+
+def test_no_shard_counts_twice():
+    both = merge(statistics(data="a" * 64), statistics(data="b" * 64))
+    for shard in (both, statistics(data="b" * 64)):
+        with pytest.raises(UserError) as caught:
+            merge(both, shard)
+        assert (caught.value.what, caught.value.hint) == (
+            f"two of the statistics were taken on the same data {shard.data_sha256[0][:12]}, which would count twice",
+            "merge each shard once; to share one file among machines, split it before it is calibrated",
+        )
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path):
@@ -189,7 +200,7 @@ def test_a_statistic_that_was_not_taken_is_asked_for_in_vain(key, hint):
 def test_shards_with_different_statistics_are_never_merged():
     few = dataclasses.replace(layer(), sums={"tokens": np.zeros(4)})
     with pytest.raises(UserError, match="or different statistics of them"):
-        merge(statistics(layer()), statistics(few))
+        merge(statistics(layer(), data="a"), statistics(few, data="b"))
 
 
 def test_groups_that_are_scored_by_their_best_come_back(tmp_path):
