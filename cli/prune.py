@@ -3,6 +3,7 @@
 Example: moe-edge prune checkpoint/ --plan plan.json -o pruned/
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,19 +22,29 @@ def prune(
     """Write a checkpoint directory."""
     from moe_spec.identity import checkpoint_sha256, checkpoint_weights
     from pruning.apply import prune as run
+    from pruning.apply import unloaded_experts
 
     with console.status(f"pruning {checkpoint}"):
         run(checkpoint, plan, output)
     before, after = (
         sum(path.stat().st_size for path in checkpoint_weights(directory)) for directory in (checkpoint, output)
     )
+    unloaded = unloaded_experts(output)
     console.result(
-        f"{output}: {after:,} bytes of weights, {before:,} before",
+        "\n".join([f"{output}: {after:,} bytes of weights, {before:,} before", *_notes(unloaded)]),
         {
             "output": str(output),
             "model_sha256": checkpoint_sha256(output),
             "weight_bytes": after,
             "weight_bytes_before": before,
+            "not_pruned": unloaded,
         },
         as_json,
     )
+
+
+def _notes(unloaded: Sequence[str]) -> Iterator[str]:
+    """What a user has to know of experts that are in the files and in no layer of the model."""
+    if unloaded:
+        yield f"  note: {len(unloaded)} tensors of experts are of layers that transformers does not load, and are all"
+        yield f"  there still; the first is {unloaded[0]}"

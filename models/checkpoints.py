@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from models import vmoe
 from models.families import family
+from models.stored_names import parameter_names
 from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
 from moe_spec.errors import UserError
 from moe_spec.files import inside
@@ -25,6 +26,14 @@ AUTO_CLASSES: Mapping[str, type] = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
 }
 """How an entry of config.architectures ends, and the auto class that it asks for; any other gets AutoModel."""
+
+_FLOATS: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What safetensors calls the dtypes of weights."""
 
 _NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError)
 """What transformers raises about files that do not fit together."""
@@ -69,6 +78,19 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors keeps it to its owner
+
+
+def cast_like(model: PreTrainedModel, directory: Path) -> None:
+    """Give the weights of ``model``, which may have lost experts, the dtypes that they have in a checkpoint's files.
+
+    Raises:
+        UserError: ``directory`` is no checkpoint, or not one of this model.
+    """
+    tensors = stored_tensors(directory)
+    names = parameter_names(load_skeleton(directory), tensors, directory)
+    dtypes = {name: _FLOATS.get(tensors[stored].dtype) for stored, name in names.items()}
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        weight.data = weight.data.to(dtypes.get(name) or weight.dtype)
 
 
 def load_skeleton(directory: Path) -> PreTrainedModel:

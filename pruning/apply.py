@@ -67,6 +67,20 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     return out
 
 
+def unloaded_experts(checkpoint: Path) -> list[str]:
+    """Stored tensors of experts that no plan reaches, because transformers loads no layer for them.
+
+    DeepSeek-V3's are those of the layers that predict further tokens. ``prune`` copies them as they are, all E experts
+    of them, and a plan that merges leaves them out.
+
+    Raises:
+        UserError: no checkpoint of a known family, or files that are not complete.
+    """
+    tensors = stored_tensors(checkpoint)
+    loaded = parameter_names(load_skeleton(checkpoint), tensors, checkpoint)
+    return sorted(name for name in tensors if ".experts." in name and name not in loaded)
+
+
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Drop experts in memory: ``w (E, ...) -> w[keep] (Ek, ...)`` for router and experts of every layer named.
 

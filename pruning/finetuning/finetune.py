@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from models.checkpoints import load_model, load_skeleton, save_model
+from models.checkpoints import cast_like, load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
@@ -78,9 +78,10 @@ class Finetuning:
 def finetune(
     checkpoint: Path, data: Path, method: Method, recipe: Recipe, out: Path, *, on_progress: Progress | None = None
 ) -> Finetuning:
-    """Train a checkpoint and write the result as a new one, in float32, with finetuning.json beside it.
+    """Train a checkpoint and write the result as a new one, with finetuning.json beside it.
 
-    Where the method prunes, the new checkpoint has the experts that are left, and plan.json says which they are.
+    Weights are trained in float32, and written in the dtypes that the checkpoint has them in. Where the
+    method prunes, the new checkpoint has the experts that are left, and plan.json says which they are.
 
     Args:
         checkpoint: transformers directory of a known MoE family.
@@ -100,6 +101,7 @@ def finetune(
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
     job = _Job(checkpoint, dataset, str(data), recipe, on_progress)
     model, done = _METHODS[type(method)](job, method)
+    cast_like(model, checkpoint)
     with new_directory(out) as staging:
         save_model(model, staging)
         copy_companions(checkpoint, staging)

@@ -2,6 +2,8 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import pruning.apply
 from models.checkpoints import load_model, save_model
@@ -54,7 +56,25 @@ def test_json_names_the_new_model(checkpoint, plan, tmp_path):
         "model_sha256": checkpoint_sha256(out),
         "weight_bytes": size(out),
         "weight_bytes_before": size(checkpoint),
+        "not_pruned": [],
     }
+
+
+def test_experts_that_no_plan_reaches_are_named(tmp_path):
+    checkpoint, out, model = tmp_path / "deepseek_v3", tmp_path / "pruned", TINY["deepseek_v3"]()
+    save_model(model, checkpoint)
+    path = checkpoint / "model.safetensors"
+    further = {f"model.layers.2.mlp.experts.{expert}.up_proj.weight": torch.zeros(48, 32) for expert in range(8)}
+    save_file(load_file(path) | further, path, metadata={"format": "pt"})
+    layers = plan_for(model, {layer.name: (1, 3, 4, 6) for layer in find_moe_layers(model)}).layers
+    PruningPlan(checkpoint_sha256(checkpoint), "by hand", layers).save(tmp_path / "plan.json")
+    code, stdout, stderr = invoke("prune", checkpoint, "--plan", tmp_path / "plan.json", "-o", out)
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines()[1:] == [
+        "  note: 8 tensors of experts are of layers that transformers does not load, and are all",
+        "  there still; the first is model.layers.2.mlp.experts.0.up_proj.weight",
+    ]
+    assert further.keys() <= load_file(out / "model.safetensors").keys()
 
 
 def refused(checkpoint, plan, tmp_path, out="out"):

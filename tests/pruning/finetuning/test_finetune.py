@@ -1,17 +1,20 @@
 """From checkpoint to checkpoint, and on to a graph."""
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from exporter.export import export
 from graph_passes.optimize import optimize
-from models.checkpoints import load_model
+from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
+from models.tensor_files import read_tensors
 from models.vmoe.assets import fashion_mnist
 from models.vmoe.evaluate import evaluate
 from moe_spec import PruningPlan, UserError
@@ -24,7 +27,7 @@ from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import RECORD, finetune
 from pruning.finetuning.options import Plain, RouterKD, Seer, TaskSpecific
 from pruning.plan import PlanOptions, plan
-from tests.models_table import EXPERTS, HIDDEN
+from tests.models_table import EXPERTS, HIDDEN, TINY
 from tests.oracle import plan_for
 from tests.pruning.finetuning.examples import quick, saved
 from tests.zoo import RUNNER
@@ -134,6 +137,26 @@ def test_routers_learn_from_a_teacher_without_labels(tmp_path):
     assert done.teacher_sha256 == checkpoint_sha256(checkpoint)
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["options"], record["teacher_sha256"]) == ({"temperature": 1.0}, checkpoint_sha256(checkpoint))
+
+
+@pytest.mark.parametrize("method", [Plain(), TaskSpecific(windows=1)])
+def test_weights_keep_the_dtypes_that_they_have_in_the_checkpoint(method, tmp_path):
+    checkpoint, data = saved("olmoe", tmp_path)
+    model = TINY["olmoe"]().bfloat16()
+    for layer in find_moe_layers(model):
+        layer.router.float()
+    shutil.rmtree(checkpoint)
+    save_model(model, checkpoint)
+    finetune(checkpoint, data, method, quick(2), tmp_path / "out")
+    before, after = (
+        {name: tensor.dtype for name, tensor in read_tensors(path / "model.safetensors").items()}
+        for path in (checkpoint, tmp_path / "out")
+    )
+    assert set(before.values()) == {"BF16", "F32"}
+    assert after.items() <= before.items()  # fewer, where experts went
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert trained.dtype == torch.bfloat16
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
