@@ -66,15 +66,16 @@ def _onnx(path: Path) -> Description:
 
     model = inspect_model(path)
     blocks = [_found(block) for block in model.blocks]
-    blocks += [dataclasses.asdict(entry) for entry in model.settled]
+    blocks += [dataclasses.asdict(entry) for entry in (*model.settled, *model.choosing)]
     lines = [f"{model.path}: {len(model.graph.nodes)} nodes, {len(blocks)} MoE layers"]
     lines += [_row(block) for block in blocks]
-    lines += [textwrap.indent(f"not recognised: {layer}", "  ") for layer in model.unrecognised]
+    unknown = () if model.choosing else model.unrecognised
+    lines += [textwrap.indent(f"not recognised: {layer}", "  ") for layer in unknown]
     unreachable = [item for found in model.findings for item in found.unreachable]
     masked = [item for found in model.findings for item in found.not_proven]
     lines += [f"  unreachable: {line}" for line in summarise(unreachable)]
     lines += [f"  masked as it seems: {line}" for line in summarise(masked)]
-    unrecognised = [dataclasses.asdict(layer) for layer in model.unrecognised]
+    unrecognised = [dataclasses.asdict(layer) for layer in unknown]
     payload = {
         "nodes": len(model.graph.nodes),
         "blocks": blocks,

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 def check_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer]) -> None:
-    """Every layer must be in the graph with every expert: tracing can lose some.
+    """Every layer that is an experts node must be in the graph with every expert: tracing can lose some.
 
     Raises:
         UserError: a layer is missing, or has another number of experts than the model.

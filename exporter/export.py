@@ -16,7 +16,7 @@ from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
+from moe_spec.manifest import EXPERT_CHOICE, MODEL, BlockEntry, Manifest, TensorSpec, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
 
@@ -58,8 +58,9 @@ def export(
     task = task_of(type(model).__name__)
     layers = find_moe_layers(model)
     blocks = tuple(_block(layer, plan) for layer in layers)
-    proto = trace(model, task, layers, opset)
-    check_experts(proto, layers)
+    noded = [layer for layer in layers if not layer.expert_choice]  # experts that choose are batched products
+    proto = trace(model, task, noded, opset)
+    check_experts(proto, noded)
     with new_directory(out) as staging:
         _save(proto, staging / MODEL)
         parity = check_parity(model, task, staging / MODEL, runner)
@@ -112,6 +113,6 @@ def _block(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
         top_k=layer.top_k,
         keep=keep,
         router=type(layer.router).__name__,
-        form="experts",
+        form=EXPERT_CHOICE if layer.expert_choice else "experts",
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )

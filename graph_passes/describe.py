@@ -18,7 +18,7 @@ from graph_passes.unreachable import Findings, find_unreachable
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
-from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, PassEntry, TensorSpec
+from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, BlockEntry, Manifest, PassEntry, TensorSpec
 
 TOOLS = ("moe-edge", "onnx", "onnx-graphsurgeon")
 
@@ -65,6 +65,12 @@ class Model:
         names = {block.name for block in self.blocks}
         entries = () if self.manifest is None else self.manifest.blocks
         return tuple(entry for entry in entries if entry.experts == 1 and entry.name not in names)
+
+    @property
+    def choosing(self) -> tuple[BlockEntry, ...]:
+        """Layers of the manifest whose experts choose their tokens: no reader takes them."""
+        entries = () if self.manifest is None else self.manifest.blocks
+        return tuple(entry for entry in entries if entry.form == EXPERT_CHOICE)
 
 
 def inspect_model(path: Path) -> Model:
@@ -114,9 +120,15 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
     """Read an ONNX file or model directory whose every MoE layer is recognised.
 
     Raises:
-        UserError: a layer was refused (unless ``allow_partial``), or there is no MoE layer at all.
+        UserError: a layer was refused (unless ``allow_partial``), there is no MoE layer at all, or experts choose.
     """
     model = inspect_model(path)
+    if model.choosing:
+        raise UserError(
+            f"{model.path}: in layer {model.choosing[0].name} experts choose their tokens, which no reader takes",
+            hint="plan for the checkpoint, and export what is left: moe-edge export CHECKPOINT --plan plan.json; "
+            "targets take it as it is",
+        )
     if model.unrecognised and not allow_partial:
         found = "\n".join(str(layer) for layer in model.unrecognised)
         raise UserError(

@@ -1,6 +1,7 @@
 """The MoE layers of a torch model."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ class MoELayer:
         hidden_size: H.
         score: what the router makes of its logits.
         groups: group-limited routing, if the router has it.
+        expert_choice: whether each expert chooses its tokens, instead of each token its experts. K is 1 then, and
+            nothing is selected by it; the router gives logits, gates and ids of tokens, in shapes of its own.
     """
 
     name: str
@@ -33,6 +36,7 @@ class MoELayer:
     hidden_size: int
     score: Score
     groups: Groups | None
+    expert_choice: bool = False
 
 
 def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
@@ -57,6 +61,22 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
     return tuple(_layer(name, block, row) for name, block in blocks)
 
 
+def require_token_choice(layers: Iterable[MoELayer]) -> None:
+    """Refuse to watch what tokens choose where none does.
+
+    Raises:
+        UserError: in a layer experts choose.
+    """
+    for layer in layers:
+        if layer.expert_choice:
+            raise UserError(
+                f"in layer {layer.name} experts choose their tokens, but what is looked at are tokens that choose "
+                "experts",
+                hint="plan without data: --criterion router-norm, aimer or random; fine-tune with --method plain or "
+                "router-kd",
+            )
+
+
 def set_top_k(model: PreTrainedModel, layer: MoELayer, top_k: int) -> None:
     """Let every token select ``top_k`` experts of ``layer``, a layer of ``model``; the config stays as it is."""
     count = family(model.config.model_type).top_k_count
@@ -77,4 +97,5 @@ def _layer(name: str, block: nn.Module, row: Family) -> MoELayer:
         hidden_size=getattr(router, row.router_tensors[0]).shape[-1],
         score=row.score,
         groups=groups,
+        expert_choice=getattr(block, "expert_choice", False),
     )

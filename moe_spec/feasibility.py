@@ -155,3 +155,22 @@ def _check_groups(layer: str, experts: int, top_k: int, keep: Sequence[int], gro
         f"{'is' if groups.selected == 1 else 'are'} selected for K={top_k}: the router cannot choose among them",
         hint=f"keep the same number in every group; the nearest such plan is --keep {per_group * groups.count}",
     )
+
+
+def check_expert_choice(layer: str, kept: int, *, full: bool) -> None:
+    """Refuse what cannot become of a layer whose experts choose their tokens.
+
+    Raises:
+        UserError: one expert stays, to which every token is as good as another, for a softmax over one is 1; or rows
+            of experts that go shall stay.
+    """
+    if full:
+        raise UserError(
+            f"in layer {layer} experts choose their tokens: an expert that goes chooses none, so its row goes too",
+            hint="plan with --router rows",
+        )
+    if kept == 1:
+        raise UserError(
+            f"layer {layer} keeps 1 expert, which would choose tokens by a softmax that is 1 for all of them",
+            hint="keep at least 2: --keep 2",
+        )

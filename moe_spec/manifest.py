@@ -35,6 +35,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+EXPERT_CHOICE = "expert_choice"
+"""The form of a layer whose experts choose their tokens, as `export` writes it: no reader takes it, any target does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockEntry:
     """One MoE layer as it stands in the graph.
@@ -45,7 +49,8 @@ class BlockEntry:
         top_k: K of this graph.
         keep: for each expert its id in the source model, ascending.
         router: kind of router, e.g. ``softmax, top-k``; empty where none is left.
-        form: the ONNX form of the experts: ``experts`` (one node), ``dense``, ``sorted``, ``gather``, ``ffn``.
+        form: the ONNX form of the experts: ``experts`` (one node), ``dense``, ``sorted``, ``gather``, ``ffn``;
+            or `EXPERT_CHOICE`.
         bytes: bytes of the router's and the experts' weights.
         gates: output of ``observed.onnx`` with the gates (T, E), 0 where not selected; None without a router.
         scores: output of ``observed.onnx`` with what top-k ranks (T, E), -inf where excluded; None without a router.

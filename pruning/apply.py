@@ -14,7 +14,7 @@ from models.stored_names import parameter_names
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.feasibility import Groups, check_keep
+from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import FULL, LayerPlan, PruningPlan
@@ -134,6 +134,8 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
 
 def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
     """What a torch router of groups of equal length needs to route as before; emptied groups vanish."""
+    if layer.expert_choice:
+        check_expert_choice(layer.name, len(plan.keep), full=plan.router == FULL)
     if plan.router == FULL:
         return layer.groups
     check_keep(layer.name, layer.num_experts, plan.top_k, plan.keep, layer.groups)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.feasibility import ANY, Groups, Kernels, check_floor, check_keep
+from moe_spec.feasibility import ANY, Groups, Kernels, check_expert_choice, check_floor, check_keep
 from moe_spec.plan import FULL, ROWS, LayerPlan
 
 Keep = int | float
@@ -82,6 +82,7 @@ class RankedLayer:
         protected: ids that are kept before all others.
         floor: the layer keeps at least so many.
         kernels: what the target takes.
+        expert_choice: experts choose their tokens.
     """
 
     name: str
@@ -93,6 +94,7 @@ class RankedLayer:
     protected: frozenset[int] = frozenset()
     floor: int = 1
     kernels: Kernels = ANY
+    expert_choice: bool = False
 
     @property
     def experts(self) -> int:
@@ -171,6 +173,8 @@ class RankedLayer:
                 f"protected, for which it has to keep {self.fewest}",
                 hint=f"keep more: --keep {self.fewest}; or plan without --protect",
             )
+        if self.expert_choice:
+            check_expert_choice(self.name, count, full=self.router == FULL)
         if count < self.floor:
             raise UserError(
                 f"layer {self.name} keeps {count} of {self.experts} experts, the floor is {self.floor}",
@@ -209,6 +213,8 @@ class RankedLayer:
             return False
         top_k = 1 if self.router == FULL else self.top_k_after(count)
         try:
+            if self.expert_choice:
+                check_expert_choice(self.name, count, full=self.router == FULL)
             check_keep(self.name, self.experts, top_k, self.best(count), self.bound_by)
         except UserError:
             return False

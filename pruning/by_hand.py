@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from moe_spec.errors import UserError
-from moe_spec.feasibility import ANY, Kernels
-from moe_spec.plan import ROWS, LayerPlan, PruningPlan
+from moe_spec.feasibility import ANY, Kernels, check_expert_choice
+from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from pruning.budget import check_router
 from pruning.layers import LayerShape, ModelLayers
 
@@ -71,5 +71,7 @@ def plan_by_hand(
 
 
 def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool, router: str) -> LayerPlan:
+    if layer.expert_choice:
+        check_expert_choice(layer.name, len(ids), full=router == FULL)
     top_k = min(layer.top_k, len(ids)) if clamp_top_k else layer.top_k
     return LayerPlan(layer.name, layer.experts, top_k, ids, groups=layer.groups, router=router)

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """One MoE layer: its path, E, K, and its group-limited routing, if it has one."""
+    """One MoE layer: its path, E, K, its group-limited routing, if it has one, and whether experts choose tokens."""
 
     name: str
     experts: int
     top_k: int
     groups: Groups | None
+    expert_choice: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,4 +47,6 @@ def of_checkpoint(directory: Path) -> ModelLayers:
 
 def shapes_of(layers: Iterable["MoELayer"]) -> tuple[LayerShape, ...]:
     """What a plan needs to know of the MoE layers of a torch model."""
-    return tuple(LayerShape(layer.name, layer.num_experts, layer.top_k, layer.groups) for layer in layers)
+    return tuple(
+        LayerShape(layer.name, layer.num_experts, layer.top_k, layer.groups, layer.expert_choice) for layer in layers
+    )

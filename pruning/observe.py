@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
 
@@ -63,9 +63,10 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     Only experts that a token is routed to are run.
 
     Raises:
-        UserError: the model is of no known family, or has no MoE layer.
+        UserError: the model is of no known family, has no MoE layer, or one whose experts choose their tokens.
     """
     layers = {layer.experts: layer for layer in find_moe_layers(model)}
+    require_token_choice(layers.values())
     answers: dict[nn.Module, Tensor] = {}
 
     def experts_function(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:

@@ -174,6 +174,7 @@ def rank(
             protected=ids,
             floor=options.floor,
             kernels=options.kernels,
+            expert_choice=isinstance(shape, LayerShape) and shape.expert_choice,
         )
         for shape, scores_E, ids in zip(layers, scores, protected or [frozenset()] * len(scores), strict=True)
     ]

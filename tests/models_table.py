@@ -19,7 +19,7 @@ from transformers import (
 
 from models.families import family
 from models.moe_layers import find_moe_layers
-from models.vmoe.configuration import VMoeConfig
+from models.vmoe.configuration import EXPERT_CHOICE, VMoeConfig
 from models.vmoe.modeling import VMoeForImageClassification
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 8, 2, 32, 48, 128
@@ -133,6 +133,11 @@ def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     ids = torch.randint(0, model.config.vocab_size, (batch, sequence), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def vmoe_expert_choice() -> PreTrainedModel:
+    """Both blocks have 8 experts, each of which takes two of the four tokens of an image."""
+    return _vmoe(routing=EXPERT_CHOICE, capacity_factor=4.0, num_hidden_layers=2, moe_every=1)
 
 
 def _vmoe(**routing: Any) -> PreTrainedModel:

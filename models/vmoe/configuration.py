@@ -1,9 +1,13 @@
 """The configuration of a V-MoE image classifier."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+TOKEN_CHOICE, EXPERT_CHOICE = "token_choice", "expert_choice"
+"""Who chooses: each token its K experts, or each expert its C tokens (https://arxiv.org/abs/2202.09368)."""
 
 
 @strict
@@ -20,10 +24,14 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         num_hidden_layers: encoder blocks.
         num_attention_heads: heads, which share H evenly.
         num_experts: E, among which a token can choose. In an ensemble every member has as many of its own.
-        num_experts_per_tok: K.
+        num_experts_per_tok: K; 1 where experts choose, for a token then selects nothing.
         moe_every: every ``moe_every``-th block has experts; 2 means blocks 1, 3, 5, ... (zero-based).
         ensemble_size: M, members of an ensemble E3 (https://arxiv.org/abs/2110.03360); 1 is no ensemble. The paper's E
             counts the experts of all members, which share them evenly: ``M * num_experts`` here.
+        routing: `TOKEN_CHOICE` or `EXPERT_CHOICE`.
+        capacity_factor: of expert choice; 1 lets an image's tokens be taken once each, on average.
+        expert_capacity: C of expert choice, the tokens of an image that an expert takes. Not given it is
+            ``ceil(P * capacity_factor / num_experts)``, and stays that when experts are pruned (arXiv 2405.16646).
         hidden_act: activation of MLPs and experts, by its transformers name.
         router_aux_loss_coef: weight of the auxiliary loss in the training loss (lambda of the paper).
         initializer_range: standard deviation of the initial router weights and position embeddings.
@@ -43,22 +51,29 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
     num_experts_per_tok: int = 2
     moe_every: int = 2
     ensemble_size: int = 1
+    routing: str = TOKEN_CHOICE
+    capacity_factor: float = 1.5
+    expert_capacity: int | None = None
     hidden_act: str = "gelu"
     router_aux_loss_coef: float = 0.01
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """JSON knows no tuples: the same list before saving and after loading."""
+        """JSON knows no tuples: the same list before saving and after loading. A capacity is settled once."""
         self.stem_channels = list(self.stem_channels)
+        if self.routing == EXPERT_CHOICE:
+            self.num_experts_per_tok = 1
+            if self.expert_capacity is None:
+                self.expert_capacity = math.ceil(self.num_patches * self.capacity_factor / self.num_experts)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def validate_architecture(self) -> None:
         """Called by transformers on reading and saving.
 
         Raises:
-            ValueError: a router that selects more experts than there are, heads that do not share H evenly, or an
-                ensemble without members or experts.
+            ValueError: a router that selects more experts than there are, heads that do not share H evenly, an
+                ensemble without members or experts, or experts that cannot choose.
         """
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"the router selects {self.num_experts_per_tok} of {self.num_experts} experts")
@@ -69,6 +84,17 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
             raise ValueError(f"an ensemble has at least one member, not {self.ensemble_size}")
         if self.ensemble_size > 1 and self.moe_every > self.num_hidden_layers:
             raise ValueError(f"none of {self.num_hidden_layers} blocks has experts for {self.ensemble_size} members")
+
+        if self.routing not in (TOKEN_CHOICE, EXPERT_CHOICE):
+            raise ValueError(f"routing is {TOKEN_CHOICE!r} or {EXPERT_CHOICE!r}, not {self.routing!r}")
+        if self.routing == EXPERT_CHOICE:
+            self._validate_expert_choice()
+
+    def _validate_expert_choice(self) -> None:
+        if self.num_experts < 2:
+            raise ValueError("one expert has no choice: its softmax is 1 for every token")
+        if self.expert_capacity is None or not 1 <= self.expert_capacity <= self.num_patches:
+            raise ValueError(f"an expert takes {self.expert_capacity} of the {self.num_patches} tokens of an image")
 
     @property
     def num_patches(self) -> int:

@@ -8,8 +8,13 @@ An ensemble E3 (https://arxiv.org/abs/2110.03360) of M members computes every im
 experts on. In these blocks a member has a router and experts of its own, elsewhere members share all weights. So each
 member's part of a block is a MoE layer like any other: whatever ranks, prunes or exports layers does so a member.
 
+Expert choice (https://arxiv.org/abs/2202.09368) turns it around: the probabilities are the same, and every expert takes
+the C tokens of an image for which it is most probable. A token may get several experts, or none. google-research/vmoe
+chooses among the tokens of a group of images, and rounds C up to a multiple of 4; here a group is one image, so that
+what is said of it does not depend on others in the batch, and C is what the factor says.
+
 Axes beside those of ``moe_spec``: B images (those of one member after those of another), P tokens of one image,
-T = B * P, M members, C classes.
+T = B * P, M members, C classes or capacity.
 """
 
 import dataclasses
@@ -26,7 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from models.vmoe.configuration import VMoeConfig
+from models.vmoe.configuration import EXPERT_CHOICE, VMoeConfig
 from models.vmoe.losses import auxiliary_loss
 
 
@@ -162,12 +167,69 @@ class VMoeSparseMlp(nn.Module):
         return mixed_BPH, auxiliary_loss(router.logits(hidden_TH), logits_TE, router.noise_std, router.top_k)
 
 
+class VMoeExpertChoiceRouter(VMoeRouter):
+    """Chooses C tokens of each image for every expert."""
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__(config)
+        assert config.expert_capacity is not None  # settled by the configuration
+        self.capacity = config.expert_capacity
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, P, E) float32, gates (B, E, C) in the model's dtype, the image's tokens (B, E, C) int64."""
+        logits_BPE = self.logits(hidden_BPH)
+        if self.training:
+            logits_BPE = logits_BPE + torch.randn_like(logits_BPE) * self.noise_std
+        gates_BEC, tokens_BEC = torch.topk(logits_BPE.softmax(dim=-1).transpose(1, 2), self.capacity, dim=-1)
+        return logits_BPE, gates_BEC.to(hidden_BPH.dtype), tokens_BEC
+
+
+class VMoeExpertChoiceExperts(VMoeExperts):
+    """The same experts, each on as many tokens: two batched products."""
+
+    def forward(self, taken_BECH: Tensor) -> Tensor:  # type: ignore[override] # the tokens are sorted already
+        """``f_e`` of the tokens that expert e took, (B, E, C, H)."""
+        tokens_ENH = taken_BECH.transpose(0, 1).flatten(1, 2)
+        up_ENF = tokens_ENH @ self.up_proj.transpose(1, 2) + self.up_proj_bias[:, None]
+        down_ENH = self.act_fn(up_ENF) @ self.down_proj.transpose(1, 2) + self.down_proj_bias[:, None]
+        given_BECH: Tensor = down_ENH.reshape(len(down_ENH), -1, *taken_BECH.shape[2:]).transpose(0, 1)
+        return given_BECH
+
+
+class VMoeExpertChoiceMlp(nn.Module):
+    """As `VMoeSparseMlp`, where experts choose. All of them have the same load, so there is nothing to balance."""
+
+    expert_choice = True
+
+    def __init__(self, config: VMoeConfig) -> None:
+        super().__init__()
+        self.router = VMoeExpertChoiceRouter(config)
+        self.experts = VMoeExpertChoiceExperts(config)
+
+    def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts' mix (B, P, H), 0 for a token that no expert took; in training an auxiliary loss of 0."""
+        _, gates_BEC, tokens_BEC = self.router(hidden_BPH)
+        tokens_BN, gates_BN = tokens_BEC.flatten(1), gates_BEC.flatten(1)
+        index_BNH = tokens_BN[..., None].expand(-1, -1, hidden_BPH.shape[-1])
+        taken_BECH = hidden_BPH.gather(1, index_BNH).reshape(*tokens_BEC.shape, -1)
+        given_BNH = self.experts(taken_BECH).flatten(1, 2)
+        # a product, as google-research/vmoe does it: TensorRT scatters, but does not add what meets
+        ids_P1 = torch.arange(hidden_BPH.shape[1], device=hidden_BPH.device)[:, None]
+        weights_BPN = torch.where(tokens_BN[:, None] == ids_P1, gates_BN[:, None], 0.0)
+        return weights_BPN @ given_BNH, hidden_BPH.new_zeros(()) if self.training else None
+
+
+def sparse_mlp(config: VMoeConfig) -> nn.Module:
+    """One router and its experts."""
+    return VMoeExpertChoiceMlp(config) if config.routing == EXPERT_CHOICE else VMoeSparseMlp(config)
+
+
 class VMoeEnsembleMlp(nn.Module):
     """A sparse MLP for each member of an ensemble."""
 
     def __init__(self, config: VMoeConfig) -> None:
         super().__init__()
-        self.members = nn.ModuleList(VMoeSparseMlp(config) for _ in range(config.ensemble_size))
+        self.members = nn.ModuleList(sparse_mlp(config) for _ in range(config.ensemble_size))
 
     def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each member's images to itself, (B, P, H); in training the mean of their auxiliary losses."""
@@ -184,8 +246,8 @@ class VMoeLayer(nn.Module):
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = VMoeSelfAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        sparse = VMoeSparseMlp if config.ensemble_size == 1 else VMoeEnsembleMlp
-        self.mlp = sparse(config) if config.has_experts(block) else VMoeMlp(config)
+        experts = sparse_mlp if config.ensemble_size == 1 else VMoeEnsembleMlp
+        self.mlp = experts(config) if config.has_experts(block) else VMoeMlp(config)
 
     def forward(self, hidden_BPH: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, P, H) to (B, P, H), and the auxiliary loss of a sparse MLP in training."""

@@ -46,7 +46,8 @@ def router_norm(checkpoint: Path, pretrained: Path) -> list[Scores]:
     Neither the length of the difference nor the size of the change: a row that became shorter is the first to go.
     https://arxiv.org/abs/2405.16646, which ranks within a layer only, and whose router stays full (``--router full``).
     In an ensemble, its second model, a layer is what a member has of a block: members are ranked each by itself, and
-    keep as many. That they have to is our reading; the authors' code has no ensembles.
+    keep as many. That they have to is our reading; the authors' code has no ensembles. Where experts choose their
+    tokens an expert's row goes with it, in the paper too, and the capacity of the others stays.
 
     Args:
         checkpoint: fine-tuned on the task.

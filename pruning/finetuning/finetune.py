@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from models.checkpoints import cast_like, load_model, load_skeleton, save_model
-from models.moe_layers import find_moe_layers
+from models.moe_layers import find_moe_layers, require_token_choice
 from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
@@ -162,13 +162,15 @@ def _router_kd(job: _Job, method: RouterKD) -> Outcome:
     return model, job.done(method, losses, teacher_sha256=checkpoint_sha256(method.teacher))
 
 
-def _seer_steps(model: PreTrainedModel, method: Seer, steps: int) -> None:
-    seer.lower_steps(method, find_moe_layers(model)[0].top_k, steps)
+def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> None:
+    layers = find_moe_layers(model)
+    require_token_choice(layers)
+    seer.lower_steps(method, layers[0].top_k, steps)
 
 
 _CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
     TaskSpecific: check_dropping,
-    Seer: _seer_steps,
+    Seer: _check_seer,
 }
 """What is refused by the shape of a model, before any data is read."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.moe_layers import find_moe_layers
+from models.moe_layers import find_moe_layers, require_token_choice
 from pruning.inputs import valid_tokens
 
 
@@ -29,7 +29,13 @@ class Routing:
 
 @contextlib.contextmanager
 def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) -> Iterator[None]:
-    """Within the block ``observer`` is told the name of each MoE layer that runs, and its `Routing`."""
+    """Within the block ``observer`` is told the name of each MoE layer that runs, and its `Routing`.
+
+    Raises:
+        UserError: a layer whose experts choose their tokens.
+    """
+    layers = find_moe_layers(model)
+    require_token_choice(layers)
     real: dict[str, Tensor | None] = {}
 
     def before(_model: nn.Module, _arguments: Any, keywords: Mapping[str, Any]) -> None:
@@ -44,7 +50,7 @@ def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) ->
         return hook
 
     hooks = [model.register_forward_pre_hook(before, with_kwargs=True)]
-    hooks += [layer.router.register_forward_hook(after(layer.name)) for layer in find_moe_layers(model)]
+    hooks += [layer.router.register_forward_hook(after(layer.name)) for layer in layers]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 from moe_spec.errors import UserError
 from moe_spec.feasibility import check_floor
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -110,10 +110,12 @@ def check_dropping(model: PreTrainedModel, options: TaskSpecific, steps: int) ->
     """Refuse a model that cannot be pruned while it learns in ``steps`` steps; its weights are not looked at.
 
     Raises:
-        UserError: fewer steps than windows, fewer experts than the floor, or routing groups.
+        UserError: fewer steps than windows, fewer experts than the floor, routing groups, or experts that choose.
     """
     drop_steps(options, steps)
-    for layer in find_moe_layers(model):
+    layers = find_moe_layers(model)
+    require_token_choice(layers)
+    for layer in layers:
         if layer.groups is not None:
             raise UserError(
                 f"layer {layer.name} routes in {layer.groups.count} groups, which experts that go one by one leave "
