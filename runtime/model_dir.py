@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import inside
-from moe_spec.manifest import MODEL, OBSERVED, Manifest
+from moe_spec.manifest import EXPERT_CHOICE, MODEL, OBSERVED, Manifest
 from runtime.backend import ENGINE_FILE
 from runtime.onnx_file import check_external_data, float_types
 from runtime.targets import Target
@@ -58,7 +58,7 @@ def why_not_buildable(model_dir: Path, target: Target) -> list[str]:
     reasons = [
         f"layer {block.name} has the form {block.form!r}, {target.name} takes {', '.join(target.forms)}"
         for block in manifest.blocks
-        if block.form not in target.forms
+        if block.form not in (*target.forms, EXPERT_CHOICE)
     ]
     found = float_types(check_external_data(model_file(model_dir)))
     unknown = sorted(set(found) - target.precisions)

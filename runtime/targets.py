@@ -5,12 +5,11 @@ from collections.abc import Mapping
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Kernels
-from moe_spec.manifest import EXPERT_CHOICE
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
 
-_ALL_FORMS = ("sorted", "dense", "gather", "ffn", "experts", "moe", "qmoe", EXPERT_CHOICE)
-_STATIC_FORMS = ("dense", "gather", "ffn", EXPERT_CHOICE)  # TensorRT takes no data-dependent shapes on every kernel
+_ALL_FORMS = ("sorted", "dense", "gather", "ffn", "experts", "moe", "qmoe")
+_STATIC_FORMS = ("dense", "gather", "ffn")  # TensorRT takes no data-dependent shapes on every kernel
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _FP8 = frozenset({"float8e4m3fn", "float8e5m2"})
