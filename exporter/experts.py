@@ -6,13 +6,15 @@ hidden states, ids and weights to the registered function, whatever the family, 
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moe_spec.errors import UserError
-from moe_spec.experts_op import DOMAIN, VERSION, Activation, ExpertsOp
+from moe_spec.experts_op import DOMAIN, NO_LIMIT, VERSION, Activation, ExpertsOp
 
 IMPLEMENTATION = "moe_edge"
 
@@ -25,8 +27,35 @@ ACTIVATIONS: Mapping[str, str] = {
     "ReLUSquaredActivation": "relu2",
     "SiLU": "silu",
     "SiLUActivation": "silu",
+    "silu": "silu",
 }
-"""Classes of transformers' ACT2FN and the activation that each is."""
+"""Classes of transformers' ACT2FN, or functions, and the activation that each is."""
+
+
+class Gate(NamedTuple):
+    """How an experts class that has a gate of its own mixes: ``act(gate) * (up + offset)``, clamped.
+
+    Attributes:
+        alpha: attribute that holds ``Activation.alpha``, if there is one.
+        limit: attribute that holds ``Activation.limit``, if there is one.
+        up_offset: ``Activation.up_offset``.
+    """
+
+    alpha: str | None = None
+    limit: str | None = None
+    up_offset: float = 0.0
+
+
+GATES: Mapping[str, Gate] = {
+    "BeamExperts": Gate(),  # in float32, as all here
+    "DeepseekV4Experts": Gate(limit="limit"),
+    "Glm5NextTextExperts": Gate(limit="swiglu_limit"),
+    "GptOssExperts": Gate("alpha", "limit", up_offset=1.0),
+    "HYV4Experts": Gate(limit="swiglu_limit"),
+    "MiniMaxM3VLExperts": Gate("swiglu_alpha", "swiglu_limit", up_offset=1.0),
+    "OpenAIPrivacyFilterExperts": Gate("alpha", "limit", up_offset=1.0),
+}
+"""Experts classes with ``_apply_gate``; one without ``act_fn`` uses silu."""
 
 
 def describe(experts: torch.nn.Module) -> ExpertsOp:
@@ -47,15 +76,21 @@ def describe(experts: torch.nn.Module) -> ExpertsOp:
 
 
 def _activation(experts: torch.nn.Module) -> Activation:
+    gate = Gate()
     if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
-        if isinstance(alpha, float) and isinstance(limit, float):  # gpt-oss: clamped swish, up + 1
-            return Activation("silu", alpha, limit, up_offset=1.0)
-        raise _inexpressible(experts, "a gate of its own")
-    name = type(experts.act_fn).__name__
+        if type(experts).__name__ not in GATES:
+            raise _inexpressible(experts, "a gate of its own")
+        gate = GATES[type(experts).__name__]
+    act = getattr(experts, "act_fn", functional.silu)
+    name = getattr(act, "__name__", type(act).__name__)
     if name not in ACTIVATIONS:
         raise _inexpressible(experts, f"activation {name}")
-    return Activation(ACTIVATIONS[name])
+    return Activation(
+        ACTIVATIONS[name],
+        alpha=getattr(experts, gate.alpha) if gate.alpha else 1.0,
+        limit=getattr(experts, gate.limit) if gate.limit else NO_LIMIT,
+        up_offset=gate.up_offset,
+    )
 
 
 def _inexpressible(experts: torch.nn.Module, what: str) -> UserError:

@@ -46,8 +46,11 @@ _TEXT_AXES = {"input_ids": {0: BATCH, 1: SEQUENCE}, "attention_mask": {0: BATCH,
 
 TASKS: Mapping[str, Task] = {
     "ForCausalLM": Task(_TEXT_AXES, ("logits",), _text),
+    "ForConditionalGeneration": Task(_TEXT_AXES, ("logits",), _text),
     "ForSequenceClassification": Task(_TEXT_AXES, ("logits",), _text),
+    "ForTokenClassification": Task(_TEXT_AXES, ("logits",), _text),
     "ForImageClassification": Task({"pixel_values": {0: BATCH}}, ("logits",), _image),
+    "TextModel": Task(_TEXT_AXES, ("last_hidden_state",), _text),
 }
 """By the end of the architecture's name."""
 

@@ -32,7 +32,7 @@ class _Call(torch.nn.Module):
         self.wrapped = model
         self._names = tuple(task.axes)
         self._outputs = task.outputs
-        self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        self._options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self.wrapped(**dict(zip(self._names, inputs, strict=True)), **self._options)

@@ -21,9 +21,12 @@ from moe_spec.identity import checkpoint_weights
 from moe_spec.record import parse_object
 
 AUTO_CLASSES: Mapping[str, type] = {
+    "Mistral4ForCausalLM": transformers.AutoModelForImageTextToText,  # where transformers has it
     "ForCausalLM": transformers.AutoModelForCausalLM,
+    "ForConditionalGeneration": transformers.AutoModelForImageTextToText,
     "ForImageClassification": transformers.AutoModelForImageClassification,
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    "ForTokenClassification": transformers.AutoModelForTokenClassification,
 }
 """How an entry of config.architectures ends, and the auto class that it asks for; any other gets AutoModel."""
 

@@ -1,12 +1,15 @@
 """The MoE layers of a torch model."""
 
+import copy
 import dataclasses
+import operator
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.families import Family, Score, family
+from models.families import GROUP_COUNTS, Family, Score, family
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 
@@ -58,7 +61,8 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
             f"{row.router!r} and {row.experts!r}",
             hint="give a model with experts; a dense one has nothing to prune",
         )
-    return tuple(_layer(name, block, row) for name, block in blocks)
+    score = row.score if row.score_key is None else getattr(model.config.get_text_config(), row.score_key)
+    return tuple(_layer(name, block, row, score) for name, block in blocks)
 
 
 def require_token_choice(layers: Iterable[MoELayer]) -> None:
@@ -78,24 +82,53 @@ def require_token_choice(layers: Iterable[MoELayer]) -> None:
 
 
 def set_top_k(model: PreTrainedModel, layer: MoELayer, top_k: int) -> None:
-    """Let every token select ``top_k`` experts of ``layer``, a layer of ``model``; the config stays as it is."""
-    count = family(model.config.model_type).top_k_count
-    for module in (model.get_submodule(layer.name), layer.router):
-        if hasattr(module, count):
-            setattr(module, count, top_k)
+    """Let every token select ``top_k`` experts of ``layer``, a layer of ``model``; the model's config stays as it is.
+
+    Raises:
+        UserError: the family's routers select as many as ever.
+    """
+    row = family(model.config.model_type)
+    if row.fixed_top_k and top_k != layer.top_k:
+        raise UserError(
+            f"every router of a {row.model_type} model selects K={layer.top_k} experts, so layer {layer.name} "
+            f"cannot select {top_k}",
+            hint=f"keep at least {layer.top_k} experts in every layer",
+        )
+    block = model.get_submodule(layer.name)
+    for path in row.holders_of_top_k:
+        holder, _, count = path.rpartition(".")
+        parent, _, name = holder.rpartition(".")
+        if name == "config":  # the one that all routers share: this one gets its own
+            shared = operator.attrgetter(holder)(block)
+            setattr(block.get_submodule(parent), name, copy.copy(shared))
+        owner = operator.attrgetter(holder)(block) if holder else block
+        if hasattr(owner, count):
+            setattr(owner, count, top_k)
 
 
-def _layer(name: str, block: nn.Module, row: Family) -> MoELayer:
-    router = getattr(block, row.router)
-    groups = None if row.group_counts is None else Groups(*(getattr(router, count) for count in row.group_counts))
+def axis_of_experts(tensor: torch.Tensor, experts: int) -> int:
+    """Where a tensor of ``Family.routing_tensors`` has its E: on axis 0, or behind an axis of length 1."""
+    return 0 if tensor.shape[0] == experts else 1
+
+
+def _layer(name: str, block: nn.Module, row: Family, score: Score) -> MoELayer:
+    router, experts = getattr(block, row.router), getattr(block, row.experts)
+    down = experts.down_proj
     return MoELayer(
         name=name,
         router=router,
-        experts=getattr(block, row.experts),
-        num_experts=getattr(router, row.experts_count),
-        top_k=getattr(router, row.top_k_count),
-        hidden_size=getattr(router, row.router_tensors[0]).shape[-1],
-        score=row.score,
-        groups=groups,
+        experts=experts,
+        num_experts=getattr(experts, row.experts_count),
+        top_k=operator.attrgetter(row.holders_of_top_k[0])(block),
+        hidden_size=down.shape[2 if experts.is_transposed else 1],
+        score=score,
+        groups=_groups(router, row),
         expert_choice=getattr(block, "expert_choice", False),
     )
+
+
+def _groups(router: nn.Module, row: Family) -> Groups | None:
+    if row.scored_by is None or getattr(router, "topk_method", None) == "greedy":
+        return None
+    count, selected = (getattr(router, name) for name in GROUP_COUNTS)
+    return None if count is None else Groups(count, selected, row.scored_by)

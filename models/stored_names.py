@@ -28,6 +28,8 @@ def parameter_names(skeleton: PreTrainedModel, tensors: Mapping[str, StoredTenso
     names = {}
     for stored in tensors:
         name, _ = rename_source_key(stored, renamings, converters, skeleton.base_model_prefix, parameters)
+        if name not in parameters and stored in parameters:  # so does transformers take back what it renamed
+            name = stored
         if name in parameters:
             names[stored] = name
     _require_full(skeleton, tensors, names, directory)

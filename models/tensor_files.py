@@ -60,18 +60,28 @@ class StoredTensor:
         """How many values it has."""
         return math.prod(self.shape)
 
-    def rows(self, keep: Sequence[int]) -> "StoredTensor":
-        """``w (E, ...) -> w[keep] (Ek, ...)`` of a tensor that lies in one piece.
+    def has_rows(self, count: int) -> bool:
+        """Whether it has ``count`` rows: (count, ...), or (1, count)."""
+        return self.shape[:1] == (count,) or self.shape == (1, count)
+
+    def rows(self, keep: Sequence[int], count: int | None = None) -> "StoredTensor":
+        """``w (E, ...) -> w[keep] (Ek, ...)``, or ``w (1, E) -> w[:, keep] (1, Ek)``, of a tensor in one piece.
+
+        Args:
+            keep: ids of rows.
+            count: E; None: what axis 0 has.
 
         >>> bias_E = StoredTensor("F32", (3,), (Span(Path("a"), 100, 12),))
         >>> [span.start for span in bias_E.rows([0, 2]).spans]
         [100, 108]
         """
         (whole,) = self.spans
-        length, rest = divmod(whole.length, self.shape[0])
+        count = self.shape[0] if count is None else count
+        length, rest = divmod(whole.length, count)
         assert rest == 0, "a row of values below a byte ends within one"
         spans = tuple(Span(whole.path, whole.start + row * length, length) for row in keep)
-        return StoredTensor(self.dtype, (len(keep), *self.shape[1:]), spans)
+        shape = (len(keep), *self.shape[1:]) if self.shape[0] == count else (1, len(keep))
+        return StoredTensor(self.dtype, shape, spans)
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:

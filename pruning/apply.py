@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
-from models.families import Family, family
-from models.moe_layers import MoELayer, find_moe_layers, set_top_k
+from models.families import GROUP_COUNTS, Family, family
+from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, set_top_k
 from models.stored_names import parameter_names
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
@@ -99,13 +99,15 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     row = family(model.config.model_type)
     layers = {layer.name: layer for layer in find_moe_layers(model)}
     todo = [(_find(layers, layer_plan), layer_plan) for layer_plan in plan.layers]
+    for layer, _ in todo:
+        _require_tensors(model, layer, row)
     groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
     merge_layers(model, todo, plan.options)
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
         if layer_plan.router == FULL:
             _silence(layer, layer_plan.dropped)
             continue
-        _slice_layer(layer, layer_plan, row)
+        _slice_layer(model.get_submodule(layer.name), layer, layer_plan, row)
         _set_counts(model, layer, layer_plan, left, row)
     shapes = _shapes(model)
     if len(shapes) == 1:
@@ -159,27 +161,42 @@ def _silence(layer: MoELayer, dropped: Sequence[int]) -> None:
             parameter[list(dropped)] = 0
 
 
-def _slice_layer(layer: MoELayer, plan: LayerPlan, row: Family) -> None:
-    for name in row.router_tensors:
-        slice_rows(layer.router, name, plan.keep)
+def _require_tensors(model: PreTrainedModel, layer: MoELayer, row: Family) -> None:
+    there = model.get_submodule(layer.name).state_dict()
+    missing = [name for name in row.routing_tensors if name not in there]
+    if missing:  # DeepSeek-V4's first layers choose experts by token id
+        raise UserError(
+            f"the {type(layer.router).__name__} of layer {layer.name} has no {missing[0]!r}, so it does not choose "
+            f"experts as {row.model_type} does elsewhere",
+            hint="leave the layer out of the plan",
+        )
+
+
+def _slice_layer(block: nn.Module, layer: MoELayer, plan: LayerPlan, row: Family) -> None:
+    for name in row.routing_tensors:
+        slice_rows(block, name, plan.keep, layer.num_experts)
     for name, _ in list(layer.experts.named_parameters(recurse=False)):
-        slice_rows(layer.experts, name, plan.keep)
+        slice_rows(layer.experts, name, plan.keep, layer.num_experts)
 
 
-def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
-    """Let the parameter or buffer ``name``, (E, ...), of ``module`` have the rows ``keep`` only."""
-    tensor: torch.Tensor = getattr(module, name)
-    kept = tensor.detach().index_select(0, torch.tensor(keep, device=tensor.device))
+def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...], experts: int) -> None:
+    """Let the parameter or buffer ``name``, (E, ...) or (1, E), at or below ``module`` have the rows ``keep`` only."""
+    owner, _, attribute = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    tensor: torch.Tensor = getattr(holder, attribute)
+    rows = torch.tensor(keep, device=tensor.device)
+    kept = tensor.detach().index_select(axis_of_experts(tensor, experts), rows)
     is_parameter = isinstance(tensor, nn.Parameter)
-    setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+    setattr(holder, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
 
 
 def _set_counts(model: PreTrainedModel, layer: MoELayer, plan: LayerPlan, groups: Groups | None, row: Family) -> None:
     for module in (layer.router, layer.experts):
-        setattr(module, row.experts_count, len(plan.keep))
+        if hasattr(module, row.experts_count):
+            setattr(module, row.experts_count, len(plan.keep))
     set_top_k(model, layer, plan.top_k)
-    if row.group_counts is not None and groups is not None:
-        for name, value in zip(row.group_counts, (groups.count, groups.selected), strict=True):
+    if groups is not None:
+        for name, value in zip(GROUP_COUNTS, (groups.count, groups.selected), strict=True):
             setattr(layer.router, name, value)
 
 

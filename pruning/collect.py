@@ -16,6 +16,7 @@ from pruning.observe import Run, Seen, observed, outputs_of_all
 SCORES: Mapping[Score, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits_TE: functional.softplus(logits_TE).sqrt(),
 }
 
 _CHANGE_TOKENS, _DENSE_ELEMENTS = 128, 2**24
@@ -54,7 +55,7 @@ def collect(
 
 def run_backbone(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """One forward pass without the head, which has no part in routing, and whose logits are the largest tensor."""
-    uncached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    uncached = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
     with torch.no_grad():
         model.base_model(**batch, **uncached)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
@@ -67,6 +68,7 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """
     layers = {layer.experts: layer for layer in find_moe_layers(model)}
     require_token_choice(layers.values())
+    row = family(model.config.model_type)
     answers: dict[nn.Module, Tensor] = {}
 
     def experts_function(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -79,7 +81,9 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         return mixed_TH
 
     def router_answered(experts: nn.Module, _router: nn.Module, _inputs: Any, answer: tuple[Tensor, ...]) -> None:
-        answers[experts] = answer[0]  # transformers' routers and ours: logits, weights, ids
+        first_TE = answer[0]  # transformers' routers and ours: logits, weights, ids
+        # the softmax of log p is p
+        answers[experts] = first_TE if row.answers == "logits" else first_TE.log()
 
     functions: MutableMapping[str, Any] = ALL_EXPERTS_FUNCTIONS
     before = model.get_experts_implementation()

@@ -109,7 +109,7 @@ def narrowed(layer: MoELayer, keep: Keep, row: Family) -> nn.Module:
     """A copy of the layer's router over the experts ``keep`` only: no other can be selected."""
     router = copy.deepcopy(layer.router)
     for name in row.router_tensors:
-        slice_rows(router, name, keep)
+        slice_rows(router, name, keep, layer.num_experts)
     setattr(router, row.experts_count, len(keep))
     return router
 

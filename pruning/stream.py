@@ -23,9 +23,8 @@ def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str,
     pruned = {}
     for layer in find_moe_layers(skeleton):
         if layer_plan := plan.layer(layer.name):
-            router = (f"{row.router}.{name}" for name in row.router_tensors)
             experts = (f"{row.experts}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
-            pruned.update({f"{layer.name}.{name}": layer_plan for name in (*router, *experts)})
+            pruned.update({f"{layer.name}.{name}": layer_plan for name in (*row.routing_tensors, *experts)})
     return pruned
 
 
@@ -38,7 +37,7 @@ def without_dropped(
     """What is left of the stored tensors of ``checkpoint``; whatever is no router and no expert stays as it is.
 
     1. One tensor an expert: survivor ``keep[j]`` is renamed to ``j``, a dropped one is left out.
-    2. One tensor for all experts, or the router's: ``w (E, ...) -> w[keep] (Ek, ...)``.
+    2. One tensor for all experts, or the router's: ``w (E, ...) -> w[keep] (Ek, ...)``, and so ``w (1, E)``.
 
     Args:
         tensors: by their names in the files.
@@ -57,7 +56,7 @@ def without_dropped(
         if plan is None:
             kept[stored] = tensor
         elif number is None:
-            kept[stored] = tensor.rows(plan.keep)
+            kept[stored] = tensor.rows(plan.keep, plan.experts)
         elif int(number[0]) in plan.keep:
             new = plan.keep.index(int(number[0]))
             kept[f"{stored[: number.start()]}{new}{stored[number.end() :]}"] = tensor
@@ -79,7 +78,7 @@ def require_experts(tensors: Mapping[str, StoredTensor], experts: Mapping[str, i
     for stored, count in experts.items():
         if number := EXPERT_ID.search(stored):
             ids[EXPERT_ID.sub("*", stored), count].append(int(number[0]))
-        elif tensors[stored].shape[:1] != (count,):
+        elif not tensors[stored].has_rows(count):
             raise UserError(
                 f"{stored} in {checkpoint} has the shape {list(tensors[stored].shape)}, "
                 f"expected {count} experts on its first axis",

@@ -131,7 +131,7 @@ def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int)
         config = model.config
         shape = (batch, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
-    ids = torch.randint(0, model.config.vocab_size, (batch, sequence), generator=generator)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, sequence), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -152,24 +152,25 @@ def _vmoe(**routing: Any) -> PreTrainedModel:
         **_TEN_CLASSES,
     )
     torch.manual_seed(0)
-    return _randomised(VMoeForImageClassification(config))
+    return randomised(VMoeForImageClassification(config))
 
 
 def _decoder(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _randomised(model)
+    return randomised(model)
 
 
-def _randomised(model: PreTrainedModel) -> PreTrainedModel:
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
     """Matrices, and all that routers and experts hold, from normal(0, 0.2): routing with margins, biases not zero."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2, generator=generator)
     for layer in find_moe_layers(model):
-        for name in family(model.config.model_type).router_tensors:
-            getattr(layer.router, name).data.normal_(0, 0.2, generator=generator)
+        block = model.get_submodule(layer.name).state_dict()
+        for name in family(model.config.model_type).routing_tensors:
+            block[name].normal_(0, 0.2, generator=generator)
         for parameter in layer.experts.parameters():
             parameter.data.normal_(0, 0.2, generator=generator)
     nn.Module.eval(model)

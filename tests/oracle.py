@@ -38,6 +38,10 @@ def plan_for(
     return PruningPlan(model_sha256="", criterion="by hand", layers=tuple(layers))
 
 
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+"""How the names of tensors end that are added to scores for the choice of experts only."""
+
+
 @contextlib.contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     """Within the block the experts that ``plan`` drops have router logits of -inf, before softmax and top-k.
@@ -55,9 +59,12 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                 continue
             mask_E = torch.zeros(layer.num_experts)
             mask_E[list(layer_plan.dropped)] = -torch.inf
-            masks[_address(layer.router.weight)] = mask_E
-            if "e_score_correction_bias" in family(model.config.model_type).router_tensors:
-                stack.enter_context(_unselectable(layer.router, list(layer_plan.dropped)))
+            block = model.get_submodule(layer.name).state_dict(keep_vars=True)
+            weight, *others = family(model.config.model_type).routing_tensors
+            masks[_address(block[weight])] = mask_E
+            for name in others:
+                if name.endswith(SELECTION_BIASES):
+                    stack.enter_context(_unselectable(block[name].data, list(layer_plan.dropped)))
         stack.enter_context(_MaskedLinear(masks))
         yield
 
@@ -95,10 +102,11 @@ def _address(weight: Any) -> int:
 
 
 @contextlib.contextmanager
-def _unselectable(router: Any, dropped: list[int]) -> Iterator[None]:
-    before = router.e_score_correction_bias.clone()
-    router.e_score_correction_bias[dropped] = UNSELECTABLE
+def _unselectable(bias: Tensor, dropped: list[int]) -> Iterator[None]:
+    """``bias`` is (E,) or (1, E)."""
+    before = bias.clone()
+    bias[..., dropped] = UNSELECTABLE
     try:
         yield
     finally:
-        router.e_score_correction_bias.copy_(before)
+        bias.copy_(before)

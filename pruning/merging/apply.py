@@ -1,5 +1,6 @@
 """Apply a merge: the weights of every survivor become the weighted mean of its group, in place."""
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.families import Family, family
-from models.moe_layers import MoELayer
+from models.moe_layers import MoELayer, axis_of_experts
 from moe_spec.errors import UserError
 from moe_spec.plan import MEAN, NEW, LayerPlan, Merge
 from pruning.merging.align import aligned
@@ -44,7 +45,7 @@ def merge_layers(
             for survivor, merge in zip(plan.keep, plan.merge, strict=False):
                 _merge_experts(layer.experts, survivor, merge, plan.align)
                 if plan.router == MEAN:
-                    _merge_rows(layer.router, survivor, merge, row)
+                    _merge_rows(model.get_submodule(layer.name), survivor, merge, row, plan.experts)
             if plan.router == NEW:
                 _draw(model, layer.router, row)
 
@@ -63,9 +64,10 @@ def _merge_experts(experts: nn.Module, survivor: int, merge: Merge, align: bool)
         parameter[survivor] = _mean([(weight, weights[name]) for weight, weights in weighted])
 
 
-def _merge_rows(router: nn.Module, survivor: int, merge: Merge, row: Family) -> None:
-    for name in row.router_tensors:
-        tensor = getattr(router, name)
+def _merge_rows(block: nn.Module, survivor: int, merge: Merge, row: Family, experts: int) -> None:
+    there = block.state_dict(keep_vars=True)
+    for name in row.routing_tensors:
+        tensor = there[name].transpose(0, axis_of_experts(there[name], experts))
         pairs = zip(merge.weights, merge.experts, strict=True)
         tensor[survivor] = _mean([(weight, tensor[expert]) for weight, expert in pairs])
 
@@ -80,5 +82,6 @@ def _mean(weighted: list[tuple[float, Tensor]]) -> Tensor:
 def _draw(model: PreTrainedModel, router: nn.Module, row: Family) -> None:
     """Fill a router as a new model's would be: rows are drawn one like the other, so those that stay are as good."""
     for name in row.router_tensors:
-        vars(getattr(router, name)).pop("_is_hf_initialized", None)  # set on loaded tensors, which init leaves alone
+        tensor = operator.attrgetter(name)(router)
+        vars(tensor).pop("_is_hf_initialized", None)  # set on loaded tensors, which init leaves alone
     model._init_weights(router)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import MixtralConfig
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
@@ -14,6 +14,7 @@ from exporter.experts import describe, experts_implementation
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.experts_op import Activation, ExpertsOp
+from tests.families.configs import tiny
 from tests.models_table import TINY
 
 SWIGLU = ExpertsOp(Activation("silu"), gated=True, interleaved=False, transposed=False, biased=False)
@@ -31,6 +32,7 @@ DESCRIBED = {
 }
 
 CONFIG: Any = SimpleNamespace(
+    n_routed_experts=4,
     num_local_experts=4,
     hidden_size=8,
     intermediate_size=8,
@@ -39,6 +41,8 @@ CONFIG: Any = SimpleNamespace(
     hidden_act="silu",
     swiglu_limit=7.0,
     post_norm_eps=1e-6,
+    mlp_gate_softcap=1.0,
+    mlp_up_softcap=1.0,
 )
 
 
@@ -48,10 +52,26 @@ def test_experts_are_described_by_what_they_compute(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("beam", Activation("silu")),
+        ("deepseek_v4", Activation("silu", limit=10.0)),
+        ("gemma4", Activation("gelu_tanh")),
+        ("glm5_next", Activation("silu", limit=10.0)),
+        ("lfm2_moe", Activation("silu")),
+        ("minimax_m3_vl", Activation("silu", 1.702, 7.0, 1.0)),
+        ("openai_privacy_filter", Activation("silu", 1.702, 7.0, 1.0)),
+    ],
+)
+def test_gates_of_their_own_are_described_too(name, activation):
+    assert {describe(layer.experts).activation for layer in find_moe_layers(tiny(name))} == {activation}
+
+
+@pytest.mark.parametrize(
     ("experts", "reason"),
     [
         (lambda: MuseSparkExperts(CONFIG), "MuseSparkExperts has a norm after each expert"),
-        (lambda: DeepseekV4Experts(CONFIG), "DeepseekV4Experts has a gate of its own"),
+        (lambda: Inkling2Experts(CONFIG), "Inkling2Experts has a gate of its own"),
         (lambda: MixtralExperts(MixtralConfig(hidden_act="tanh")), "MixtralExperts has activation Tanh"),
     ],
     ids=["norm", "gate", "activation"],

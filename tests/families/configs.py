@@ -1,0 +1,201 @@
+"""A tiny random model of every family, as data: what each config needs beyond the sizes that all of them share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from models.families import Family, family
+from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, VOCABULARY, WIDTH, randomised
+
+SIZES: Mapping[str, Any] = {
+    "bos_token_id": 1,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "head_dim": HIDDEN // 4,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "kv_lora_rank": 16,
+    "max_position_embeddings": 64,
+    "mlp_layer_types": ["sparse", "sparse"],
+    "mlp_only_layers": [],
+    "moe_intermediate_size": WIDTH,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 0,
+    "moe_num_shared_experts": 1,
+    "n_group": 2,
+    "n_shared_experts": 1,
+    "num_attention_heads": 4,
+    "num_dense_layers": 0,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "num_shared_experts": 1,
+    "pad_token_id": 0,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "shared_expert_intermediate_size": WIDTH,
+    "topk_group": 1,
+    "v_head_dim": 8,
+    "vocab_size": VOCABULARY,
+}
+"""What a config is given of this: the fields that its class has."""
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "afmoe": {},
+    "aria": {},
+    "axk1": {},
+    "axk2": {},
+    "bailing_hybrid": _HYBRID,
+    "beam": {},
+    "cohere2_moe": {},
+    "deepseek_ocr2": {},
+    "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "deepseek_v32": {},
+    "deepseek_v4": {"mlp_layer_types": ["moe", "moe"]},
+    "dots1": {},
+    "dots3_note": {},
+    "ernie4_5_moe": {},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [WIDTH, WIDTH],
+        "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+    },
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {},
+    "gemma4": {"enable_moe_block": True, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 0},
+    "glm4_moe": {},
+    "glm4_moe_lite": {},
+    "glm4v_moe": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "glm5_next": {**_HYBRID, "qk_rope_head_dim": 0},
+    "glm_moe_dsa": {},
+    "granitemoe_swa": {},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_heads": 4,
+    },
+    "granitemoeshared": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling2": {},
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 0,
+        "expert_layer_period": 1,
+        "use_mamba_kernels": False,
+    },
+    "kimi_linear": _HYBRID,
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mellum": {},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
+    "minimax": {},
+    "minimax_m2": {},
+    "minimax_m3_vl": {},
+    "mistral4": {},
+    "mistral_large4": {},
+    "muse_spark": {"moe_hidden_size": HIDDEN},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
+    "openai_privacy_filter": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_5_moe": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen3_omni_moe": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen3_vl_moe": {},
+    "qwen4_exp": {
+        **_HYBRID,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 1,
+        "indexer_head_dim": 8,
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": 2,
+    },
+    "solar_open": {},
+    "unlimited_ocr": {},
+}
+"""Of the families that tests.models_table has no model for."""
+
+_SAM = {
+    "downsample_channels": [16, 16],
+    "global_attn_indexes": [1],
+    "hidden_size": 16,
+    "image_size": 32,
+    "mlp_dim": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "output_channels": 8,
+    "patch_size": 4,
+}
+_ENCODER = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+AROUND: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_ocr2": {"vision_config": {"encoder_config": {**_ENCODER, "num_key_value_heads": 2}, "sam_config": _SAM}},
+    "ernie4_5_vl_moe": {"vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}},
+    "qwen3_omni_moe": {
+        "audio_config": {
+            "d_model": 16,
+            "downsample_hidden_size": 8,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "encoder_layers": 1,
+            "output_dim": HIDDEN,
+        },
+        "vision_start_token_id": 3,
+        "vision_config": {
+            "deepstack_visual_indexes": [],
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": HIDDEN,
+        },
+    },
+    "unlimited_ocr": {"vision_config": {"encoder_config": _ENCODER, "sam_config": _SAM}},
+}
+"""What is around the language model of those that transformers has as a whole only."""
+
+AUTO = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+)
+"""Where the class of a config's model is looked for, in this order."""
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    """The tiny model of a family: its language model alone, where transformers has that by itself."""
+    if model_type in TINY:
+        return TINY[model_type]()
+    row = family(model_type)
+    config_class: Any = CONFIG_MAPPING[row.text_type or model_type]
+    if model_type in AROUND:
+        text = _sizes(config_class.sub_configs["text_config"], row)
+        config = config_class(text_config={**text, **CONFIGS[model_type]}, **AROUND[model_type])
+    else:
+        config = config_class(**{**_sizes(config_class, row), **CONFIGS[model_type]})
+    model_class: Any = next(mapping[config_class] for mapping in AUTO if config_class in mapping)
+    torch.manual_seed(0)
+    model: PreTrainedModel = model_class(config)
+    return randomised(model)
+
+
+def _sizes(config_class: type[PreTrainedConfig], row: Family) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    shared = {name: value for name, value in SIZES.items() if name in fields}
+    return {**shared, row.experts_key: EXPERTS, row.top_k_key: TOP_K}

@@ -1,0 +1,111 @@
+"""Families whose routers are kept, told or answered in a way of their own; benchmarks/families.py does this for all."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoints import load_model
+from models.moe_layers import find_moe_layers
+from moe_spec import LayerPlan, Merge, PruningPlan, UserError
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.plan import MEAN
+from pruning.apply import apply_plan, prune
+from pruning.collect import collect
+from tests.families.configs import tiny
+from tests.models_table import EXPERTS, TOP_K, example_inputs
+from tests.oracle import masked, plan_for
+
+PECULIAR = {
+    "afmoe": "the block holds the selection bias, and the router a Linear",
+    "deepseek_v4": "the square root of a softplus; a final norm whose name transformers takes back",
+    "ernie4_5_moe": "a selection bias of one row",
+    "gemma4": "probabilities for logits, a scale an expert, and K in a config that all layers share",
+    "hunyuan_v1_moe": "a Linear called wg",
+    "lfm2_moe": "the block holds the selection bias",
+    "muse_spark": "a norm after each expert",
+    "openai_privacy_filter": "the block multiplies by K",
+    "phimoe": "sparsemixer",
+    "qwen3_vl_moe": "a language model without a head",
+}
+peculiar = pytest.mark.parametrize("name", PECULIAR)
+
+
+def keeping(model, keep, **options):
+    return plan_for(model, {layer.name: keep for layer in find_moe_layers(model)}, **options)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(**example_inputs(model, batch=3, sequence=6, seed=0))[0]
+
+
+@peculiar
+def test_a_pruned_checkpoint_is_the_model_whose_dropped_experts_cannot_be_selected(tmp_path, name):
+    model = tiny(name)
+    model.save_pretrained(tmp_path / "checkpoint")
+    layers = keeping(model, (0, 2, 5, 7)).layers
+    plan = PruningPlan(checkpoint_sha256(tmp_path / "checkpoint"), "by hand", layers)
+    plan.save(tmp_path / "plan.json")
+    prune(tmp_path / "checkpoint", tmp_path / "plan.json", tmp_path / "pruned")
+    pruned = load_model(tmp_path / "pruned")
+    with masked(model, plan):
+        expected = outputs(model)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(outputs(pruned), expected, rtol=0, atol=1e-5)
+    assert (outputs(model) - expected).abs().max() > 1e-3
+
+
+@peculiar
+def test_every_token_is_counted_for_each_expert_that_it_selects(name):
+    model = tiny(name)
+    before = outputs(model)
+    for layer in collect(model, [example_inputs(model, batch=3, sequence=7, seed=0)]):
+        assert layer["tokens"].sum() == 21 * TOP_K
+        assert (layer.token_count, layer.experts, layer.top_k) == (21, EXPERTS, TOP_K)
+        assert (layer["probability"] > 0).all()
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+def test_probabilities_are_counted_as_they_are():
+    for layer in collect(tiny("gemma4"), [example_inputs(tiny("gemma4"), batch=3, sequence=7, seed=0)]):
+        np.testing.assert_allclose(layer["probability"].sum(), 21, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "openai_privacy_filter"])
+def test_one_expert_left_is_the_model_that_can_select_only_that(name):
+    model, pruned = tiny(name), tiny(name)
+    plan = keeping(model, (5,), top_k=1)
+    apply_plan(pruned, plan)
+    with masked(model, plan):  # the second expert that is selected has the weight 0
+        expected = outputs(model)
+    torch.testing.assert_close(outputs(pruned), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_of_a_merged_router_are_means_wherever_they_lie():
+    model, merged = tiny("ernie4_5_moe"), tiny("ernie4_5_moe")
+    keep, pair = (0, 2), Merge((0, 1), (1.0, 3.0))
+    rest = Merge(tuple(range(2, EXPERTS)), (1.0,) * (EXPERTS - 2))
+    layers = [
+        LayerPlan(layer.name, EXPERTS, TOP_K, keep, router=MEAN, merge=(pair, rest)) for layer in find_moe_layers(model)
+    ]
+    apply_plan(merged, PruningPlan("", "by hand", tuple(layers)))
+    for layer in find_moe_layers(model):
+        name = f"{layer.name}.gate.moe_statics.e_score_correction_bias"
+        bias_1E = model.state_dict()[name]
+        expected = torch.stack([(bias_1E[0, 0] + 3 * bias_1E[0, 1]) / 4, bias_1E[0, 2:].mean()])
+        torch.testing.assert_close(merged.state_dict()[name], expected[None])
+
+
+def test_a_layer_that_chooses_by_token_id_is_not_pruned():
+    model = tiny("deepseek_v4")
+    plan = keeping(model, (0, 2, 5, 7))
+    first = find_moe_layers(model)[0]
+    del first.router.e_score_correction_bias
+    message = (
+        "the DeepseekV4TopKRouter of layer model.layers.0.mlp has no 'gate.e_score_correction_bias', so it does not "
+        "choose experts as deepseek_v4 does elsewhere\nhint: leave the layer out of the plan"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        apply_plan(model, plan)
