@@ -19,19 +19,23 @@ a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe an
 
 With --data a checkpoint is planned for on task data at once: by any criterion by statistics, in several --rounds of
 pruning and looking again; by any merger, with all the statistics that it needs; or by naee, which searches for the
-experts whose absence changes each layer's output least.
+experts whose absence changes each layer's output least. There --max-size is a budget too, of the checkpoint's tensors:
+30MB, or 60% of what they are; and --scope searched tries how many experts each layer keeps, --trials plans in all, for
+that of which the model's own answers are accepted most.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
 Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
+Example: moe-edge plan checkpoint/ --data train.npz --max-size 60% --scope searched -o plan.json
 Example: moe-edge plan finetuned --criterion router-norm --pretrained base --keep 50% --router full -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion ream --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --keep 40% --floor 2 --target edge-llm-fp16 -o plan.json
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
     from pruning.layers import ModelLayers
     from pruning.plan import PlanOptions
+    from pruning.plan_on_data import DataOptions
 
 
 def plan(
@@ -55,7 +60,14 @@ def plan(
         list[str] | None, typer.Option(help="Experts to keep, by id: 0,2,5 in every layer, or LAYER=0,2,5.")
     ] = None,
     criterion: Annotated[str, typer.Option(help="What ranks experts: see above.")] = "reap",
-    scope: Annotated[str, typer.Option(help="layer: the same count in each; global: one ranking over all.")] = "layer",
+    scope: Annotated[
+        str,
+        typer.Option(help="layer: the same count in each; global: one ranking over all; searched: tried on --data."),
+    ] = "layer",
+    max_size: Annotated[
+        str | None, typer.Option(help="With --data, instead of --keep: 30MB, or 60% of the checkpoint's tensors.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Plans that --scope searched tries.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
     clamp_top_k: Annotated[bool, typer.Option("--clamp-top-k", help="Let K shrink where fewer experts stay.")] = False,
     router: Annotated[
@@ -80,21 +92,29 @@ def plan(
     from moe_spec.plan import ROWS
     from pruning.budget import parse_keep
     from pruning.by_hand import parse_experts, plan_by_hand
+    from pruning.cost import BYTES, AtMost
     from pruning.plan import PlanOptions
     from pruning.plan import plan as run
     from runtime.targets import kernels_of
 
-    if (keep is None) == (experts is None):
-        raise UserError("a plan needs --keep or --experts, one of them", hint="--keep 4, or --experts 0,2,5")
-    kernels = ANY if target is None else kernels_of(target)
-    if keep is not None:
-        options = PlanOptions(
-            parse_keep(keep), criterion, scope, seed, clamp_top_k, router, protect, pretrained, floor, kernels
+    if sum(budget is not None for budget in (keep, max_size, experts)) != 1:
+        raise UserError(
+            "a plan needs --keep, --max-size or --experts, one of them",
+            hint="--keep 4, --max-size 60%, or --experts 0,2,5",
         )
+    if max_size is not None and data is None:
+        raise UserError("--max-size is spent on data", hint="moe-edge plan CHECKPOINT --data DATA.npz --max-size 60%")
+    kernels = ANY if target is None else kernels_of(target)
+    if experts is None:
+        share = 1.0 if keep is None else parse_keep(keep)
+        options = PlanOptions(share, criterion, scope, seed, clamp_top_k, router, protect, pretrained, floor, kernels)
         if data is None:
             made = run(source, options, output, _layers_of)
         else:
-            made = _on_data(source, data, options, output, rounds, batch_size, limit)
+            from pruning.plan_on_data import DataOptions
+
+            at_most = None if max_size is None else AtMost.parse(max_size, BYTES)
+            made = _on_data(source, data, options, output, DataOptions(rounds, batch_size, limit, at_most, trials))
     else:
         refuse_existing(output)
         named = parse_experts(experts or [])
@@ -113,13 +133,22 @@ def _summary(plan: "PruningPlan") -> str:
         summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, by {plan.criterion}"
         return "\n".join([summary, *(f"  note: {note}" for note in notes)])
     how = plan.criterion if plan.criterion == CRITERION else f"by {plan.criterion}"
-    return f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
+    summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
+    return "\n".join([summary, *_spent(plan.options)])
 
 
-def _on_data(
-    checkpoint: Path, data: Path, options: "PlanOptions", output: Path, rounds: int, batch_size: int, limit: int | None
-) -> "PruningPlan":
-    from pruning.plan_on_data import DataOptions, plan_on_data
+def _spent(options: Mapping[str, Any]) -> Iterator[str]:
+    """What a plan that was made to a budget cost, and what a search was worth."""
+    if budget := options.get("budget"):
+        counts = ", ".join(f"{budget[key]:,.10g} {key}" for key in ("spent", "most", "whole"))
+        yield f"  {budget['unit']}: {counts}"
+    if search := options.get("search"):
+        values = ", ".join(f"{scope} {value:.4f}" for scope, value in search["acceptance"].items())
+        yield f"  acceptance: {values}, the best of {search['trials']} plans"
+
+
+def _on_data(checkpoint: Path, data: Path, options: "PlanOptions", output: Path, how: "DataOptions") -> "PruningPlan":
+    from pruning.plan_on_data import plan_on_data
 
     with console.progress() as bar:
         task = bar.add_task(f"looking at {checkpoint}", total=None)
@@ -127,7 +156,7 @@ def _on_data(
         def tell(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return plan_on_data(checkpoint, data, options, output, DataOptions(rounds, batch_size, limit), on_progress=tell)
+        return plan_on_data(checkpoint, data, options, output, how, on_progress=tell)
 
 
 def _layers_of(source: Path) -> "ModelLayers":

@@ -15,6 +15,10 @@ Keep = int | float
 """An int is how many experts a layer keeps; a float is the share of them that it keeps, above 0 and at most 1."""
 
 
+Holds = Callable[[Sequence[int]], bool]
+"""Whether a budget has room for so many experts of each layer; it has for fewer if it has for more."""
+
+
 def parse_keep(text: str) -> Keep:
     """``--keep`` as people write it: a whole number is a count, anything with a point or a percent sign a share.
 
@@ -273,25 +277,49 @@ def one_ranking(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
         UserError: scores below 0, which have no share in a sum; the smallest counts exceed the budget, or groups
             cannot spend it to the last expert.
     """
-    for layer in layers:
-        if layer.scores.min() < 0:
-            raise UserError(
-                f"layer {layer.name} has scores below 0, which say nothing across layers",
-                hint="plan with --scope layer",
-            )
-    counts = smallest_counts(layers, keep)
+    smallest_counts(layers, keep)
     budget = sum(layer.count(keep) for layer in layers)
+    counts = best_of_all(layers, lambda counts: sum(counts) <= budget)
     left = budget - sum(counts)
-    for _, index in sorted(_growth(layers, counts)):
-        if layers[index].step <= left:
-            counts[index] += layers[index].step
-            left -= layers[index].step
     if left:
         step = max(layer.step for layer in layers)
         raise UserError(
             f"--keep {keep} asks for {budget} experts in all, but routing groups let {budget - left} be kept",
             hint=f"keep a multiple of {step}, the number of groups, in every layer",
         )
+    return counts
+
+
+def most_of_each(layers: Sequence[RankedLayer], holds: Holds) -> list[int]:
+    """Scope ``layer`` where a budget is no count: as many of each layer as it holds.
+
+    A layer that cannot keep that number keeps the next lower that it can, or the fewest that it can.
+    """
+    levels = [layer.levels() for layer in layers]
+    for most in sorted({count for of_layer in levels for count in of_layer}, reverse=True):
+        counts = [max((n for n in of_layer if n <= most), default=of_layer[0]) for of_layer in levels]
+        if holds(counts):
+            break
+    return counts
+
+
+def best_of_all(layers: Sequence[RankedLayer], holds: Holds) -> list[int]:
+    """Scope ``global``: every layer gets the fewest that it can keep, and grows by its best where the budget holds it.
+
+    Raises:
+        UserError: scores below 0, which have no share in a sum.
+    """
+    for layer in layers:
+        if layer.scores.min() < 0:
+            raise UserError(
+                f"layer {layer.name} has scores below 0, which say nothing across layers",
+                hint="plan with --scope layer",
+            )
+    counts = [layer.levels()[0] for layer in layers]
+    for _, index in sorted(_growth(layers, counts)):
+        counts[index] += layers[index].step
+        if not holds(counts):
+            counts[index] -= layers[index].step
     return counts
 
 
@@ -313,14 +341,19 @@ class Scope:
     Attributes:
         check: refuses what no ranking can make possible; it looks at no score.
         spread: how many experts each layer keeps.
+        within: the same where the budget is no count of experts; the fewest of all layers are within it.
     """
 
     check: Callable[[Sequence[RankedLayer], Keep], list[int]]
     spread: Callable[[Sequence[RankedLayer], Keep], list[int]]
+    within: Callable[[Sequence[RankedLayer], Holds], list[int]]
 
 
 SCOPES: Mapping[str, Scope] = {
-    "layer": Scope(check=same_count, spread=same_count),
-    "global": Scope(check=smallest_counts, spread=one_ranking),
+    "layer": Scope(check=same_count, spread=same_count, within=most_of_each),
+    "global": Scope(check=smallest_counts, spread=one_ranking, within=best_of_all),
 }
 """How a budget is spread over layers."""
+
+SEARCHED = "searched"
+"""A scope that starts from all of these and tries others on data (``pruning.evolution``)."""

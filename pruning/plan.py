@@ -14,7 +14,7 @@ from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.identity import checkpoint_sha256, is_onnx
 from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
-from pruning.budget import SCOPES, Keep, RankedLayer, check_budget, check_router
+from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer, check_budget, check_router
 from pruning.criteria import (
     CHANGE_CRITERIA,
     CRITERIA,
@@ -44,7 +44,8 @@ class PlanOptions:
         keep: experts a layer keeps: a count (int), or a share (float above 0 and at most 1).
         criterion: a name in ``pruning.criteria``, or ``s(b,alpha,beta)``; or one of ``pruning.merging``, which merges
             experts into as many as it would keep.
-        scope: ``layer`` (the same count everywhere) or ``global`` (one ranking over all layers).
+        scope: ``layer`` (the same count everywhere) or ``global`` (one ranking over all layers); with data also
+            ``searched`` (what changes least of what the model says).
         seed: of the criterion ``random``, and of routers that are drawn anew.
         clamp_top_k: let K shrink where fewer than K experts can be selected.
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
@@ -126,6 +127,11 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
             other, a budget that is none, or one that a router cannot work with.
     """
     check_options(options)
+    if options.scope == SEARCHED:
+        raise UserError(
+            "--scope searched tries plans on data, and there is none",
+            hint="moe-edge plan CHECKPOINT --data DATA.npz --scope searched",
+        )
     candidates = _candidates(source, options, layers_of)
     layers = choose(candidates, options)
     return PruningPlan(
@@ -194,7 +200,7 @@ def check_options(options: PlanOptions) -> None:
         UserError: a budget that is none, an unknown scope or router, or options that exclude each other.
     """
     check_budget(options.keep, str(options.keep))
-    require_known(options.scope, "scope", SCOPES)
+    require_known(options.scope, "scope", [*SCOPES, SEARCHED])
     if options.kernels.counts and (options.scope != "layer" or options.router == FULL):
         raise UserError(
             f"--scope {options.scope} --router {options.router} cannot be had on target {options.kernels.target}: it "

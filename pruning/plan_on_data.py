@@ -1,17 +1,18 @@
-"""Plan on data: from a checkpoint and task data, by search, by merging, or in rounds of pruning and looking again.
+"""Plan on data: from a checkpoint and task data, by search, by merging, in rounds of pruning and looking again.
 
 Once experts are gone, others take their tokens, and what was ranked before holds no more. MC-Suite,
 https://arxiv.org/abs/2504.05586, found that looking again pays where many experts go.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from models.checkpoints import load_model
+from models.checkpoints import load_model, load_skeleton
 from models.moe_layers import find_moe_layers
 from moe_spec.calibration import Progress
 from moe_spec.dataset import Dataset, load_dataset
@@ -21,21 +22,25 @@ from moe_spec.files import refuse_existing
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import Statistics
+from pruning.acceptance import Batches
 from pruning.apply import apply_plan
-from pruning.budget import SCOPES, Keep, RankedLayer
+from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer
 from pruning.collect import collect
+from pruning.cost import FLAGS, AtMost, Limit, Measure
 from pruning.criteria import CRITERIA, by_statistics
 from pruning.criteria.moments import SHAPE
+from pruning.finetuning.examples import is_language_model
 from pruning.inputs import check_inputs, tensors_of
 from pruning.layers import LayerShape, of_checkpoint, shapes_of
 from pruning.merging.mergers import MERGERS
-from pruning.plan import PlanOptions, candidates_of, check_options, choose, unranked
+from pruning.plan import PlanOptions, candidates_of, check_options, choose, rank, unranked
 from pruning.reconstruction import check_search, search_model
+from pruning.spend import Outcome, limit_of, spend
 
 NAEE = "naee"
 
-Batches = Callable[[], Iterator[dict[str, torch.Tensor]]]
-"""The calibration data from its start, as often as it is called."""
+Way = Callable[[PreTrainedModel, Batches], Outcome]
+"""How a plan is made of a model and data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +51,17 @@ class DataOptions:
         rounds: of pruning and looking again; every round drops as many experts.
         batch_size: examples a forward pass.
         limit: use only the first so many examples.
+        at_most: what the whole model may cost, where the options' ``keep`` is 1.0.
+        trials: plans that scope ``searched`` tries.
+        measure: times plans, for a budget of milliseconds; injected by whoever can export and run a model.
     """
 
     rounds: int = 1
     batch_size: int = 32
     limit: int | None = None
+    at_most: AtMost | None = None
+    trials: int = 100
+    measure: Measure | None = None
 
 
 def plan_on_data(
@@ -70,25 +81,25 @@ def plan_on_data(
             (`pruning.reconstruction`).
         out: plan to write; must not exist.
         how: see ``DataOptions``.
-        on_progress: called with the examples done and the examples in all, of all rounds.
+        on_progress: called with the examples done and the examples in all, of all rounds and trials.
 
     Raises:
         UserError: ``out`` exists, checkpoint or data cannot be read or do not fit together, options that exclude each
-            other, or a budget that a router cannot work with.
+            other, or a budget that a router, the floor or the target cannot work with.
     """
     refuse_existing(out)
     _check(options, how)
     source = of_checkpoint(checkpoint)
-    keeps = _check_layers(source.layers, options, how)
+    way = _way(checkpoint, source.layers, options, how)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=how.limit)
     model = load_model(checkpoint)
     check_inputs(dataset.feeds, model, str(data))
-    batches = _batches(model, dataset, how, on_progress)
+    layers, found = way(model, _batches(model, dataset, options, how, on_progress))
     plan = PruningPlan(
         model_sha256=source.model_sha256,
         criterion=options.criterion,
-        options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256},
-        layers=_layers(model, batches, options, keeps),
+        options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256, **found},
+        layers=layers,
     )
     plan.save(out)
     return plan
@@ -117,41 +128,74 @@ def _check(options: PlanOptions, how: DataOptions) -> None:
             f"--scope {options.scope} --router {options.router} cannot be searched for or come to in rounds",
             hint="leave them out: every layer keeps as many, and the rows of dropped experts go",
         )
+    _check_budget(options, how)
 
 
-def _check_layers(shapes: Sequence[LayerShape], options: PlanOptions, how: DataOptions) -> list[Keep]:
-    """What is kept after each round, once it is clear that routers, floor and target can work with it."""
+def _check_budget(options: PlanOptions, how: DataOptions) -> None:
+    if options.criterion in MERGERS and (options.scope == SEARCHED or how.at_most is not None):
+        raise UserError(
+            f"criterion {options.criterion!r} merges experts, into a number that has to be given",
+            hint="give --keep, with --scope layer or global",
+        )
+    if options.scope == SEARCHED and options.router != ROWS:
+        raise UserError(
+            f"--router {options.router} cannot be searched for: what is tried has the rows of dropped experts gone",
+            hint="leave out --router, or choose another --scope",
+        )
+    if how.at_most is not None and (options.criterion == NAEE or how.rounds > 1 or options.keep != 1.0):
+        flag = FLAGS[how.at_most.unit]
+        raise UserError(
+            f"{flag} is a budget of its own, spent at once",
+            hint=f"leave out {flag}, or --keep, --rounds and --criterion {NAEE}",
+        )
+    if how.trials < 1:
+        raise UserError(f"--trials {how.trials} is no number of plans to try", hint="give 1 or more")
+
+
+def _way(checkpoint: Path, shapes: Sequence[LayerShape], options: PlanOptions, how: DataOptions) -> Way:
+    """How the plan is made, once it is clear that routers, floor, target and budget can work with it."""
     layers = unranked(shapes, options)
+    if options.scope == SEARCHED:
+        is_language_model(load_skeleton(checkpoint))  # it has a head, and says something
+    if options.scope == SEARCHED or how.at_most is not None:
+        limit = limit_of(checkpoint, layers, options, how.at_most, how.measure)
+        return functools.partial(_spend, options=options, limit=limit, trials=how.trials)
     if options.criterion == NAEE:
         for shape, layer in zip(shapes, layers, strict=True):
             check_search(shape, layer.count(options.keep))
     SCOPES[options.scope].check(layers, options.keep)
-    return _counts(layers, options.keep, how.rounds)
-
-
-def _layers(
-    model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]
-) -> tuple[LayerPlan, ...]:
     if options.criterion == NAEE:
-        return _search(model, batches, options)
-    if merger := MERGERS.get(options.criterion):
-        seen = Statistics("", (), collect(model, batches(), dense=merger.dense))
-        return choose(candidates_of(seen, options, merger.scores), options)
-    return _rounds(model, batches, options, keeps)
+        return functools.partial(_search, options=options)
+    if options.criterion in MERGERS:
+        return functools.partial(_merge, options=options)
+    return functools.partial(_rounds, options=options, keeps=_counts(layers, options.keep, how.rounds))
 
 
-def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> tuple[LayerPlan, ...]:
+def _spend(model: PreTrainedModel, batches: Batches, options: PlanOptions, limit: Limit, trials: int) -> Outcome:
+    criterion = by_statistics(options.criterion)
+    assert criterion is not None
+    candidates = candidates_of(Statistics("", (), collect(model, batches())), options, criterion)
+    ranked = rank(candidates.layers, candidates.score(), options, candidates.protected)
+    return spend(model, batches, ranked, limit, options, trials)
+
+
+def _merge(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> Outcome:
+    merger = MERGERS[options.criterion]
+    seen = Statistics("", (), collect(model, batches(), dense=merger.dense))
+    return choose(candidates_of(seen, options, merger.scores), options), {}
+
+
+def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> Outcome:
     layers = unranked(shapes_of(find_moe_layers(model)), options)
     found = search_model(model, batches(), [layer.count(options.keep) for layer in layers])
-    return tuple(
+    plans = (
         LayerPlan(layer.name, layer.experts, layer.top_k, one.keep, one.scores)
         for layer, one in zip(layers, found, strict=True)
     )
+    return tuple(plans), {}
 
 
-def _rounds(
-    model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]
-) -> tuple[LayerPlan, ...]:
+def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]) -> Outcome:
     """Prune ``model`` in place, a part in each round; the ids that stay are those of the model as it was."""
     criterion = by_statistics(options.criterion)
     assert criterion is not None
@@ -166,11 +210,12 @@ def _rounds(
         apply_plan(model, PruningPlan("", options.criterion, plans))
         kept = {plan.name: tuple(kept[plan.name][expert] for expert in plan.keep) for plan in plans}
     if len(keeps) == 1:
-        return plans
-    return tuple(
+        return plans, {}
+    of_parents = (
         LayerPlan(plan.name, parent.num_experts, plan.top_k, kept[plan.name], groups=parent.groups)
         for parent, plan in zip(parents, plans, strict=True)
     )
+    return tuple(of_parents), {}
 
 
 def _counts(layers: Sequence[RankedLayer], keep: Keep, rounds: int) -> list[Keep]:
@@ -189,8 +234,10 @@ def _counts(layers: Sequence[RankedLayer], keep: Keep, rounds: int) -> list[Keep
     return [*(-(-count // step) * step for count in between), last]
 
 
-def _batches(model: PreTrainedModel, dataset: Dataset, how: DataOptions, on_progress: Progress | None) -> Batches:
-    done = 0
+def _batches(
+    model: PreTrainedModel, dataset: Dataset, options: PlanOptions, how: DataOptions, on_progress: Progress | None
+) -> Batches:
+    done, passes = 0, how.rounds if options.scope != SEARCHED else 2 + how.trials
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         nonlocal done
@@ -198,6 +245,6 @@ def _batches(model: PreTrainedModel, dataset: Dataset, how: DataOptions, on_prog
             yield tensors_of(feeds, model.dtype)
             done += len(next(iter(feeds.values())))
             if on_progress is not None:
-                on_progress(done, how.rounds * len(dataset))
+                on_progress(done, passes * len(dataset))
 
     return batches

@@ -65,7 +65,7 @@ def is_language_model(model: PreTrainedModel) -> bool:
     name = type(model).__name__
     if not name.endswith((LANGUAGE_MODEL, *CLASSIFIERS)):
         known = ", ".join(f"*{suffix}" for suffix in (LANGUAGE_MODEL, *CLASSIFIERS))
-        raise UserError(f"{name} has no head to fine-tune with", hint=f"give a checkpoint of one of: {known}")
+        raise UserError(f"{name} has no head that gives logits", hint=f"give a checkpoint of one of: {known}")
     return name.endswith(LANGUAGE_MODEL)
 
 

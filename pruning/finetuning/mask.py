@@ -36,14 +36,14 @@ class ExpertMask:
         self._model = model
         self.alive = {name: tuple(range(layer.num_experts)) for name, layer in self._layers.items()}
 
-    def keep(self, name: str, experts: Collection[int]) -> None:
-        """From now on only ``experts`` of layer ``name`` can be selected; K shrinks to their number."""
+    def keep(self, name: str, experts: Collection[int], top_k: int | None = None) -> None:
+        """From now on only ``experts`` of layer ``name`` can be selected; K is ``top_k``, or at most their number."""
         layer = self._layers[name]
         self.alive[name] = tuple(sorted(experts))
         dropped_E = torch.ones(layer.num_experts, dtype=torch.bool)
         dropped_E[list(experts)] = False
         self._dropped[name] = dropped_E
-        set_top_k(self._model, layer, min(layer.top_k, len(experts)))
+        set_top_k(self._model, layer, min(layer.top_k, len(experts)) if top_k is None else top_k)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -112,10 +112,11 @@ def test_an_onnx_file_is_planned_at_random(block, tmp_path):
     assert len(PruningPlan.load(out).layers[0].keep) == 3
 
 
-@pytest.mark.parametrize("arguments", [(), ("--keep", 2, "--experts", "1,2")])
+@pytest.mark.parametrize("arguments", [(), ("--keep", 2, "--experts", "1,2"), ("--keep", 2, "--max-size", "1MB")])
 def test_a_plan_has_a_budget_or_names(block, arguments, tmp_path):
     assert invoke("plan", block, *arguments, "-o", tmp_path / "plan.json") == (
-        1, "", "error: a plan needs --keep or --experts, one of them\nhint: --keep 4, or --experts 0,2,5\n"
+        1, "", "error: a plan needs --keep, --max-size or --experts, one of them\n"
+        "hint: --keep 4, --max-size 60%, or --experts 0,2,5\n"
     )  # fmt: skip
 
 
@@ -232,3 +233,42 @@ def test_named_experts_are_bound_by_the_target_too(block, tmp_path):
     arguments = ("--experts", "6,1,2", "--target", "edge-llm-nvfp4", "-o", tmp_path / "plan.json")
     error = "error: layer layers.0.mlp keeps 3 experts, target edge-llm-nvfp4 takes 128 or 256\nhint: "
     assert invoke("plan", block, *arguments) == (1, "", error + "choose another --target\n")
+
+
+def test_a_size_is_spent_by_search(tmp_path):
+    save_model(TINY["mixtral"](), tmp_path / "checkpoint")
+    np.savez_compressed(tmp_path / "data.npz", input_ids=np.arange(40).reshape(4, 10))
+    out, arguments = tmp_path / "plan.json", ("plan", tmp_path / "checkpoint", "--data", tmp_path / "data.npz")
+    code, stdout, stderr = invoke(*arguments, "--max-size", "60%", "--scope", "searched", "--trials", 4, "-o", out)
+    assert (code, stderr) == (0, "")
+    made = PruningPlan.load(out)
+    kept, spent = sum(len(layer.keep) for layer in made.layers), made.options["budget"]["spent"]
+    whole, accepted = made.options["budget"]["whole"], made.options["search"]["acceptance"]
+    assert spent <= 0.6 * whole
+    assert stdout == (
+        f"{out}: keeps {kept} of 16 experts in 2 layers, by reap\n"
+        f"  bytes: {spent:,} spent, {0.6 * whole:,.10g} most, {whole:,} whole\n"
+        f"  acceptance: layer {accepted['layer']:.4f}, global {accepted['global']:.4f}, "
+        f"searched {accepted['searched']:.4f}, the best of 4 plans\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "hint"),
+    [
+        (
+            ("--max-size", "60%"),
+            "--max-size is spent on data",
+            "moe-edge plan CHECKPOINT --data DATA.npz --max-size 60%",
+        ),
+        (
+            ("--keep", 4, "--scope", "searched"),
+            "--scope searched tries plans on data, and there is none",
+            "moe-edge plan CHECKPOINT --data DATA.npz --scope searched",
+        ),
+    ],
+)
+def test_what_is_looked_for_on_data_needs_some(arguments, what, hint, source, tmp_path):
+    assert invoke("plan", source, *arguments, "-o", tmp_path / "plan.json") == (
+        1, "", f"error: {what}\nhint: {hint}\n"
+    )  # fmt: skip

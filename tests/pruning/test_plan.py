@@ -116,7 +116,7 @@ def test_unknown_names_are_refused_with_the_nearest(source):
     assert hint.endswith("router-norm, s(b,alpha,beta), seer-actual, seer-soft, task, task-squared, uncurl")
     assert refusal(source, keep=2, scope="layers") == (
         "'layers' is no scope",
-        "did you mean 'layer'? known: global, layer",
+        "did you mean 'layer'? known: global, layer, searched",
     )
 
 

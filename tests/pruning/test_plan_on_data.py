@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from moe_spec import PruningPlan, UserError
 from moe_spec.feasibility import Kernels
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
+from pruning.cost import AtMost, by_size
 from pruning.merging.mergers import MERGERS
 from pruning.plan import PlanOptions, make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
@@ -173,3 +175,160 @@ def test_a_share_is_rounded_to_what_the_target_takes_and_rounds_lead_there(files
     made = plan(files, tmp_path, PlanOptions(0.5, kernels=GADGET), rounds=2)
     assert [len(layer.keep) for layer in made.layers] == [3, 3]
     assert (made.options["target"], made.options["floor"]) == ("gadget", 1)
+
+
+@pytest.fixture(scope="module")
+def uneven(files):
+    """A checkpoint whose first layer has one expert, eight times, so that dropping any of them changes nothing."""
+    model = TINY["mixtral"]()
+    for parameter in find_moe_layers(model)[0].experts.parameters():
+        parameter.data[:] = parameter.data[:1].clone()
+    save_model(model, files / "uneven")
+    return files / "uneven"
+
+
+def test_a_search_keeps_experts_where_they_differ(uneven, files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(0.5, scope="searched"), uneven.name, batch_size=4)
+    assert [len(layer.keep) for layer in made.layers] == [2, 6]
+    accepted = made.options["search"]["acceptance"]
+    assert accepted["searched"] > accepted["layer"] + 0.01
+    assert accepted["searched"] >= accepted["global"]
+    assert made.options["search"]["trials"] == 5  # (2, 6), (3, 5), (4, 4), (5, 3), (6, 2)
+    assert made.options["budget"] == {"written": "0.5", "unit": "experts", "most": 8, "spent": 8, "whole": 16}
+    assert PruningPlan.load(tmp_path / "plan.json") == made
+
+
+def test_what_a_search_says_of_a_plan_is_what_the_pruned_model_does(uneven, files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(0.5, scope="searched"), uneven.name)
+    whole, pruned = load_model(uneven), load_model(uneven)
+    apply_plan(pruned, made)
+    ids = torch.from_numpy(np.load(files / "data.npz")["input_ids"])
+    with torch.no_grad():
+        said = [model(input_ids=ids).logits.softmax(dim=-1) for model in (whole, pruned)]
+    expected = float(torch.minimum(*said).sum(dim=-1).mean())
+    assert made.options["search"]["acceptance"]["searched"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "searched"])
+def test_any_scope_stays_within_a_size(scope, uneven, files, tmp_path):
+    at_most = AtMost.parse("70%", "bytes")
+    made = plan(files, tmp_path, PlanOptions(1.0, scope=scope), uneven.name, at_most=at_most, trials=8)
+    counts = [len(layer.keep) for layer in made.layers]
+    costs = by_size(uneven)
+    one_more = (2 if scope == "layer" else 1) * costs.by_count[0][1]
+    assert costs.total(counts) <= 0.7 * costs.whole < costs.total(counts) + one_more
+    assert made.options["budget"] == {
+        "written": "70%", "unit": "bytes", "most": pytest.approx(0.7 * costs.whole), "spent": costs.total(counts),
+        "whole": costs.whole,
+    }  # fmt: skip
+    assert made.options["keep"] is None
+    assert ("search" in made.options) == (scope == "searched")
+    if scope == "layer":
+        assert counts[0] == counts[1]
+
+
+def test_a_search_goes_on_within_groups_and_a_clamped_k(files, tmp_path):
+    options = PlanOptions(0.5, scope="searched", clamp_top_k=True)
+    made = plan(files, tmp_path, options, "deepseek_v3", trials=4)
+    for layer in made.layers:
+        assert layer.groups is not None
+        first, second = layer.groups.survivors(layer.keep, 8)
+        assert first == second
+    assert sum(len(layer.keep) for layer in made.layers) == 8
+    plan(files, tmp_path / "one", PlanOptions(1, scope="searched", clamp_top_k=True))
+
+
+def test_a_budget_of_milliseconds_is_spent_on_what_was_measured(uneven, files, tmp_path):
+    def measure(plans):
+        return {count: 1 + count / 4 for count in plans}
+
+    at_most = AtMost.parse("2ms", "ms")
+    options = PlanOptions(1.0, scope="searched")
+    made = plan(files, tmp_path, options, uneven.name, at_most=at_most, measure=measure)
+    assert [len(layer.keep) for layer in made.layers] == [2, 6]
+    assert made.options["budget"]["spent"] == pytest.approx(2)
+
+
+def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
+    told = []
+    plan_on_data(
+        files / "mixtral", files / "data.npz", PlanOptions(4, scope="searched"), tmp_path / "plan.json",
+        DataOptions(trials=3), on_progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    assert told == [(6 * done, 30) for done in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "what", "hint"),
+    [
+        (
+            PlanOptions(1.0),
+            {"at_most": AtMost.parse("10KB", "bytes")},
+            "--max-size 10KB cannot be reached: with 2 of 8 experts a layer, the fewest, it is 132,224 bytes",
+            "the nearest that works: --max-size 132224B; or let K shrink: --clamp-top-k",
+        ),
+        (
+            PlanOptions(1.0, scope="searched", floor=4),
+            {"at_most": AtMost.parse("40%", "bytes")},
+            "--max-size 40% cannot be reached: with 4 of 8 experts a layer, the fewest, it is 206,464 bytes",
+            "the nearest that works: --max-size 206464B; or a lower --floor",
+        ),
+        (
+            PlanOptions(1, scope="searched"),
+            {},
+            "--keep 1 leaves 2 experts for 2 layers, which need at least 4",
+            "keep more: --keep 2; or let K shrink: --clamp-top-k",
+        ),
+        (
+            PlanOptions(4, scope="searched", router="full"),
+            {},
+            "--router full cannot be searched for: what is tried has the rows of dropped experts gone",
+            "leave out --router, or choose another --scope",
+        ),
+        (
+            PlanOptions(4),
+            {"at_most": AtMost.parse("50%", "bytes")},
+            "--max-size is a budget of its own, spent at once",
+            "leave out --max-size, or --keep, --rounds and --criterion naee",
+        ),
+        (
+            PlanOptions(1.0),
+            {"at_most": AtMost.parse("50%", "bytes"), "rounds": 2},
+            "--max-size is a budget of its own, spent at once",
+            "leave out --max-size, or --keep, --rounds and --criterion naee",
+        ),
+        (
+            PlanOptions(4, "m-smoe", scope="searched"),
+            {},
+            "criterion 'm-smoe' merges experts, into a number that has to be given",
+            "give --keep, with --scope layer or global",
+        ),
+        (PlanOptions(4, scope="searched"), {"trials": 0}, "--trials 0 is no number of plans to try", "give 1 or more"),
+        (
+            PlanOptions(4, scope="searched"),
+            {"rounds": 2},
+            ROUNDS_REFUSED.format("searched", "rows"),
+            "leave them out: every layer keeps as many, and the rows of dropped experts go",
+        ),
+        (
+            PlanOptions(1.0),
+            {"at_most": AtMost.parse("3ms", "ms")},
+            "--max-latency needs something to measure with",
+            "give plan_on_data a `measure`",
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_before_any_data_is_read(options, how, what, hint, files, tmp_path):
+    with pytest.raises(UserError) as caught:
+        plan_on_data(files / "mixtral", tmp_path / "nothing.npz", options, tmp_path / "plan.json", DataOptions(**how))
+    assert (caught.value.what, caught.value.hint) == (what, hint)
+
+
+def test_a_model_that_says_nothing_is_not_searched_for(files, tmp_path):
+    headless: Any = TINY["mixtral"]().base_model
+    save_model(headless, tmp_path / "headless")
+    with pytest.raises(UserError) as caught:
+        plan_on_data(
+            tmp_path / "headless", tmp_path / "nothing.npz", PlanOptions(4, scope="searched"), tmp_path / "plan.json"
+        )
+    assert caught.value.what == "MixtralModel has no head that gives logits"

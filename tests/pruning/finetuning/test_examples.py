@@ -74,7 +74,7 @@ def test_a_model_without_a_head_is_refused():
     model = MixtralModel(config)
     with pytest.raises(UserError) as caught:
         is_language_model(model)
-    assert caught.value.what == "MixtralModel has no head to fine-tune with"
+    assert caught.value.what == "MixtralModel has no head that gives logits"
     assert caught.value.hint == (
         "give a checkpoint of one of: *ForCausalLM, *ForImageClassification, *ForSequenceClassification"
     )
