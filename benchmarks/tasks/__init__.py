@@ -8,9 +8,9 @@ from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
 
 TASKS: Mapping[str, Callable[[int, Report], Task]] = {
-    "images": lambda _seed, _report: images.task(),
+    "images": lambda seed, _report: images.task(seed),
     "novel": functools.partial(language.task, "novel"),
     "speeches": functools.partial(language.task, "speeches"),
     "code": functools.partial(language.task, "code"),
 }
-"""Makes each task, given the seed of its training (the embedded model has but one) and who is told how it goes."""
+"""Makes each task, given the seed of its training (``images``: of its calibration data) and who is told of it."""

@@ -16,8 +16,11 @@ FILES = {"train": "finetune.npz", "t10k": "test.npz"}
 """The official splits, and what they are called here."""
 
 
-def task() -> Task:
-    """Prune the embedded model; its calibration images are training images.
+CALIBRATION, CALIBRATION_IMAGES = "calibration.npz", 1000
+
+
+def task(seed: int = 0) -> Task:
+    """Prune the embedded model, of which there is one; ``seed`` draws the calibration images out of the training ones.
 
     Raises:
         UserError: the images cannot be fetched.
@@ -26,7 +29,7 @@ def task() -> Task:
     return Task(
         name="images",
         checkpoint=checkpoint,
-        calibration=checkpoint / "calibration.npz",
+        calibration=draw(directory / FILES["train"], seed),
         finetune=directory / FILES["train"],
         test=directory / FILES["t10k"],
         metric=ACCURACY,
@@ -48,3 +51,16 @@ def images(idx_files: Path) -> Path:
         return {}
 
     return cached("images", {"source": idx_files.name, "version": 1}, make)
+
+
+def draw(training: Path, seed: int) -> Path:
+    """Calibration images out of the task data in ``training``, whose directory tells what is in it; drawn once."""
+
+    def make(directory: Path) -> Json:
+        with np.load(training) as split:
+            chosen = np.random.default_rng(seed).choice(len(split["labels"]), CALIBRATION_IMAGES, replace=False)
+            np.savez_compressed(directory / CALIBRATION, **{name: split[name][chosen] for name in split.files})
+        return {}
+
+    recipe = {"source": training.parent.name, "seed": seed, "count": CALIBRATION_IMAGES, "version": 1}
+    return cached("images-calibration", recipe, make) / CALIBRATION

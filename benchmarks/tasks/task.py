@@ -1,6 +1,7 @@
 """What a task is: a checkpoint to prune, data to prune it with, and a number that says how good it is."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -33,8 +34,8 @@ class Task:
     metric: Metric
 
     def read(self, data: Path) -> Dataset:
-        """One of the three files, as the model takes it."""
-        return load_dataset(data, ImagePreprocessor.load(self.checkpoint))
+        """One of the three files, as the model takes it; kept, for it is asked for again and again."""
+        return _load(data, self.checkpoint)
 
     def evaluate(self, model: PreTrainedModel) -> float:
         """The metric of ``model``, which is in eval mode afterwards."""
@@ -47,3 +48,8 @@ class Task:
         path = self.checkpoint / RECIPE
         remake = f"remove {self.checkpoint}; it is made again"
         return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take("training_seconds", float)
+
+
+@functools.lru_cache(maxsize=3)
+def _load(data: Path, checkpoint: Path) -> Dataset:
+    return load_dataset(data, ImagePreprocessor.load(checkpoint))

@@ -18,6 +18,7 @@ import torch
 from transformers import MixtralForCausalLM
 
 from benchmarks.tasks import TASKS, __main__, cache, language, sources
+from benchmarks.tasks import images as tasks_images
 from benchmarks.tasks.cache import cached
 from benchmarks.tasks.corpus import (
     CorpusRecipe,
@@ -27,7 +28,7 @@ from benchmarks.tasks.corpus import (
     train_tokenizer,
     write_corpus,
 )
-from benchmarks.tasks.images import images
+from benchmarks.tasks.images import draw, images
 from benchmarks.tasks.metrics import ACCURACY, PERPLEXITY, expert_usage, total_variation
 from benchmarks.tasks.sources import MANAGERS, PACKAGES, Package, check_sha256, download, fetch, unpack
 from benchmarks.tasks.task import Task
@@ -337,6 +338,21 @@ def test_images_become_task_data(tmp_path):
     data = load_dataset(directory / "finetune.npz", ImagePreprocessor.load(fashion_mnist()))
     assert data.feeds["pixel_values"].shape == (4, 1, 28, 28)
     np.testing.assert_array_equal(data.labels, range(4))
+
+
+def test_calibration_images_are_drawn_out_of_the_training_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks_images, "CALIBRATION_IMAGES", 5)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    np.savez_compressed(tmp_path / "finetune.npz", images=pictures, labels=np.arange(20))
+    drawn = [draw(tmp_path / "finetune.npz", seed) for seed in (0, 1)]
+    assert draw(tmp_path / "finetune.npz", 0) == drawn[0]
+    labels = []
+    for path in drawn:
+        with np.load(path) as calibration:
+            labels.append(set(calibration["labels"].tolist()))
+            np.testing.assert_array_equal(calibration["images"], pictures[calibration["labels"]])
+    assert [len(chosen) for chosen in labels] == [5, 5]
+    assert labels[0] != labels[1]
 
 
 def test_the_document_has_a_line_for_each_task_and_compares_those_that_share_a_model(
