@@ -16,6 +16,7 @@ from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
+from moe_spec.plan import ROWS
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.criteria import CRITERIA, WEIGHT_CRITERIA
@@ -38,7 +39,7 @@ def measure(statistics: Path, data: Dataset) -> Mapping[str, list[str]]:
 
     def run(keep: int, criterion: str, seed: int = 0) -> float:
         source = fashion_mnist() if criterion in WEIGHT_CRITERIA else statistics
-        return accuracy(data, source, PlanOptions(keep, criterion, seed=seed, clamp_top_k=True))
+        return accuracy(data, source, PlanOptions(keep, criterion, seed=seed, clamp_top_k=True, router=ROWS))
 
     names = [*CRITERIA, *WEIGHT_CRITERIA]
     cells = {criterion: [f"{run(keep, criterion):.1%}" for keep in KEEPS] for criterion in names}

@@ -13,6 +13,11 @@ Criteria without data: random, which takes a checkpoint or an ONNX model; aimer,
 router-norm, which compares them with those before fine-tuning. --experts names those that stay, in a checkpoint or an
 ONNX model.
 
+What becomes of the router: --router rows lets a token that chose a dropped expert get its next best survivor; full
+leaves it as it is, so that such a token gets nothing from it; replace too, but the token gets the expert's mean output,
+which statistics tell and which stands beside the plan. mone replaces unless told otherwise, as in its paper. What keeps
+its router is pruned in ONNX: `moe-edge optimize --plan`.
+
 Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-smoe-cosine, ream. --keep is then how many
 a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe and ream need statistics taken with
 --dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained.
@@ -73,8 +78,8 @@ def plan(
     router: Annotated[
         str,
         typer.Option(
-            help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it. Where experts "
-            "are merged: rows, mean or new. Not given: rows, or what is nearest to a merger's paper."
+            help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it; replace: it gets "
+            "its mean output. Where experts are merged: rows, mean or new. Not given: what is nearest to the paper."
         ),
     ] = "",
     protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,
@@ -120,10 +125,10 @@ def plan(
         named = parse_experts(experts or [])
         made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
-    console.result(f"{output}: {_summary(made)}", {"output": str(output), **made.to_json()}, as_json)
+    console.result(f"{output}: {_summary(made, output)}", {"output": str(output), **made.to_json()}, as_json)
 
 
-def _summary(plan: "PruningPlan") -> str:
+def _summary(plan: "PruningPlan", output: Path) -> str:
     from pruning.by_hand import CRITERION
     from pruning.merging.mergers import MERGERS
 
@@ -134,7 +139,17 @@ def _summary(plan: "PruningPlan") -> str:
         return "\n".join([summary, *(f"  note: {note}" for note in notes)])
     how = plan.criterion if plan.criterion == CRITERION else f"by {plan.criterion}"
     summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
-    return "\n".join([summary, *_spent(plan.options)])
+    return "\n".join([summary, *_means(plan, output), *_spent(plan.options)])
+
+
+def _means(plan: "PruningPlan", output: Path) -> Iterator[str]:
+    """Where what takes the place of experts stands."""
+    from moe_spec.means import means_path
+
+    if plan.means:
+        unknown = sum(int((~means_DH.any(axis=1)).sum()) for means_DH in plan.means.values())
+        zeros = f", zeros for {unknown} that no token selected" if unknown else ""
+        yield f"  {means_path(output)}: the mean outputs of the others{zeros}"
 
 
 def _spent(options: Mapping[str, Any]) -> Iterator[str]:

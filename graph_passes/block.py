@@ -170,6 +170,19 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Constants:
+    """What a token gets, times its gate, in the place of experts that went (https://arxiv.org/abs/2507.00390).
+
+    Attributes:
+        rows: of the router, which led to them.
+        outputs_DH: (D, H), one for each of ``rows``.
+    """
+
+    rows: tuple[int, ...]
+    outputs_DH: Weight
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEBlock:
     """One MoE layer.
 
@@ -184,6 +197,7 @@ class MoEBlock:
         weights_on: ``ON_OUTPUT`` of the experts, or ``ON_INPUT`` (llama4).
         shaped_like: a value (..., H) whose leading axes ``hidden``, ``out`` and what the router reads have too, where
             they may be others than (T, H).
+        constants: what stands in for experts behind a router that stays as it is.
     """
 
     name: str
@@ -195,6 +209,7 @@ class MoEBlock:
     keep: tuple[int, ...]
     weights_on: str = ON_OUTPUT
     shaped_like: gs.Tensor | None = None
+    constants: Constants | None = None
 
     @property
     def num_experts(self) -> int:
@@ -209,9 +224,10 @@ class MoEBlock:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the router's and the experts' weights."""
+        """Bytes of the router's and the experts' weights, and of what stands in for experts."""
         router = self.router
-        small = (router.weight_EH, router.bias_E, router.selection_bias_E)
+        constants = None if self.constants is None else self.constants.outputs_DH
+        small = (router.weight_EH, router.bias_E, router.selection_bias_E, constants)
         weights = [*self.experts.weights(), *(weight for weight in small if weight is not None)]
         return sum(weight.nbytes for weight in weights)
 

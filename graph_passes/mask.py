@@ -9,7 +9,8 @@ score of 0 does. Two kinds of routers need help, because they choose one by one 
 among nothing but -inf, the second choice is the first again, or NaN. So they see `UNSELECTABLE`, of which a softmax
 is 0 as well. And the sparsemixer's softmax over the rivals of a dropped expert is not 0: its weight is set to 0.
 
-Layers that a plan leaves their whole router keep their logits, and lose the gates: `graph_passes.silence`.
+Layers that a plan leaves their whole router keep their logits, and lose the gates: `graph_passes.silence`; what takes
+the place of experts is added: `graph_passes.replace`.
 """
 
 import dataclasses
@@ -27,13 +28,14 @@ from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import Mask, is_observable, mask_E, observe_routing, routing_of
 from graph_passes.order import sort_nodes
 from graph_passes.prune import match_layers, require_rows
+from graph_passes.replace import replace_block
 from graph_passes.silence import silence_block, zero_slots
 from graph_passes.walk import producer, replace_reads
 from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
-from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 
 LOW_IN_HALF = -3e4
 """`UNSELECTABLE` for float16: twice this is finite too, and a softmax of it is 0."""
@@ -87,7 +89,7 @@ def save_masked(
     """
     link_weights(graph, source, target)
     masked = [
-        block if layer is None else _without_dropped(Emitter(graph, block.name, names), block, layer)
+        block if layer is None else _without_dropped(graph, Emitter(graph, block.name, names), block, layer)
         for block, layer in zip(blocks, layers, strict=True)
     ]
     sort_nodes(graph)
@@ -120,11 +122,13 @@ def _dropped(layer: LayerPlan | None) -> tuple[tuple[int, ...], tuple[int, ...]]
     """(experts that ``layer`` makes unselectable, those whose gates it sets to 0)."""
     if layer is None:
         return (), ()
-    return ((), layer.dropped) if layer.router == FULL else (layer.dropped, ())
+    return ((), layer.dropped) if layer.router in UNTOUCHED else (layer.dropped, ())
 
 
-def _without_dropped(emitter: Emitter, block: MoEBlock, layer: LayerPlan) -> MoEBlock:
+def _without_dropped(graph: gs.Graph, emitter: Emitter, block: MoEBlock, layer: LayerPlan) -> MoEBlock:
     require_rows(block, layer)
+    if layer.router == REPLACE:
+        return replace_block(graph, emitter, block, layer)
     masked, silent = _dropped(layer)
     return mask_block(emitter, silence_block(emitter, block, silent), masked)
 

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from graph_passes.block import Experts, MoEBlock, Router
-from graph_passes.weights import Weight
+from graph_passes.block import ON_INPUT, Constants, Experts, MoEBlock, Router
+from graph_passes.weights import Weight, from_array
 from moe_spec.errors import UserError
-from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 
 
 def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
@@ -16,13 +16,15 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     stay in the routing group they were in. Removing a row equals setting its logit to -inf before softmax and top-k.
 
     Where the plan keeps the router full no row goes, for each has a share in the softmax and a place in the top-k: they
-    lead to no expert any more (https://arxiv.org/abs/2405.16646, token-choice routing).
+    lead to no expert any more (https://arxiv.org/abs/2405.16646, token-choice routing), but to a constant
+    where the plan replaces experts by their mean outputs (https://arxiv.org/abs/2507.00390).
 
     Raises:
-        UserError: the plan is for a layer with other counts, or removes rows of a router of which some lead nowhere.
+        UserError: the plan is for a layer with other counts, removes rows of a router of which some lead nowhere, or
+            replaces experts whose weights multiply what they read.
     """
     require_rows(block, plan)
-    if plan.router == FULL:
+    if plan.router in UNTOUCHED:
         return _prune_behind(block, plan)
     router = block.router
     if (plan.experts, plan.groups) != (block.num_experts, router.groups):
@@ -50,7 +52,7 @@ def require_rows(block: MoEBlock, plan: LayerPlan) -> None:
     Raises:
         UserError: with the layer.
     """
-    if block.router.leads_to is not None and plan.router != FULL:
+    if block.router.leads_to is not None and plan.router not in UNTOUCHED:
         raise UserError(
             f"the plan removes rows of the router of layer {block.name}, of which only "
             f"{len(block.router.leads_to)} of {block.router.weight_EH.shape[0]} lead to an expert",
@@ -81,7 +83,28 @@ def _prune_behind(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
         router=dataclasses.replace(router, leads_to=leads_to, gathered=True),
         experts=_prune_experts(block.experts, plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
+        constants=constants_for(block, plan) if plan.router == REPLACE else None,
     )
+
+
+def constants_for(block: MoEBlock, plan: LayerPlan) -> Constants:
+    """What stands in for the experts of ``block`` that ``plan`` replaces; not for those whose gates the graph drops.
+
+    Raises:
+        UserError: the plan's mean outputs are not at hand or of another width, or the weights of ``block`` multiply
+            what its experts read.
+    """
+    if block.weights_on == ON_INPUT:
+        raise UserError(
+            f"the router of layer {block.name} weighs what experts read, so that none can be replaced by a constant "
+            "times its gate",
+            hint="plan with --router full or rows",
+        )
+    experts, leads_to = block.experts, block.router.leads_to
+    means_DH = plan.mean_outputs(experts.down_EFH.shape[2]).astype(experts.up_EHF.float_dtype)
+    led = [leads_to is None or block.row_of[expert] in leads_to for expert in plan.dropped]
+    rows = (block.row_of[expert] for expert, is_led in zip(plan.dropped, led, strict=True) if is_led)
+    return Constants(tuple(rows), from_array(means_DH[led]))
 
 
 def _prune_router(router: Router, plan: LayerPlan) -> Router:

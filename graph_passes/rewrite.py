@@ -16,7 +16,7 @@ from graph_passes.prune import prune_block
 from graph_passes.quantize import Quantization, is_quantized, quantized
 from graph_passes.quantize import why_not as why_not_quantized
 from graph_passes.walk import replace_uses
-from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why_not
+from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why_not, write
 from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
@@ -119,7 +119,7 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
             written.append(Written(decision.read, None, rewritten=False))
             continue
         block = dataclasses.replace(decision.pruned, form=decision.form)
-        out, routing = on_tokens(Emitter(graph, block.name, names), block, WRITERS[block.form].write)
+        out, routing = on_tokens(Emitter(graph, block.name, names), block, write)
         replace_uses(graph, block.out, out)
         written.append(Written(block, routing, rewritten=True))
     return written[::-1]
@@ -139,15 +139,15 @@ def check_opset(graph: gs.Graph) -> None:
 
 
 def on_tokens(
-    emitter: Emitter, block: MoEBlock, write: Callable[[Emitter, MoEBlock], tuple[gs.Tensor, T]]
+    emitter: Emitter, block: MoEBlock, emit: Callable[[Emitter, MoEBlock], tuple[gs.Tensor, T]]
 ) -> tuple[gs.Tensor, T]:
-    """What ``write`` gives of ``block`` on (T, H), its first result in the axes that ``block`` has in the graph."""
+    """What ``emit`` gives of ``block`` on (T, H), its first result in the axes that ``block`` has in the graph."""
     if block.shaped_like is None:
-        return write(emitter, block)
+        return emit(emitter, block)
     shape = emitter.emit("Shape", block.shaped_like, label="shape")
     router, width = block.router, block.experts.down_EFH.shape[2]
     hidden = emitter.reshape(block.hidden, (-1, width), "tokens")
     read = hidden if router.hidden is block.hidden else emitter.reshape(router.hidden, (-1, width), "router_tokens")
     flat = dataclasses.replace(block, hidden=hidden, router=dataclasses.replace(router, hidden=read))
-    out, further = write(emitter, flat)
+    out, further = emit(emitter, flat)
     return emitter.emit("Reshape", out, shape, label="out_shaped"), further

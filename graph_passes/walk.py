@@ -117,9 +117,9 @@ def replace_reads(old: gs.Tensor, new: gs.Tensor, except_by: Sequence[gs.Node] =
                     node.inputs[index] = new
 
 
-def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let every consumer of ``old``, and the graph's outputs, read ``new`` instead."""
-    replace_reads(old, new)
+def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor, except_by: Sequence[gs.Node] = ()) -> None:
+    """Let every consumer of ``old`` but those in ``except_by``, and the graph's outputs, read ``new`` instead."""
+    replace_reads(old, new, except_by)
     for index, tensor in enumerate(graph.outputs):
         if tensor is old:
             name, new.name = old.name, old.name

@@ -1,29 +1,38 @@
-"""plan.json: which experts of which layer stay."""
+"""plan.json: which experts of which layer stay, and what becomes of the router and of the others."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups, check_keep
+from moe_spec.files import inside, new_file
+from moe_spec.means import Means, dump_means, load_means, means_path
 from moe_spec.record import Json, Record, load_record, save_record
 
 SCHEMA = 2
 _REMAKE = "make it again with `moe-edge plan`"
 
-ROWS, FULL, MEAN, NEW = "rows", "full", "mean", "new"
+ROWS, FULL, REPLACE, MEAN, NEW = "rows", "full", "replace", "mean", "new"
 ROUTERS: Mapping[str, str] = {
     ROWS: "the rows of dropped experts go: a token that chose one gets its next best survivor",
     FULL: "the router stays as it is: a token that chose a dropped expert gets nothing from it",
+    REPLACE: "the router stays as it is: a token that chose a dropped expert gets that one's mean output, gated",
     MEAN: "the row of a survivor is the weighted mean of those merged into it",
     NEW: "all rows are drawn anew, and have to be trained",
 }
 """What becomes of a layer's router."""
 
-DROP_ROUTERS = (ROWS, FULL)
+DROP_ROUTERS = (ROWS, FULL, REPLACE)
 MERGE_ROUTERS = (ROWS, MEAN, NEW)
+
+UNTOUCHED = (FULL, REPLACE)
+"""Routers that choose as ever, so that K stays and any number of experts may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +59,11 @@ class LayerPlan:
         keep: ids of the parent's experts that stay, ascending.
         scores: (E,) what the criterion gave; higher is kept.
         groups: the parent's group-limited routing, if it has one.
-        router: one of ``ROUTERS``. With ``full``, K is that of the parent, and fewer than K may stay.
+        router: one of ``ROUTERS``. With those in ``UNTOUCHED``, K is that of the parent, and fewer than K may stay.
         merge: for each of ``keep`` what it becomes the mean of, itself included; empty where experts are dropped.
         align: permute the neurons of merged experts to those of the survivor before they are averaged.
+        means_DH: with ``replace``, what each of ``dropped`` gives on average, float32. It is no part of plan.json, and
+            None where only that was read.
     """
 
     name: str
@@ -64,16 +75,18 @@ class LayerPlan:
     router: str = ROWS
     merge: tuple[Merge, ...] = ()
     align: bool = False
+    means_DH: Means | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.router not in (MERGE_ROUTERS if self.merge else DROP_ROUTERS):
             kind = "merges" if self.merge else "drops"
             raise UserError(f"layer {self.name} {kind} experts with the router {self.router!r}", hint=_REMAKE)
-        if self.router == FULL:
+        if self.router in UNTOUCHED:
             check_keep(self.name, self.experts, 1, self.keep)
         else:
             check_keep(self.name, self.experts, self.top_k, self.keep, self.groups)
         self._check_merge()
+        self._check_means()
         if self.scores and len(self.scores) != self.experts:
             raise UserError(f"layer {self.name} has {len(self.scores)} scores for {self.experts} experts", hint=_REMAKE)
 
@@ -107,6 +120,37 @@ class LayerPlan:
                     hint=f"merge inside each of the {groups.count} groups; {_REMAKE}",
                 )
 
+    def _check_means(self) -> None:
+        """There is a finite row for every expert that is replaced."""
+        if self.means_DH is None:
+            return
+        shape, rows = list(self.means_DH.shape), len(self.dropped)
+        if self.router != REPLACE or len(shape) != 2 or shape[0] != rows or not np.isfinite(self.means_DH).all():
+            raise UserError(
+                f"layer {self.name} has mean outputs {shape} for the router {self.router!r}, "
+                f"expected [{rows}, H] finite numbers for {REPLACE!r}",
+                hint=_REMAKE,
+            )
+
+    def mean_outputs(self, hidden: int) -> Means:
+        """(D, H) float32, what takes the place of each of ``dropped``, in a model of width ``hidden``.
+
+        Raises:
+            UserError: they were not read along, or are of another width.
+        """
+        if self.means_DH is None:
+            raise UserError(
+                f"the plan puts mean outputs in the place of experts of layer {self.name}, which are not at hand",
+                hint="give the plan.json that names them: --plan plan.json",
+            )
+        if self.means_DH.shape[1] != hidden:
+            raise UserError(
+                f"the plan has mean outputs of {self.means_DH.shape[1]} channels for layer {self.name}, whose experts "
+                f"give {hidden}",
+                hint="make a plan for this model with `moe-edge plan`",
+            )
+        return self.means_DH
+
     @property
     def dropped(self) -> tuple[int, ...]:
         """Ids of the parent's experts that go, ascending."""
@@ -114,14 +158,16 @@ class LayerPlan:
 
     def to_json(self) -> Json:
         """The layer as it stands in plan.json and in manifests."""
-        return dataclasses.asdict(self) | {"keep": list(self.keep), "scores": list(self.scores)}
+        values = dataclasses.asdict(dataclasses.replace(self, means_DH=None))
+        del values["means_DH"]
+        return values | {"keep": list(self.keep), "scores": list(self.scores)}
 
     @classmethod
     def from_record(cls, record: Record, *, clamp_top_k: bool = False) -> "LayerPlan":
         """Read one layer; feasibility is checked again, because plans are edited by hand."""
         keep = record.items("keep", int)
         top_k = record.take("top_k", int)
-        clamp_top_k = clamp_top_k and record.take("router", str, default=ROWS) != FULL
+        clamp_top_k = clamp_top_k and record.take("router", str, default=ROWS) not in UNTOUCHED
         return cls(
             name=record.take("name", str),
             experts=record.take("experts", int),
@@ -147,6 +193,7 @@ class PruningPlan:
         options: budget and criterion options, as given.
         statistics_sha256: the statistics that were ranked, or None where the criterion needs none.
         layers: in model order; a layer that is not named stays as it is.
+        means_sha256: of the file with the mean outputs that take the place of experts, or None where none do.
     """
 
     model_sha256: str
@@ -154,6 +201,16 @@ class PruningPlan:
     layers: tuple[LayerPlan, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics_sha256: str | None = None
+    means_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.means_sha256 is None and self.means:
+            object.__setattr__(self, "means_sha256", hashlib.sha256(dump_means(self.means)).hexdigest())
+
+    @property
+    def means(self) -> dict[str, Means]:
+        """Mean outputs by the name of the layer, where they are at hand."""
+        return {layer.name: layer.means_DH for layer in self.layers if layer.means_DH is not None}
 
     @property
     def merges(self) -> bool:
@@ -183,7 +240,7 @@ class PruningPlan:
         Raises:
             UserError: a layer drops experts and keeps its router full.
         """
-        full = [layer.name for layer in self.layers if layer.router == FULL and layer.dropped]
+        full = [layer.name for layer in self.layers if layer.router in UNTOUCHED and layer.dropped]
         if full:
             raise UserError(
                 f"the plan keeps the router of layer {full[0]} full, but {where} has as many experts as its router "
@@ -198,6 +255,7 @@ class PruningPlan:
             "criterion": self.criterion,
             "options": dict(self.options),
             "statistics_sha256": self.statistics_sha256,
+            "means_sha256": self.means_sha256,
             "layers": [layer.to_json() for layer in self.layers],
         }
 
@@ -215,17 +273,40 @@ class PruningPlan:
             options=record.take("options", dict),
             statistics_sha256=record.take("statistics_sha256", str, default=None),
             layers=layers,
+            means_sha256=record.take("means_sha256", str, default=None),
         )
 
     def save(self, path: Path) -> None:
-        """Write plan.json."""
-        save_record(path, "plan", SCHEMA, self.to_json())
+        """Write plan.json, and beside it the mean outputs that take the place of experts."""
+        if not self.means:
+            save_record(path, "plan", SCHEMA, self.to_json())
+            return
+        beside, data = means_path(path), dump_means(self.means)
+        named = {"means": beside.name, "means_sha256": hashlib.sha256(data).hexdigest()}
+        try:
+            with new_file(beside) as staging:
+                staging.write_bytes(data)
+            save_record(path, "plan", SCHEMA, self.to_json() | named)
+        except BaseException:  # ctrl-C too: no file without the plan that names it
+            beside.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path, *, clamp_top_k: bool = False) -> "PruningPlan":
         """Read plan.json. With ``clamp_top_k``, K shrinks to what a layer keeps instead of being refused.
 
         Raises:
-            UserError: the file is missing, cut, another artifact, of another schema, or plans what cannot be.
+            UserError: the file is missing, cut, another artifact, of another schema, or plans what cannot be; or the
+                file with the mean outputs is not the one that it names.
         """
-        return cls.from_record(load_record(path, "plan", SCHEMA, _REMAKE), clamp_top_k=clamp_top_k)
+        record = load_record(path, "plan", SCHEMA, _REMAKE)
+        plan = cls.from_record(record, clamp_top_k=clamp_top_k)
+        replaced = {
+            layer.name: len(layer.dropped) for layer in plan.layers if layer.router == REPLACE and layer.dropped
+        }
+        if not replaced:
+            return plan
+        file = inside(path.parent, record.take("means", str), path)
+        means = load_means(file, record.take("means_sha256", str), replaced, _REMAKE)
+        layers = (dataclasses.replace(layer, means_DH=means.get(layer.name)) for layer in plan.layers)
+        return dataclasses.replace(plan, layers=tuple(layers))

@@ -17,7 +17,8 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from pruning.means import give_means
 from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
 
@@ -88,8 +89,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     2. Router weight, bias and selection bias are sliced by the same ids; shared experts and scales stay untouched.
     3. Layers may keep different numbers. The config has one count: it changes only where all layers agree.
     4. All layers are checked before the first is changed.
-    5. Where the router stays full it leads to every expert still: those dropped become zeros, which give 0 whenever
-       they are chosen, and nothing shrinks. That is for measuring; an ONNX graph drops them.
+    5. Where the router stays as it is it leads to every expert still: those dropped become zeros, which give 0
+       whenever they are chosen, or their gate times their mean output where they are replaced by that; nothing shrinks.
+       That is for measuring; an ONNX graph drops them.
     6. Where a plan merges experts, the survivors become weighted means first (``pruning.merging.apply``).
 
     Raises:
@@ -104,8 +106,10 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
     merge_layers(model, todo, plan.options)
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
-        if layer_plan.router == FULL:
+        if layer_plan.router in UNTOUCHED:
             _silence(layer, layer_plan.dropped)
+            if layer_plan.router == REPLACE:
+                give_means(layer, layer_plan)
             continue
         _slice_layer(model.get_submodule(layer.name), layer, layer_plan, row)
         _set_counts(model, layer, layer_plan, left, row)
@@ -124,7 +128,9 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
             f"the plan names layer {plan.name!r}, which the model does not have", hint=did_you_mean(plan.name, layers)
         )
     layer = layers[plan.name]
-    fits = plan.top_k == layer.top_k if plan.router == FULL else plan.top_k <= layer.top_k
+    if plan.router == REPLACE:
+        plan.mean_outputs(layer.hidden_size)
+    fits = plan.top_k == layer.top_k if plan.router in UNTOUCHED else plan.top_k <= layer.top_k
     if plan.experts != layer.num_experts or not fits:
         raise UserError(
             f"the plan is for {plan.experts} experts in layer {plan.name} and leaves K={plan.top_k}, "
@@ -137,8 +143,8 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
 def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
     """What a torch router of groups of equal length needs to route as before; emptied groups vanish."""
     if layer.expert_choice:
-        check_expert_choice(layer.name, len(plan.keep), full=plan.router == FULL)
-    if plan.router == FULL:
+        check_expert_choice(layer.name, len(plan.keep), full=plan.router in UNTOUCHED)
+    if plan.router in UNTOUCHED:
         return layer.groups
     check_keep(layer.name, layer.num_experts, plan.top_k, plan.keep, layer.groups)
     if layer.groups is None:

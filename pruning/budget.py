@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY, Groups, Kernels, check_expert_choice, check_floor, check_keep
-from moe_spec.plan import FULL, ROWS, LayerPlan
+from moe_spec.plan import DROP_ROUTERS, ROWS, UNTOUCHED, LayerPlan
 
 Keep = int | float
 """An int is how many experts a layer keeps; a float is the share of them that it keeps, above 0 and at most 1."""
@@ -59,16 +59,16 @@ def check_router(router: str, *, clamp_top_k: bool) -> None:
     """Refuse what cannot become of a router that loses experts.
 
     Raises:
-        UserError: neither ``rows`` nor ``full``, or a K that shall shrink under a router that stays as it is.
+        UserError: none of ``DROP_ROUTERS``, or a K that shall shrink under a router that stays as it is.
     """
-    if router not in (ROWS, FULL):
+    if router not in DROP_ROUTERS:
         raise UserError(
-            f"{router!r} is no router of a plan that drops experts", hint=did_you_mean(router, (ROWS, FULL))
+            f"{router!r} is no router of a plan that drops experts", hint=did_you_mean(router, DROP_ROUTERS)
         )
-    if router == FULL and clamp_top_k:
+    if router in UNTOUCHED and clamp_top_k:
         raise UserError(
-            "--clamp-top-k lets K shrink, but --router full leaves it as it is",
-            hint="leave out one of the two: with --router full fewer than K experts may be kept as it is",
+            f"--clamp-top-k lets K shrink, but --router {router} leaves it as it is",
+            hint=f"leave out one of the two: with --router {router} fewer than K experts may be kept as it is",
         )
 
 
@@ -82,7 +82,7 @@ class RankedLayer:
         groups: group-limited routing, if the layer has it.
         scores: (E,) float64, higher is kept.
         clamp_top_k: let K shrink to what the router can then select.
-        router: ``rows`` or ``full`` of ``moe_spec.plan.ROUTERS``. With ``full`` K stays, and any number may be kept.
+        router: one of ``moe_spec.plan.DROP_ROUTERS``. With those ``UNTOUCHED`` K stays, and any number may be kept.
         protected: ids that are kept before all others.
         floor: the layer keeps at least so many.
         kernels: what the target takes.
@@ -108,7 +108,7 @@ class RankedLayer:
     @property
     def bound_by(self) -> Groups | None:
         """The routing groups that survivors have to fill; a router that stays as it is binds nothing."""
-        return None if self.router == FULL else self.groups
+        return None if self.router in UNTOUCHED else self.groups
 
     @property
     def step(self) -> int:
@@ -178,7 +178,7 @@ class RankedLayer:
                 hint=f"keep more: --keep {self.fewest}; or plan without --protect",
             )
         if self.expert_choice:
-            check_expert_choice(self.name, count, full=self.router == FULL)
+            check_expert_choice(self.name, count, full=self.router in UNTOUCHED)
         if count < self.floor:
             raise UserError(
                 f"layer {self.name} keeps {count} of {self.experts} experts, the floor is {self.floor}",
@@ -215,10 +215,10 @@ class RankedLayer:
     def _works(self, count: int) -> bool:
         if count < self.floor or not self.kernels.take(count):
             return False
-        top_k = 1 if self.router == FULL else self.top_k_after(count)
+        top_k = 1 if self.router in UNTOUCHED else self.top_k_after(count)
         try:
             if self.expert_choice:
-                check_expert_choice(self.name, count, full=self.router == FULL)
+                check_expert_choice(self.name, count, full=self.router in UNTOUCHED)
             check_keep(self.name, self.experts, top_k, self.best(count), self.bound_by)
         except UserError:
             return False
@@ -258,7 +258,7 @@ def smallest_counts(layers: Sequence[RankedLayer], keep: Keep) -> list[int]:
     budget = sum(layer.count(keep) for layer in layers)
     counts = [layer.levels()[0] for layer in layers]
     if sum(counts) > budget:
-        may_shrink = any(layer.clamp_top_k or layer.router == FULL for layer in layers)
+        may_shrink = any(layer.clamp_top_k or layer.router in UNTOUCHED for layer in layers)
         raise UserError(
             f"--keep {keep} leaves {budget} experts for {len(layers)} layers, which need at least {sum(counts)}",
             hint=f"keep more: --keep {max(counts)}" + ("" if may_shrink else "; or let K shrink: --clamp-top-k"),

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import ANY, Kernels, check_expert_choice
-from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.budget import check_router
 from pruning.layers import LayerShape, ModelLayers
+from pruning.means import check_replaceable
 
 CRITERION = "by hand"
 EVERY_LAYER = ""
@@ -56,6 +57,8 @@ def plan_by_hand(
             take, or a router that cannot be.
     """
     check_router(router, clamp_top_k=clamp_top_k)
+    if router == REPLACE:
+        check_replaceable(model.layers)
     known = [layer.name for layer in model.layers]
     unknown = [name for name in named if name not in (EVERY_LAYER, *known)]
     if unknown:
@@ -72,6 +75,6 @@ def plan_by_hand(
 
 def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool, router: str) -> LayerPlan:
     if layer.expert_choice:
-        check_expert_choice(layer.name, len(ids), full=router == FULL)
+        check_expert_choice(layer.name, len(ids), full=router in UNTOUCHED)
     top_k = min(layer.top_k, len(ids)) if clamp_top_k else layer.top_k
     return LayerPlan(layer.name, layer.experts, top_k, ids, groups=layer.groups, router=router)

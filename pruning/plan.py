@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from moe_spec.errors import UserError, require_known
 from moe_spec.feasibility import ANY, Kernels
 from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.identity import checkpoint_sha256, is_onnx
-from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
+from moe_spec.means import means_path
+from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer, check_budget, check_router
 from pruning.criteria import (
@@ -28,12 +29,16 @@ from pruning.criteria.moments import SHAPE
 from pruning.criteria.protection import super_experts
 from pruning.criteria.scores import finite
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
+from pruning.means import check_replaceable, with_means
 from pruning.merging.mergers import MERGERS
 from pruning.merging.plan import check_merging, merge_instead
 
 LayersOf = Callable[[Path], ModelLayers]
 
 STATISTICS_SUFFIX = ".safetensors"
+
+PUBLISHED: Mapping[str, str] = {"mone": REPLACE}
+"""Routers of criteria that remove no rows in their papers, unless the user says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +53,10 @@ class PlanOptions:
             ``searched`` (what changes least of what the model says).
         seed: of the criterion ``random``, and of routers that are drawn anew.
         clamp_top_k: let K shrink where fewer than K experts can be selected.
-        router: ``rows`` (a token that chose a dropped expert gets its next best survivor) or ``full`` (it gets nothing
-            from it; K stays, and fewer than K experts may be kept). Where experts are merged ``rows``, ``mean`` or
-            ``new`` of ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of a merger.
+        router: ``rows`` (a token that chose a dropped expert gets its next best survivor), ``full`` (it gets nothing
+            from it; K stays, and fewer than K experts may be kept) or ``replace`` (as ``full``, but it gets the
+            expert's mean output). Where experts are merged ``rows``, ``mean`` or ``new`` of
+            ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of ``mone`` and of mergers.
         protect: keep super experts (``pruning.criteria.protection``) before all others.
         pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
         floor: experts that every layer keeps at least.
@@ -70,7 +76,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if not self.router:
-            own = MERGERS[self.criterion].router if self.criterion in MERGERS else ROWS
+            own = MERGERS[self.criterion].router if self.criterion in MERGERS else PUBLISHED.get(self.criterion, ROWS)
             object.__setattr__(self, "router", own)
 
     def recorded(self) -> dict[str, Any]:
@@ -107,10 +113,20 @@ def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of
     Raises:
         UserError: ``out`` exists, or what ``make_plan`` raises.
     """
-    refuse_existing(out)
+    refuse_existing_plan(out)
     made = make_plan(source, options, layers_of)
     made.save(out)
     return made
+
+
+def refuse_existing_plan(out: Path) -> None:
+    """Checked before any work starts.
+
+    Raises:
+        UserError: ``out`` exists, or the file that may have to stand beside it.
+    """
+    refuse_existing(out)
+    refuse_existing(means_path(out))
 
 
 def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
@@ -147,18 +163,33 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     """Spend the budget on ranked layers.
 
     Raises:
-        UserError: a budget that a router cannot work with, checked before anything is ranked.
+        UserError: a budget that a router cannot work with, or nothing that tells what dropped experts gave where that
+            is to take their place; both checked before anything is ranked.
     """
+    if options.router == REPLACE:
+        check_replaceable(candidates.layers)
     scope = SCOPES[options.scope]
     scope.check(unranked(candidates.layers, options, candidates.protected), options.keep)
     ranked = rank(candidates.layers, candidates.score(), options, candidates.protected)
     counts = scope.spread(ranked, options.keep)
     plans = tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
+    if options.router == REPLACE:
+        return replaced(plans, candidates)
     merger = MERGERS.get(options.criterion)
     if merger is None:
         return plans
     seen = [layer for layer in candidates.layers if isinstance(layer, LayerStatistics)]
     return tuple(merge_instead(plan, layer, merger, options.router) for plan, layer in zip(plans, seen, strict=True))
+
+
+def replaced(plans: Sequence[LayerPlan], candidates: Candidates) -> tuple[LayerPlan, ...]:
+    """``plans`` with the mean outputs that take the place of dropped experts.
+
+    Raises:
+        UserError: the statistics do not tell them.
+    """
+    seen = [layer for layer in candidates.layers if isinstance(layer, LayerStatistics)]
+    return tuple(with_means(plan, layer) for plan, layer in zip(plans, seen, strict=True))
 
 
 def rank(
@@ -201,11 +232,11 @@ def check_options(options: PlanOptions) -> None:
     """
     check_budget(options.keep, str(options.keep))
     require_known(options.scope, "scope", [*SCOPES, SEARCHED])
-    if options.kernels.counts and (options.scope != "layer" or options.router == FULL):
+    if options.kernels.counts and (options.scope != "layer" or options.router in UNTOUCHED):
         raise UserError(
             f"--scope {options.scope} --router {options.router} cannot be had on target {options.kernels.target}: it "
             "builds from a checkpoint, where every layer has as many experts, and its router as many rows",
-            hint="leave them out, or choose another --target",
+            hint="plan with --scope layer --router rows, or choose another --target",
         )
     if options.criterion in MERGERS:
         check_merging(options.criterion, options.router, protect=options.protect)

@@ -18,9 +18,8 @@ from moe_spec.calibration import Progress
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
-from moe_spec.files import refuse_existing
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, ROWS, LayerPlan, PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.acceptance import Batches
 from pruning.apply import apply_plan
@@ -33,7 +32,16 @@ from pruning.finetuning.examples import is_language_model
 from pruning.inputs import check_inputs, tensors_of
 from pruning.layers import LayerShape, of_checkpoint, shapes_of
 from pruning.merging.mergers import MERGERS
-from pruning.plan import PlanOptions, candidates_of, check_options, choose, rank, unranked
+from pruning.plan import (
+    PlanOptions,
+    candidates_of,
+    check_options,
+    choose,
+    rank,
+    refuse_existing_plan,
+    replaced,
+    unranked,
+)
 from pruning.reconstruction import check_search, search_model
 from pruning.spend import Outcome, limit_of, spend
 
@@ -87,7 +95,7 @@ def plan_on_data(
         UserError: ``out`` exists, checkpoint or data cannot be read or do not fit together, options that exclude each
             other, or a budget that a router, the floor or the target cannot work with.
     """
-    refuse_existing(out)
+    refuse_existing_plan(out)
     _check(options, how)
     source = of_checkpoint(checkpoint)
     way = _way(checkpoint, source.layers, options, how)
@@ -126,7 +134,7 @@ def _check(options: PlanOptions, how: DataOptions) -> None:
     if several and (options.scope != "layer" or options.router != ROWS):
         raise UserError(
             f"--scope {options.scope} --router {options.router} cannot be searched for or come to in rounds",
-            hint="leave them out: every layer keeps as many, and the rows of dropped experts go",
+            hint="every layer keeps as many, and the rows of dropped experts go: --scope layer --router rows",
         )
     _check_budget(options, how)
 
@@ -140,7 +148,7 @@ def _check_budget(options: PlanOptions, how: DataOptions) -> None:
     if options.scope == SEARCHED and options.router != ROWS:
         raise UserError(
             f"--router {options.router} cannot be searched for: what is tried has the rows of dropped experts gone",
-            hint="leave out --router, or choose another --scope",
+            hint="give --router rows, or choose another --scope",
         )
     if how.at_most is not None and (options.criterion == NAEE or how.rounds > 1 or options.keep != 1.0):
         flag = FLAGS[how.at_most.unit]
@@ -176,7 +184,8 @@ def _spend(model: PreTrainedModel, batches: Batches, options: PlanOptions, limit
     assert criterion is not None
     candidates = candidates_of(Statistics("", (), collect(model, batches())), options, criterion)
     ranked = rank(candidates.layers, candidates.score(), options, candidates.protected)
-    return spend(model, batches, ranked, limit, options, trials)
+    plans, found = spend(model, batches, ranked, limit, options, trials)
+    return replaced(plans, candidates) if options.router == REPLACE else plans, found
 
 
 def _merge(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> Outcome:

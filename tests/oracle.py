@@ -1,9 +1,11 @@
-"""The oracle of pruning: the unpruned model with the dropped experts made unselectable, or their gates set to 0."""
+"""The oracle of pruning: the unpruned model with the dropped experts made unselectable, silent or constant."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from models.families import family
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan
-from moe_spec.plan import FULL, ROWS
+from moe_spec.plan import REPLACE, ROWS, UNTOUCHED
 
 UNSELECTABLE = -1e30
 """For a selection bias. Finite: in the sum of a group's two best, two dropped experts must not turn into NaN, and they
@@ -42,11 +44,18 @@ SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 """How the names of tensors end that are added to scores for the choice of experts only."""
 
 
+def with_any_means(plan: LayerPlan, hidden: int) -> LayerPlan:
+    """``plan`` with mean outputs for the experts that it drops, in a model of width ``hidden``."""
+    means_DH = np.random.default_rng(len(plan.dropped)).standard_normal((len(plan.dropped), hidden))
+    return dataclasses.replace(plan, router=REPLACE, means_DH=means_DH.astype(np.float32))
+
+
 @contextlib.contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     """Within the block the experts that ``plan`` drops have router logits of -inf, before softmax and top-k.
 
-    Where the router stays full it chooses as ever, and the weights of those that it should not have chosen are 0.
+    Where the router stays as it is it chooses as ever, and the weights of those that it should not have chosen are 0,
+    or multiply their mean outputs.
     """
     masks = {}
     with contextlib.ExitStack() as stack:
@@ -54,8 +63,8 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
             layer_plan = plan.layer(layer.name)
             if layer_plan is None:
                 continue
-            if layer_plan.router == FULL:
-                stack.enter_context(_without_gates(layer.experts, layer_plan.dropped))
+            if layer_plan.router in UNTOUCHED:
+                stack.enter_context(_without_gates(layer.experts, layer_plan))
                 continue
             mask_E = torch.zeros(layer.num_experts)
             mask_E[list(layer_plan.dropped)] = -torch.inf
@@ -70,16 +79,26 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_gates(experts: nn.Module, dropped: tuple[int, ...]) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, ids, weights = args
-        return hidden, ids, weights.masked_fill(torch.isin(ids, torch.tensor(dropped)), 0)
+def _without_gates(experts: nn.Module, plan: LayerPlan) -> Iterator[None]:
+    chosen: list[tuple[Tensor, Tensor]] = []
 
-    handle = experts.register_forward_pre_hook(hook)
+    def silence(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, ids, weights = args
+        chosen.append((ids, weights))
+        return hidden, ids, weights.masked_fill(torch.isin(ids, torch.tensor(plan.dropped)), 0)
+
+    def replace(_: nn.Module, _args: object, out: Tensor) -> Tensor:
+        ids, weights = chosen.pop()
+        for expert, mean in zip(plan.dropped, () if plan.means_DH is None else plan.means_DH, strict=False):
+            out = out + (weights * (ids == expert)).sum(dim=1)[:, None] * torch.from_numpy(mean)
+        return out
+
+    handles = experts.register_forward_pre_hook(silence), experts.register_forward_hook(replace)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class _MaskedLinear(TorchFunctionMode):

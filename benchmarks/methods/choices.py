@@ -86,7 +86,7 @@ def _on_data(subject: Subject, options: PlanOptions, how: DataOptions) -> Prunin
 
 
 CHOICES: Mapping[str, Choice] = {
-    **{name: by_criterion(name) for name in ("random", *CRITERIA)},
+    **{name: by_criterion(name, ROWS) for name in ("random", *CRITERIA)},
     "seer-soft, global": by_criterion("seer-soft", scope="global"),
     "reap, global": by_criterion("reap", scope="global"),
     **{name: by_criterion(name, MEAN if row.router == NEW else row.router) for name, row in MERGERS.items()},

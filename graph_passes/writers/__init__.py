@@ -6,8 +6,13 @@ A writer that cannot express every block has ``why_not(block) -> reason | None``
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+import onnx_graphsurgeon as gs
+
 from graph_passes.block import MoEBlock
+from graph_passes.emitter import Emitter
 from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs, trt_moe
+from graph_passes.writers.constants import add_constants
+from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
 
 WRITERS: Mapping[str, ModuleType] = {
@@ -36,6 +41,17 @@ BEHIND_A_FULL_ROUTER = ("dense", "sorted", "gather")
 
 AUTO = "auto"
 FORMS = (AUTO, *WRITERS)
+
+
+def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]:
+    """Nodes that compute ``block.out`` in the form that ``block`` says, and the routing they use."""
+    out: gs.Tensor
+    routing: Routing | None
+    out, routing = WRITERS[block.form].write(emitter, block)
+    if block.constants is None:
+        return out, routing
+    assert routing is not None, "a router that stays as it is, is written"
+    return add_constants(emitter, block, block.constants, routing, out), routing
 
 
 def why_not(block: MoEBlock, form: str) -> str | None:

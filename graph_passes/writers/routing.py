@@ -28,8 +28,9 @@ RESHAPES = SHAPE_ONLY - {"Cast"}
 class Routing:
     """What a router hands over: ``gates_TE``, or ``ids_TK`` and ``weights_TK``; and ``ranked_TE``, what top-k ranks.
 
-    Or neither, where the op that reads ``ranked_TE`` makes of it what ``fused`` makes of its logits. Ids are rows of
-    the router; where only those in ``leads_to`` lead to an expert, `gates_of` and `slots_of` make experts of them.
+    Or neither, where the op that reads ``ranked_TE`` makes of it what ``fused`` makes of its logits. Ids, and columns
+    of gates, are rows of the router; where only those in ``leads_to`` lead to an expert, `gates_of` and `slots_of` make
+    experts of them.
     """
 
     ranked_TE: gs.Tensor
@@ -53,10 +54,7 @@ def routing_on(emitter: Emitter, router: Router, logits: gs.Tensor) -> Routing:
         return Routing(ranked, ids_TK=ids, weights_TK=weights, leads_to=router.leads_to)
     scores = _score(emitter, router, logits)
     choice = logits if router.order == TOPK_FIRST else scores  # a selection bias decides nothing any more
-    gates = _finish(emitter, router, scores, None)
-    if router.leads_to is not None:
-        gates = columns_of(emitter, gates, router.leads_to, "gates_of_experts")
-    return Routing(choice, gates_TE=gates)
+    return Routing(choice, gates_TE=_finish(emitter, router, scores, None), leads_to=router.leads_to)
 
 
 def columns_of(emitter: Emitter, values_TE: gs.Tensor, leads_to: Sequence[int], label: str) -> gs.Tensor:
@@ -67,15 +65,25 @@ def columns_of(emitter: Emitter, values_TE: gs.Tensor, leads_to: Sequence[int], 
 
 def gates_of(emitter: Emitter, routing: Routing, block: MoEBlock) -> gs.Tensor:
     """Gates (T, E) float32 of the experts of ``block``: the weight where one is selected, 0 where not."""
-    if routing.gates_TE is not None:
-        return routing.gates_TE
     experts = block.num_experts if routing.leads_to is None else block.router.weight_EH.shape[0]
+    gates = _spread(emitter, routing, range(experts)) if routing.gates_TE is None else routing.gates_TE
+    return gates if routing.leads_to is None else columns_of(emitter, gates, routing.leads_to, "gates_of_experts")
+
+
+def gates_of_rows(emitter: Emitter, routing: Routing, rows: Sequence[int]) -> gs.Tensor:
+    """Gates (T, D) float32 of D rows of the router, whether they lead to an expert or not."""
+    if routing.gates_TE is None:
+        return _spread(emitter, routing, rows)
+    return columns_of(emitter, routing.gates_TE, rows, "gates_of_rows")
+
+
+def _spread(emitter: Emitter, routing: Routing, rows: Sequence[int]) -> gs.Tensor:
+    """The weights of slots as gates (T, D) of ``rows``."""
     column = emitter.emit("Unsqueeze", routing.ids_TK, emitter.ints(2), label="ids_column")
-    hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.arange(experts)), label="hit")
+    hit = emitter.emit("Equal", column, emitter.array("expert_ids", np.asarray(rows, np.int64)), label="hit")
     weights = emitter.emit("Unsqueeze", routing.weights_TK, emitter.ints(2), label="weights_column")
     spread = emitter.emit("Where", hit, weights, emitter.array("zero", np.float32(0)), label="spread")
-    gates = emitter.emit("ReduceSum", spread, emitter.ints(1), label="gates", keepdims=0)
-    return gates if routing.leads_to is None else columns_of(emitter, gates, routing.leads_to, "gates_of_experts")
+    return emitter.emit("ReduceSum", spread, emitter.ints(1), label="gates", keepdims=0)
 
 
 def slots_of(emitter: Emitter, routing: Routing, block: MoEBlock, nobody: int = 0) -> tuple[gs.Tensor, gs.Tensor]:
@@ -87,9 +95,10 @@ def slots_of(emitter: Emitter, routing: Routing, block: MoEBlock, nobody: int = 
         if routing.leads_to is None:
             return routing.ids_TK, routing.weights_TK
         return _led(emitter, routing, block.router.weight_EH.shape[0], nobody)
-    shape = emitter.emit("Shape", routing.gates_TE, label="gates_shape")
+    gates = gates_of(emitter, routing, block)
+    shape = emitter.emit("Shape", gates, label="gates_shape")
     every_id = emitter.array("expert_ids", np.arange(block.num_experts)[None])
-    return emitter.emit("Expand", every_id, shape, label="ids"), routing.gates_TE
+    return emitter.emit("Expand", every_id, shape, label="ids"), gates
 
 
 def _led(emitter: Emitter, routing: Routing, rows: int, nobody: int) -> tuple[gs.Tensor, gs.Tensor]:

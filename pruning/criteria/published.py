@@ -29,7 +29,7 @@ def mone(layer: LayerStatistics) -> Scores:
 
     The standard deviation is that over X_e of each hidden unit, with n_e below the line. MoNE's "fusion",
     https://arxiv.org/abs/2507.00390; its code estimates the deviation while the mean still moves, this is the exact
-    one. MoNE puts the expert's mean output in its place; here only its ranking is used.
+    one. MoNE puts the expert's mean output in its place, and so does a plan by this criterion (``pruning.means``).
 
     >>> sums = {"tokens": [2.0], "gate": [0.5], "output": [[4.0, 8.0]], "output_squared": [[10.0, 34.0]]}
     >>> mone(LayerStatistics("mlp", 1, 1, 2, {key: np.array(values) for key, values in sums.items()})).round(4)

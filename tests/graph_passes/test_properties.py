@@ -17,8 +17,11 @@ from moe_spec.experts_op import ACTIVATIONS, Activation
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
+from moe_spec.plan import FULL, REPLACE, ROWS, LayerPlan, PruningPlan
 from moe_spec.runner import error_between
 from tests.graph_passes.block_models import ROUTERS, Spec, compute, plan, save, spec_of, why_not
+from tests.graph_passes.block_models.spec import layer_name
+from tests.oracle import with_any_means
 from tests.zoo import RUNNER
 
 ONE_BY_ONE = ("sparsemixer", "two_argmax")
@@ -64,21 +67,29 @@ def specs(draw: st.DrawFn) -> Spec:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Spec, tuple[int, ...], str]:
+def cases(draw: st.DrawFn) -> tuple[Spec, tuple[int, ...], str, str]:
     spec = draw(specs())
     keep = draw(st.sets(st.integers(0, spec.experts - 1), min_size=1).map(lambda ids: tuple(sorted(ids))))
-    return spec, keep, draw(st.sampled_from(WRITTEN))
+    router = draw(st.sampled_from([ROWS, REPLACE])) if spec.weights_on == "output" else ROWS
+    return spec, keep, router, draw(st.sampled_from(WRITTEN))
+
+
+def replacing(spec: Spec, keep: tuple[int, ...], source_sha256: str) -> PruningPlan:
+    layer = LayerPlan(layer_name(0), spec.experts, spec.top_k, keep, router=FULL)
+    return PruningPlan(source_sha256, "by hand", (with_any_means(layer, spec.hidden),))
 
 
 @given(cases())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_every_block_computes_what_numpy_computes(case):
-    spec, keep, form = case
+    spec, keep, router, form = case
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "block.onnx", Path(folder) / "out"
         save(spec, source)
         try:
-            made = plan(spec, keep, onnx_sha256(source))
+            made = (
+                plan(spec, keep, onnx_sha256(source)) if router == ROWS else replacing(spec, keep, onnx_sha256(source))
+            )
         except UserError:
             assume(False)  # groups that cannot choose; test_feasibility has those
         block = prune_block(read_model(source).blocks[0], made.layers[0])
@@ -87,5 +98,6 @@ def test_every_block_computes_what_numpy_computes(case):
         manifest = optimize(source, out, RUNNER, plan=made, form=form)
         x = np.random.default_rng(spec.seed).standard_normal((5, spec.hidden)).astype(np.float32)
         got = RUNNER.run(out / MODEL, [{"x": x}])[0]["out"]
-        assert error_between(compute(spec, x, keep), got)[1] <= 1e-5
+        full, means = ((), ()) if router == ROWS else ((0,), (made.layers[0].mean_outputs(spec.hidden),))
+        assert error_between(compute(spec, x, keep, full=full, means=means), got)[1] <= 1e-5
         assert manifest.blocks[0].experts == len(keep)

@@ -12,10 +12,10 @@ from models.families import family
 from models.moe_layers import find_moe_layers
 from moe_spec import Groups, LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import FULL
+from moe_spec.plan import FULL, REPLACE
 from pruning.apply import apply_plan, prune
 from tests.models_table import TINY, example_inputs
-from tests.oracle import masked, plan_for
+from tests.oracle import masked, plan_for, with_any_means
 
 ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
 
@@ -67,6 +67,34 @@ def test_one_expert_left_is_the_model_that_can_select_only_that(name):
     apply_plan(pruned, one(model))
     assert_pruned_equals_masked(model, pruned, one(model))
     assert [(layer.num_experts, layer.top_k) for layer in find_moe_layers(pruned)] == [(1, 1)] * 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_replaced_expert_gives_its_gate_times_its_mean_output(name):
+    model, pruned = TINY[name](), TINY[name]()
+    silent = plan_for(model, dict(zip(names(model), ((1, 4, 6), (0,)), strict=True)), router=FULL)
+    layers = tuple(with_any_means(layer, model.config.hidden_size) for layer in silent.layers)
+    plan = PruningPlan("", "by hand", layers)
+    apply_plan(pruned, plan)
+    assert_pruned_equals_masked(model, pruned, plan)
+    apply_plan(silenced := TINY[name](), silent)
+    inputs = example_inputs(model, batch=2, sequence=5, seed=0)
+    assert (logits(pruned, inputs) - logits(silenced, inputs)).abs().max() > 0.01
+
+
+def test_mean_outputs_of_another_width_are_refused_before_a_layer_changes():
+    model = TINY["olmoe"]()
+    first, second = plan_for(model, dict.fromkeys(names(model), (1, 4, 6)), router=FULL).layers
+    inputs = example_inputs(model, batch=2, sequence=5, seed=0)
+    before = logits(model, inputs)
+    with pytest.raises(UserError) as caught:
+        apply_plan(model, PruningPlan("", "by hand", (first, with_any_means(second, 3))))
+    assert (caught.value.what, caught.value.hint) == (
+        f"the plan has mean outputs of 3 channels for layer {second.name}, whose experts give "
+        f"{model.config.hidden_size}",
+        "make a plan for this model with `moe-edge plan`",
+    )
+    assert torch.equal(logits(model, inputs), before)
 
 
 @pytest.mark.parametrize("keeps", [((1, 4, 6), (0, 2, 7)), ((5,), (2,))], ids=["3 of 8", "1 of 8"])
@@ -224,10 +252,14 @@ def refusal(checkpoint, plan, out):
     return caught.value.what, caught.value.hint
 
 
-def test_a_checkpoint_cannot_hold_a_full_router(tmp_path):
-    checkpoint, plan = saved(
-        "mixtral", tmp_path, lambda model: plan_for(model, {names(model)[0]: (0, 1, 2)}, router=FULL)
-    )
+@pytest.mark.parametrize("router", [FULL, REPLACE])
+def test_a_checkpoint_cannot_hold_a_router_that_stays_as_it_is(tmp_path, router):
+    def make(model):
+        plan = plan_for(model, {names(model)[0]: (0, 1, 2)}, router=FULL)
+        replaced = tuple(with_any_means(layer, model.config.hidden_size) for layer in plan.layers)
+        return plan if router == FULL else dataclasses.replace(plan, layers=replaced)
+
+    checkpoint, plan = saved("mixtral", tmp_path, make)
     assert refusal(checkpoint, plan, tmp_path / "out") == (
         "the plan keeps the router of layer model.layers.0.mlp full, but a checkpoint has as many experts as its "
         "router has rows",

@@ -171,8 +171,13 @@ def test_a_router_that_stays_lets_a_global_budget_leave_one_expert():
 @pytest.mark.parametrize(
     ("router", "clamp", "what", "hint"),
     [
-        ("ful", False, "'ful' is no router of a plan that drops experts", "did you mean 'full'? known: full, rows"),
-        ("mean", False, "'mean' is no router of a plan that drops experts", "known: full, rows"),
+        (
+            "ful",
+            False,
+            "'ful' is no router of a plan that drops experts",
+            "did you mean 'full'? known: full, replace, rows",
+        ),
+        ("mean", False, "'mean' is no router of a plan that drops experts", "known: full, replace, rows"),
         (
             "full",
             True,

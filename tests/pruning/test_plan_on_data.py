@@ -283,7 +283,7 @@ def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
             PlanOptions(4, scope="searched", router="full"),
             {},
             "--router full cannot be searched for: what is tried has the rows of dropped experts gone",
-            "leave out --router, or choose another --scope",
+            "give --router rows, or choose another --scope",
         ),
         (
             PlanOptions(4),

@@ -1,5 +1,7 @@
 """What a model computes, in float64 numpy and token by token."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tests.graph_passes.block_models.reference.experts import one_expert
@@ -9,11 +11,17 @@ from tests.graph_passes.block_models.tensors import weights
 
 
 def compute(
-    spec: Spec, x: np.ndarray, keep: tuple[int, ...], *others: tuple[int, ...], full: tuple[int, ...] = ()
+    spec: Spec,
+    x: np.ndarray,
+    keep: tuple[int, ...],
+    *others: tuple[int, ...],
+    full: tuple[int, ...] = (),
+    means: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """Like ``x`` (T, H) or (B, S, H): the model when only ``keep`` can be selected, in every layer or the first.
 
-    In the layers ``full`` all can be selected, and only ``keep`` give something.
+    In the layers ``full`` all can be selected, and only ``keep`` give something; or the others their rows of ``means``
+    (D, H), one for each layer.
     """
     everyone = tuple(range(spec.experts))
     keeps = (keep, *others) if others else (keep,) * spec.layers
@@ -24,6 +32,9 @@ def compute(
         choices = route(spec, tensors, hidden, selectable, sequence=x.shape[-2])
         given = [{expert: choice[expert] for expert in choice if expert in keeps[index]} for choice in choices]
         out = np.stack([_mix(spec, tensors, *token) for token in zip(hidden, given, strict=True)])
+        if means:
+            dropped = [expert for expert in everyone if expert not in keeps[index]]
+            out += np.array([[choice.get(expert, 0) for expert in dropped] for choice in choices]) @ means[index]
         hidden = hidden + out if spec.layers > 1 else out
     return hidden.reshape(x.shape)
 
