@@ -308,7 +308,7 @@ def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
             PlanOptions(4, scope="searched"),
             {"rounds": 2},
             ROUNDS_REFUSED.format("searched", "rows"),
-            "leave them out: every layer keeps as many, and the rows of dropped experts go",
+            "every layer keeps as many, and the rows of dropped experts go: --scope layer --router rows",
         ),
         (
             PlanOptions(1.0),
