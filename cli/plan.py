@@ -25,8 +25,10 @@ a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe an
 With --data a checkpoint is planned for on task data at once: by any criterion by statistics, in several --rounds of
 pruning and looking again; by any merger, with all the statistics that it needs; or by naee, which searches for the
 experts whose absence changes each layer's output least. There --max-size is a budget too, of the checkpoint's tensors:
-30MB, or 60% of what they are; and --scope searched tries how many experts each layer keeps, --trials plans in all, for
-that of which the model's own answers are accepted most.
+30MB, or 60% of what they are. So is --max-latency, 3ms or 60%, of one example on one thread of this CPU: five plans are
+exported and timed, in the form that `moe-edge optimize --target onnxruntime-cpu` chooses. Where a token runs only the
+experts that it selects, fewer of them are hardly quicker. --scope searched tries how many experts each layer keeps,
+--trials plans in all, for that of which the model's own answers are accepted most.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
 Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
@@ -38,6 +40,7 @@ Example: moe-edge plan statistics.safetensors --keep 40% --floor 2 --target edge
 Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +55,7 @@ from moe_spec.identity import is_onnx
 
 if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
+    from pruning.cost import AtMost
     from pruning.layers import ModelLayers
     from pruning.plan import PlanOptions
     from pruning.plan_on_data import DataOptions
@@ -71,6 +75,9 @@ def plan(
     ] = "layer",
     max_size: Annotated[
         str | None, typer.Option(help="With --data, instead of --keep: 30MB, or 60% of the checkpoint's tensors.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="With --data, instead of --keep: 3ms, or 60% of a run, on this machine's CPU.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Plans that --scope searched tries.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
@@ -97,18 +104,20 @@ def plan(
     from moe_spec.plan import ROWS
     from pruning.budget import parse_keep
     from pruning.by_hand import parse_experts, plan_by_hand
-    from pruning.cost import BYTES, AtMost
+    from pruning.cost import BYTES, FLAGS, MILLISECONDS
     from pruning.plan import PlanOptions
     from pruning.plan import plan as run
     from runtime.targets import kernels_of
 
-    if sum(budget is not None for budget in (keep, max_size, experts)) != 1:
+    if sum(budget is not None for budget in (keep, max_size, max_latency, experts)) != 1:
         raise UserError(
-            "a plan needs --keep, --max-size or --experts, one of them",
-            hint="--keep 4, --max-size 60%, or --experts 0,2,5",
+            "a plan needs --keep, --max-size, --max-latency or --experts, one of them",
+            hint="--keep 4, --max-size 60%, --max-latency 3ms, or --experts 0,2,5",
         )
-    if max_size is not None and data is None:
-        raise UserError("--max-size is spent on data", hint="moe-edge plan CHECKPOINT --data DATA.npz --max-size 60%")
+    at_most = _at_most({BYTES: max_size, MILLISECONDS: max_latency})
+    if at_most is not None and data is None:
+        flag = f"{FLAGS[at_most.unit]} {at_most.written}"
+        raise UserError(f"{flag} is spent on data", hint=f"moe-edge plan CHECKPOINT --data DATA.npz {flag}")
     kernels = ANY if target is None else kernels_of(target)
     if experts is None:
         share = 1.0 if keep is None else parse_keep(keep)
@@ -118,14 +127,22 @@ def plan(
         else:
             from pruning.plan_on_data import DataOptions
 
-            at_most = None if max_size is None else AtMost.parse(max_size, BYTES)
-            made = _on_data(source, data, options, output, DataOptions(rounds, batch_size, limit, at_most, trials))
+            made = _on_data(
+                source, data, options, output, DataOptions(rounds, batch_size, limit, at_most, trials), target
+            )
     else:
         refuse_existing(output)
         named = parse_experts(experts or [])
         made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
     console.result(f"{output}: {_summary(made, output)}", {"output": str(output), **made.to_json()}, as_json)
+
+
+def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":
+    """The one of several budgets, by their units, that is given."""
+    from pruning.cost import AtMost
+
+    return next((AtMost.parse(text, unit) for unit, text in written.items() if text is not None), None)
 
 
 def _summary(plan: "PruningPlan", output: Path) -> str:
@@ -162,15 +179,24 @@ def _spent(options: Mapping[str, Any]) -> Iterator[str]:
         yield f"  acceptance: {values}, the best of {search['trials']} plans"
 
 
-def _on_data(checkpoint: Path, data: Path, options: "PlanOptions", output: Path, how: "DataOptions") -> "PruningPlan":
+def _on_data(
+    checkpoint: Path, data: Path, options: "PlanOptions", output: Path, how: "DataOptions", target: str | None
+) -> "PruningPlan":
+    from pruning.cost import MILLISECONDS
     from pruning.plan_on_data import plan_on_data
 
     with console.progress() as bar:
-        task = bar.add_task(f"looking at {checkpoint}", total=None)
+        looking = f"looking at {checkpoint}"
+        task = bar.add_task(looking, total=None)
 
         def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, description=looking)
 
+        if how.at_most is not None and how.at_most.unit == MILLISECONDS:
+            from cli.latency import measure_on_cpu
+
+            measure = measure_on_cpu(checkpoint, target, lambda what: bar.update(task, description=what))
+            how = dataclasses.replace(how, measure=measure)
         return plan_on_data(checkpoint, data, options, output, how, on_progress=tell)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, REPLACE, LayerPlan, PruningPlan
 from pruning.budget import RankedLayer
 
 EXPERTS, BYTES, MILLISECONDS = "experts", "bytes", "ms"
@@ -145,11 +145,12 @@ def by_latency(layers: Sequence[RankedLayer], measure: Measure) -> Costs:
 
     In between they are interpolated, and the difference is shared by all layers alike. Where more experts were measured
     to be quicker, they are taken to be as slow as fewer. Which experts are kept is not known yet, and has no part in it
-    but for how tokens spread over them; the lowest ids are.
+    but for how tokens spread over them; the lowest ids are. Nor are mean outputs, so that those are timed as zeros.
 
     Raises:
         UserError: a layer that cannot keep any number.
     """
+    layers = [dataclasses.replace(layer, router=FULL) if layer.router == REPLACE else layer for layer in layers]
     levels = layers[0].levels()
     rungs = sorted({levels[round(place)] for place in np.linspace(0, len(levels) - 1, RUNGS)})
     times = measure({count: [layer.plan(count) for layer in layers] for count in rungs})

@@ -13,19 +13,19 @@ import torch
 from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton
-from models.moe_layers import find_moe_layers
+from models.moe_layers import find_moe_layers, require_token_choice
 from moe_spec.calibration import Progress
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import REPLACE, ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.acceptance import Batches
 from pruning.apply import apply_plan
 from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer
 from pruning.collect import collect
-from pruning.cost import FLAGS, AtMost, Limit, Measure
+from pruning.cost import BYTES, FLAGS, AtMost, Limit, Measure
 from pruning.criteria import CRITERIA, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.finetuning.examples import is_language_model
@@ -150,6 +150,11 @@ def _check_budget(options: PlanOptions, how: DataOptions) -> None:
             f"--router {options.router} cannot be searched for: what is tried has the rows of dropped experts gone",
             hint="give --router rows, or choose another --scope",
         )
+    if how.at_most is not None and how.at_most.unit == BYTES and options.router in UNTOUCHED:
+        raise UserError(
+            f"--max-size is of a checkpoint, and none has a router that stays: {options.router}",
+            hint="give --router rows, or plan with --keep",
+        )
     if how.at_most is not None and (options.criterion == NAEE or how.rounds > 1 or options.keep != 1.0):
         flag = FLAGS[how.at_most.unit]
         raise UserError(
@@ -162,9 +167,10 @@ def _check_budget(options: PlanOptions, how: DataOptions) -> None:
 
 def _way(checkpoint: Path, shapes: Sequence[LayerShape], options: PlanOptions, how: DataOptions) -> Way:
     """How the plan is made, once it is clear that routers, floor, target and budget can work with it."""
-    layers = unranked(shapes, options)
+    layers, skeleton = unranked(shapes, options), load_skeleton(checkpoint)
+    require_token_choice(find_moe_layers(skeleton))
     if options.scope == SEARCHED:
-        is_language_model(load_skeleton(checkpoint))  # it has a head, and says something
+        is_language_model(skeleton)  # it has a head, and says something
     if options.scope == SEARCHED or how.at_most is not None:
         limit = limit_of(checkpoint, layers, options, how.at_most, how.measure)
         return functools.partial(_spend, options=options, limit=limit, trials=how.trials)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +71,50 @@ def bench(
     """
     _check_counts(models, batch_sizes, repeats)
     rows = []
-    with contextlib.ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(model, threads)) for model in models]
+    with _opened(models, threads) as sessions:
         for size in batch_sizes:
-            runs = {
-                str(index): functools.partial(session.run, _feeds(models[index], session, size, length, data))
-                for index, session in enumerate(sessions)
-            }
-            times = time_in_turns(runs, repeats=repeats, warmup=warmup)
-            rows += [_row(model, size, times[str(index)]) for index, model in enumerate(models)]
+            feeds = [
+                _feeds(model, session, size, length, data) for model, session in zip(models, sessions, strict=True)
+            ]
+            times = _times(sessions, feeds, repeats, warmup)
+            rows += [_row(model, size, of_model) for model, of_model in zip(models, times, strict=True)]
     measured = (
         dataclasses.replace(row, memory_bytes=peak_memory(Path(row.model), row.batch_size, length, threads))
         for row in rows
     )
     order = [str(model) for model in models]
     return sorted(measured, key=lambda row: order.index(row.model))
+
+
+def median_latencies(
+    models: Sequence[Path], batch_size: int, *, repeats: int = 30, warmup: int = 3, threads: int = 1, length: int = 32
+) -> list[float]:
+    """Milliseconds a run of each of ``models``, nothing else: ``bench`` without a look at memory and files.
+
+    Raises:
+        UserError: a model cannot be opened or does not take the batch size.
+    """
+    _check_counts(models, [batch_size], repeats)
+    with _opened(models, threads) as sessions:
+        feeds = [
+            _feeds(model, session, batch_size, length, None) for model, session in zip(models, sessions, strict=True)
+        ]
+        return [float(np.median(times)) for times in _times(sessions, feeds, repeats, warmup)]
+
+
+@contextlib.contextmanager
+def _opened(models: Sequence[Path], threads: int) -> Iterator[list[Session]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(open_session(model, threads)) for model in models]
+
+
+def _times(sessions: Sequence[Session], feeds: Sequence[Feeds], repeats: int, warmup: int) -> list[list[float]]:
+    """Milliseconds of every repeat of each session."""
+    runs = {
+        str(index): functools.partial(session.run, of_session)
+        for index, (session, of_session) in enumerate(zip(sessions, feeds, strict=True))
+    }
+    return list(time_in_turns(runs, repeats=repeats, warmup=warmup).values())
 
 
 def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: int) -> None:

@@ -12,7 +12,7 @@ from moe_spec.identity import onnx_sha256
 from moe_spec.statistics import KEYS
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import Spec, save
-from tests.models_table import TINY
+from tests.models_table import TINY, example_inputs
 
 
 @pytest.fixture
@@ -112,11 +112,13 @@ def test_an_onnx_file_is_planned_at_random(block, tmp_path):
     assert len(PruningPlan.load(out).layers[0].keep) == 3
 
 
-@pytest.mark.parametrize("arguments", [(), ("--keep", 2, "--experts", "1,2"), ("--keep", 2, "--max-size", "1MB")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--keep", 2, "--experts", "1,2"), ("--max-latency", "3ms", "--max-size", "1MB")]
+)
 def test_a_plan_has_a_budget_or_names(block, arguments, tmp_path):
     assert invoke("plan", block, *arguments, "-o", tmp_path / "plan.json") == (
-        1, "", "error: a plan needs --keep, --max-size or --experts, one of them\n"
-        "hint: --keep 4, --max-size 60%, or --experts 0,2,5\n"
+        1, "", "error: a plan needs --keep, --max-size, --max-latency or --experts, one of them\n"
+        "hint: --keep 4, --max-size 60%, --max-latency 3ms, or --experts 0,2,5\n"
     )  # fmt: skip
 
 
@@ -258,7 +260,7 @@ def test_a_size_is_spent_by_search(tmp_path):
     [
         (
             ("--max-size", "60%"),
-            "--max-size is spent on data",
+            "--max-size 60% is spent on data",
             "moe-edge plan CHECKPOINT --data DATA.npz --max-size 60%",
         ),
         (
@@ -272,3 +274,27 @@ def test_what_is_looked_for_on_data_needs_some(arguments, what, hint, source, tm
     assert invoke("plan", source, *arguments, "-o", tmp_path / "plan.json") == (
         1, "", f"error: {what}\nhint: {hint}\n"
     )  # fmt: skip
+
+
+def test_milliseconds_are_measured_on_this_machine(checkpoint, tmp_path):
+    pixels = example_inputs(TINY["vmoe"](), batch=4, sequence=1, seed=0)["pixel_values"].numpy()
+    np.savez_compressed(tmp_path / "data.npz", pixel_values=pixels)
+    out = tmp_path / "plan.json"
+    arguments = ("plan", checkpoint, "--data", tmp_path / "data.npz", "--max-latency", "100%", "--scope", "searched")
+    code, stdout, stderr = invoke(*arguments, "--trials", 2, "-o", out, "--target", "cpu")
+    assert (code, stderr) == (0, "")
+    made = PruningPlan.load(out)
+    budget = made.options["budget"]
+    assert [len(layer.keep) for layer in made.layers] == [8, 8]
+    assert 0 < budget["spent"] <= budget["most"] == budget["whole"]
+    assert (budget["unit"], made.options["target"], made.options["search"]["trials"]) == ("ms", "cpu", 1)
+    assert stdout.splitlines()[1].startswith("  ms: ")
+
+
+def test_milliseconds_of_another_machine_cannot_be_measured(checkpoint, tmp_path):
+    arguments = ("--data", tmp_path / "nothing.npz", "--max-latency", "3ms", "--target", "rtx-ada")
+    error = (
+        "error: --max-latency is measured here, with ONNX Runtime on the CPU, which says nothing of target rtx-ada\n"
+        "hint: leave out --target, or plan with --max-size\n"
+    )
+    assert invoke("plan", checkpoint, *arguments, "-o", tmp_path / "plan.json") == (1, "", error)

@@ -16,7 +16,7 @@ from pruning.merging.mergers import MERGERS
 from pruning.plan import PlanOptions, make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
 from pruning.reconstruction import search_model
-from tests.models_table import TINY
+from tests.models_table import TINY, vmoe_expert_choice
 
 ROUNDS_REFUSED = "--scope {} --router {} cannot be searched for or come to in rounds"
 
@@ -249,6 +249,20 @@ def test_a_budget_of_milliseconds_is_spent_on_what_was_measured(uneven, files, t
     assert made.options["budget"]["spent"] == pytest.approx(2)
 
 
+def test_plans_with_mean_outputs_are_timed_without(files, tmp_path):
+    routers: set[str] = set()
+
+    def measure(plans):
+        routers.update(layer.router for layers in plans.values() for layer in layers)
+        return {count: float(count) for count in plans}
+
+    at_most = AtMost.parse("5ms", "ms")
+    made = plan(files, tmp_path, PlanOptions(1.0, "mone"), at_most=at_most, measure=measure)
+    assert (routers, {layer.router for layer in made.layers}) == ({"full"}, {"replace"})
+    assert [len(layer.keep) for layer in made.layers] == [5, 5]
+    assert made.means
+
+
 def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
     told = []
     plan_on_data(
@@ -311,6 +325,18 @@ def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
             "every layer keeps as many, and the rows of dropped experts go: --scope layer --router rows",
         ),
         (
+            PlanOptions(1.0, "mone"),
+            {"at_most": AtMost.parse("50%", "bytes")},
+            "--max-size is of a checkpoint, and none has a router that stays: replace",
+            "give --router rows, or plan with --keep",
+        ),
+        (
+            PlanOptions(1.0, scope="searched"),
+            {"at_most": AtMost.parse("50%", "ms"), "measure": lambda plans: dict.fromkeys(plans, 3.14159)},
+            "--max-latency 50% cannot be reached: with 2 of 8 experts a layer, the fewest, it is 3.142 ms",
+            "the nearest that works: --max-latency 3.142ms; or let K shrink: --clamp-top-k",
+        ),
+        (
             PlanOptions(1.0),
             {"at_most": AtMost.parse("3ms", "ms")},
             "--max-latency needs something to measure with",
@@ -332,3 +358,9 @@ def test_a_model_that_says_nothing_is_not_searched_for(files, tmp_path):
             tmp_path / "headless", tmp_path / "nothing.npz", PlanOptions(4, scope="searched"), tmp_path / "plan.json"
         )
     assert caught.value.what == "MixtralModel has no head that gives logits"
+
+
+def test_a_model_whose_experts_choose_is_refused_before_any_data_is_read(tmp_path):
+    save_model(vmoe_expert_choice(), tmp_path / "checkpoint")
+    with pytest.raises(UserError, match="experts choose their tokens"):
+        plan_on_data(tmp_path / "checkpoint", tmp_path / "nothing.npz", PlanOptions(4), tmp_path / "plan.json")

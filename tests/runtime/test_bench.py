@@ -6,7 +6,7 @@ import pytest
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
-from runtime.bench import bench, time_in_turns
+from runtime.bench import bench, median_latencies, time_in_turns
 from runtime.memory import peak_memory
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
@@ -32,6 +32,12 @@ def test_there_is_a_row_for_each_model_and_batch_size_in_order(model, tmp_path):
         assert row.examples_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
         assert row.file_bytes == model_bytes(Path(row.model))
     assert rows[2].file_bytes < rows[0].file_bytes
+
+
+def test_latencies_are_those_of_the_models_in_order(model, tmp_path):
+    assert len(median_latencies([model, tiny.write(tmp_path / "small", Tiny(keep=(1,)))], 2, repeats=3)) == 2
+    with pytest.raises(UserError, match="nothing to measure: 0 models, batch sizes"):
+        median_latencies([], 1)
 
 
 def test_runs_take_turns():
