@@ -1,12 +1,15 @@
 """Train a checkpoint on task data: recover what pruning cost, or prune while the task is learned.
 
---method plain: the task's loss. task-specific: drop the experts that the task uses less and less, until one a layer is
-left. seer: make routers decisive, and lower K. router-kd: only the routers learn, from --teacher, without labels.
+--method plain: the task's loss. full-router: the same, while experts that --plan drops behind full routers give
+nothing; the new checkpoint has them still, and the new plan.json removes them from its graph. task-specific: drop the
+experts that the task uses less and less, until one a layer is left. seer: make routers decisive, and lower K.
+router-kd: only the routers learn, from --teacher, without labels.
 --recipe adamw, or how a V-MoE is fine-tuned after pruning in arXiv 2405.16646, with SGD: router-norm-cifar or
 router-norm-imagenet. Whatever a recipe says can be given here; the warm-up is a share of the steps.
 
 Example: moe-edge finetune pruned/ --data train.npz --steps 300 -o recovered/
 Example: moe-edge finetune pruned/ --data train.npz --recipe router-norm-cifar --batch-size 128 -o recovered/
+Example: moe-edge finetune checkpoint/ --data train.npz --method full-router --plan full.json -o recovered/
 Example: moe-edge finetune checkpoint/ --data train.npz --method task-specific --beta 0.5 -o one-expert/
 """
 
@@ -24,7 +27,7 @@ def finetune(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
     data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`; with `labels`.")],
     output: Output,
-    method: Annotated[str, typer.Option(help="plain, task-specific, seer or router-kd.")] = "plain",
+    method: Annotated[str, typer.Option(help="plain, full-router, task-specific, seer or router-kd.")] = "plain",
     recipe: Annotated[str, typer.Option(help="adamw, router-norm-cifar or router-norm-imagenet.")] = "adamw",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000 if not given.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warm-up; the recipe's if not given.")] = None,
@@ -36,6 +39,7 @@ def finetune(
     ] = None,
     momentum: Annotated[float | None, typer.Option(help="Of SGD; the recipe's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of shuffling and of the model's own noise.")] = 0,
+    plan: Annotated[Path | None, typer.Option(help="full-router: what gives nothing.")] = None,
     score: Annotated[str | None, typer.Option(help="task-specific: alpha (default) or hit-rate.")] = None,
     variant: Annotated[str | None, typer.Option(help="task-specific: eager (default), staged or two-pass.")] = None,
     windows: Annotated[int | None, typer.Option(help="task-specific: parts of the first half, 5.")] = None,
@@ -55,6 +59,7 @@ def finetune(
     from pruning.finetuning.recipe import recipe as named_recipe
 
     options = _given(
+        plan=plan,
         score=score,
         variant=variant,
         windows=windows,

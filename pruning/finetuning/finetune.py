@@ -20,8 +20,9 @@ from moe_spec.record import Json, save_record
 from pruning.apply import PLAN, apply_plan
 from pruning.finetuning import seer
 from pruning.finetuning.examples import inputs, labelled
+from pruning.finetuning.full_router import check_full, silenced
 from pruning.finetuning.objectives import task_loss
-from pruning.finetuning.options import TWO_PASS, Method, Plain, RouterKD, Seer, TaskSpecific, name_of
+from pruning.finetuning.options import TWO_PASS, FullRouter, Method, Plain, RouterKD, Seer, TaskSpecific, name_of
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.router_kd import distil
 from pruning.finetuning.task_specific import TaskSpecificPruning, check_dropping
@@ -29,6 +30,8 @@ from pruning.finetuning.training import Progress, train
 
 RECORD, SCHEMA = "finetuning.json", 1
 """How a fine-tuned checkpoint came about, kept in its directory."""
+
+_PATHS = ("teacher", "plan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Finetuning:
         method: with its options.
         recipe: optimizer, schedule and seed.
         losses: of every step; of both runs, one after the other, where there are two.
-        plan: what was pruned meanwhile, for the checkpoint that was trained.
+        plan: what was pruned meanwhile, or gave nothing; for the checkpoint that was trained.
         drops: ``(step, layer, ids left)`` of every time that experts went.
         teacher_sha256: the checkpoint that was imitated.
     """
@@ -61,8 +64,8 @@ class Finetuning:
         return sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
 
     def to_json(self) -> Json:
-        """As it stands in finetuning.json; a teacher is known by its hash, wherever it lies."""
-        options = {key: value for key, value in dataclasses.asdict(self.method).items() if key != "teacher"}
+        """As it stands in finetuning.json; a teacher is known by its hash, wherever it lies, and a plan lies beside."""
+        options = {key: value for key, value in dataclasses.asdict(self.method).items() if key not in _PATHS}
         return {
             "model_sha256": self.model_sha256,
             "data_sha256": self.data_sha256,
@@ -81,7 +84,8 @@ def finetune(
     """Train a checkpoint and write the result as a new one, with finetuning.json beside it.
 
     Weights are trained in float32, and written in the dtypes that the checkpoint has them in. Where the
-    method prunes, the new checkpoint has the experts that are left, and plan.json says which they are.
+    method prunes, the new checkpoint has the experts that are left, and plan.json says which they are. Behind full
+    routers it has all of them, and plan.json is for it: the graph loses those that gave nothing.
 
     Args:
         checkpoint: transformers directory of a known MoE family.
@@ -107,7 +111,9 @@ def finetune(
         copy_companions(checkpoint, staging)
         save_record(staging / RECORD, "finetuning", SCHEMA, done.to_json())
         if done.plan is not None:
-            done.plan.save(staging / PLAN)
+            still_to_go = isinstance(method, FullRouter)
+            owner = checkpoint_sha256(staging) if still_to_go else done.plan.model_sha256
+            dataclasses.replace(done.plan, model_sha256=owner).save(staging / PLAN)
     return done
 
 
@@ -134,6 +140,16 @@ def _plain(job: _Job, method: Plain) -> Outcome:
     model = load_model(job.checkpoint)
     examples = labelled(job.dataset, model, job.where)
     return model, job.done(method, train(model, examples, task_loss, job.recipe, on_progress=job.on_progress))
+
+
+def _full_router(job: _Job, method: FullRouter) -> Outcome:
+    plan = PruningPlan.load(method.plan)
+    plan.require_model(job.model_sha256, str(job.checkpoint))
+    model = load_model(job.checkpoint)
+    examples = labelled(job.dataset, model, job.where)
+    with silenced(model, plan):
+        losses = train(model, examples, task_loss, job.recipe, on_progress=job.on_progress)
+    return model, job.done(method, losses, plan=plan)
 
 
 def _task_specific(job: _Job, method: TaskSpecific) -> Outcome:
@@ -169,6 +185,7 @@ def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> None:
 
 
 _CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
+    FullRouter: check_full,
     TaskSpecific: check_dropping,
     Seer: _check_seer,
 }
@@ -176,6 +193,7 @@ _CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
 
 _METHODS: Mapping[type, Callable[[_Job, Any], Outcome]] = {
     Plain: _plain,
+    FullRouter: _full_router,
     TaskSpecific: _task_specific,
     Seer: _seer,
     RouterKD: _router_kd,

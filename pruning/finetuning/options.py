@@ -31,6 +31,17 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
+class FullRouter:
+    """The task's loss, behind routers that stay as they are: how https://arxiv.org/abs/2405.16646 recovers.
+
+    Attributes:
+        plan: for the checkpoint, made with ``--router full``. What it drops gives nothing, and learns nothing.
+    """
+
+    plan: Path
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskSpecific:
     """Drop the experts that the task does not need while it is learned, https://arxiv.org/abs/2206.00277.
 
@@ -100,15 +111,19 @@ class RouterKD:
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
 
 
-Method = Plain | TaskSpecific | Seer | RouterKD
+Method = Plain | FullRouter | TaskSpecific | Seer | RouterKD
 
-METHODS: Mapping[str, type[Plain] | type[TaskSpecific] | type[Seer] | type[RouterKD]] = {
+METHODS: Mapping[str, type[Plain] | type[FullRouter] | type[TaskSpecific] | type[Seer] | type[RouterKD]] = {
     "plain": Plain,
+    "full-router": FullRouter,
     "task-specific": TaskSpecific,
     "seer": Seer,
     "router-kd": RouterKD,
 }
 """Every method, by the name that the command line and plans call it."""
+
+
+_WANTED: Mapping[str, str] = {"teacher": "CHECKPOINT", "plan": "plan.json"}
 
 
 def method(name: str, options: Mapping[str, Any]) -> Method:
@@ -130,7 +145,9 @@ def method(name: str, options: Mapping[str, Any]) -> Method:
             )
     for field in fields.values():
         if field.default is dataclasses.MISSING and field.name not in options:
-            raise UserError(f"--method {name} needs {flag(field.name)}", hint=flag(field.name) + " CHECKPOINT")
+            raise UserError(
+                f"--method {name} needs {flag(field.name)}", hint=f"{flag(field.name)} {_WANTED[field.name]}"
+            )
     return METHODS[name](**options)
 
 

@@ -76,7 +76,7 @@ def test_seer_and_router_kd_take_their_options(task, tmp_path):
     [
         (
             ("--method", "magic"),
-            "error: 'magic' is no method\nhint: known: plain, router-kd, seer, task-specific\n",
+            "error: 'magic' is no method\nhint: known: full-router, plain, router-kd, seer, task-specific\n",
         ),
         (
             ("--beta", 0.5),

@@ -14,7 +14,7 @@ from pruning.finetuning.recipe import RECIPES, Recipe, recipe
             "taskspecific",
             {},
             "'taskspecific' is no method",
-            "did you mean 'task-specific'? known: plain, router-kd, seer, task-specific",
+            "did you mean 'task-specific'? known: full-router, plain, router-kd, seer, task-specific",
         ),
         ("plain", {"beta": 0.5}, "--beta is no option of --method plain", "its options are: none"),
         (
@@ -24,6 +24,7 @@ from pruning.finetuning.recipe import RECIPES, Recipe, recipe
             "its options are: --entropy-weight, --top-k, --lower-at",
         ),
         ("router-kd", {}, "--method router-kd needs --teacher", "--teacher CHECKPOINT"),
+        ("full-router", {}, "--method full-router needs --plan", "--plan plan.json"),
         ("router-kd", {"teacher": "x", "temperature": 0.0}, "--temperature 0.0 is out of range, expected above 0", ""),
         ("task-specific", {"score": "beta"}, "'beta' is no score", "known: alpha, hit-rate"),
         ("task-specific", {"variant": "lazy"}, "'lazy' is no variant", "known: eager, staged, two-pass"),
@@ -81,8 +82,9 @@ def test_an_unknown_recipe_is_refused():
 
 
 def test_every_name_leads_to_its_method_and_back():
+    needed = {"router-kd": {"teacher": "x"}, "full-router": {"plan": "x"}}
     for name, kind in METHODS.items():
-        assert name_of(method(name, {"teacher": "x"} if name == "router-kd" else {})) == name
+        assert name_of(method(name, needed.get(name, {}))) == name
         assert METHODS[name] is kind
     assert method("plain", {}) == Plain()
     assert method("task-specific", {"beta": 0.1}) == TaskSpecific(beta=0.1)
