@@ -105,6 +105,11 @@ def find_target(name: str, backend: str | None = None) -> Target:
     found = next((row for row in rows if name in (row.name, *row.aliases)), None)
     if found is not None:
         return found
+    if any(kernels.target == name for kernels in CHECKPOINT_TARGETS):
+        raise UserError(
+            f"target {name} builds from a checkpoint by itself",
+            hint=f"moe-edge plan --target {name}, and moe-edge prune what it is to build from",
+        )
     names = [known for row in rows for known in (row.name, *row.aliases)]
     of = "" if backend is None else f" of {backend}"
     raise UserError(f"unknown target {name!r}{of}", hint=did_you_mean(name, set(names)))

@@ -24,7 +24,7 @@ from pruning.finetuning.full_router import check_full, silenced
 from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.options import TWO_PASS, FullRouter, Method, Plain, RouterKD, Seer, TaskSpecific, name_of
 from pruning.finetuning.recipe import Recipe
-from pruning.finetuning.router_kd import distil
+from pruning.finetuning.router_kd import check_teacher, distil
 from pruning.finetuning.task_specific import TaskSpecificPruning, check_dropping
 from pruning.finetuning.training import Progress, train
 
@@ -184,10 +184,15 @@ def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> None:
     seer.lower_steps(method, layers[0].top_k, steps)
 
 
+def _check_router_kd(model: PreTrainedModel, method: RouterKD, _steps: int) -> None:
+    check_teacher(model, load_skeleton(method.teacher))
+
+
 _CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
     FullRouter: check_full,
     TaskSpecific: check_dropping,
     Seer: _check_seer,
+    RouterKD: _check_router_kd,
 }
 """What is refused by the shape of a model, before any data is read."""
 

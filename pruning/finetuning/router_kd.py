@@ -42,7 +42,7 @@ def distil(
     Raises:
         UserError: the models give logits of different widths, or no router has a choice.
     """
-    _check(model, teacher)
+    check_teacher(model, teacher)
     language = is_language_model(model)
 
     def objective(student: nn.Module, batch: Inputs) -> Tensor:
@@ -67,7 +67,12 @@ def distil(
             parameter.requires_grad_(learns)
 
 
-def _check(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher whose routers ``model`` cannot learn from; weights are not looked at.
+
+    Raises:
+        UserError: the models give logits of different widths, or no router has a choice.
+    """
     widths = [_width(one) for one in (model, teacher)]
     if widths[0] != widths[1]:
         raise UserError(

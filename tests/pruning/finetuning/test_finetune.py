@@ -183,3 +183,11 @@ def test_what_cannot_be_is_refused_before_any_data_is_read(name, method, what, t
     with pytest.raises(UserError) as caught:
         finetune(checkpoint, tmp_path / "nothing.npz", method, quick(10), tmp_path / "out")
     assert caught.value.what == what
+
+
+def test_a_teacher_of_another_width_is_refused_before_any_data_is_read(tmp_path):
+    checkpoint, _ = saved("vmoe", tmp_path)
+    teacher, _ = saved("mixtral", tmp_path / "other")
+    with pytest.raises(UserError) as caught:
+        finetune(checkpoint, tmp_path / "nothing.npz", RouterKD(teacher), quick(10), tmp_path / "out")
+    assert caught.value.what == "the model gives 10 logits, its teacher 128"
