@@ -75,13 +75,14 @@ class Recipe:
     version: int = 1
 
 
-def task(domain: str, seed: int, report: Report) -> Task:
+def task(domain: str, seed: int, report: Report, recipe: Recipe = Recipe()) -> Task:
     """Prune for ``domain``. The checkpoint is trained, for all domains together, the first time it is asked for.
 
     Args:
         domain: a key of ``DOMAINS``.
         seed: of the training.
         report: told how it goes.
+        recipe: of the model; its own seed does not count.
 
     Raises:
         UserError: the text cannot be fetched.
@@ -89,7 +90,7 @@ def task(domain: str, seed: int, report: Report) -> Task:
     data = corpus()
     return Task(
         name=domain,
-        checkpoint=train(data, Recipe(seed=seed), report),
+        checkpoint=train(data, dataclasses.replace(recipe, seed=seed), report),
         calibration=data / domain / "calibration.npz",
         finetune=data / domain / "finetune.npz",
         test=data / domain / "test.npz",

@@ -1,0 +1,50 @@
+"""Tasks of the claims that are none of ``benchmarks.tasks``."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.tasks import images, language
+from benchmarks.tasks.cache import cached
+from benchmarks.tasks.task import Task
+from moe_spec.dataset import IMAGES
+from moe_spec.files import sha256_file
+from moe_spec.record import Json
+
+TURNED = "turned images"
+DOMAIN = "code"
+
+SMALL = language.Recipe(hidden=64, width=128, layers=2, steps=600)
+"""Quick to train, so that one with few experts can be trained from scratch beside one that lost them."""
+
+
+def turned() -> Task:
+    """The embedded V-MoE is to learn the same ten classes from images that lie on their side.
+
+    It knows none of them so, and has to change: `images` it knows already.
+
+    Raises:
+        UserError: the images cannot be fetched.
+    """
+    upright = images.task()
+    files = {name: getattr(upright, name) for name in ("calibration", "finetune", "test")}
+
+    def make(directory: Path) -> Json:
+        for name, path in files.items():
+            with np.load(path) as data:
+                on_their_side = {**data, IMAGES: np.rot90(data[IMAGES], axes=(1, 2))}
+            np.savez_compressed(directory / f"{name}.npz", **on_their_side)
+        return {}
+
+    directory = cached("turned", {name: sha256_file(path) for name, path in files.items()}, make)
+    return dataclasses.replace(upright, name="turned", **{name: directory / f"{name}.npz" for name in files})
+
+
+def small_language(experts: int, seed: int, report: language.Report) -> Task:
+    """A small Mixtral of so many experts, K=2, trained from scratch on all domains, to be judged on `DOMAIN`.
+
+    Raises:
+        UserError: the text cannot be fetched.
+    """
+    return language.task(DOMAIN, seed, report, dataclasses.replace(SMALL, experts=experts))
