@@ -124,9 +124,9 @@ CLAIM = Claim(
     rule=f"the mean is at most {POINTS:g} point of accuracy, or {PERCENT:g} % of perplexity, worse than that of the "
     f"unpruned model that was fine-tuned as long, and an example takes at least {FEWER:.0%} fewer FLOPs",
     setting="""The embedded V-MoE on its own task, a seed being the order of the images; and the Mixtrals of
-`benchmarks.tasks` on code, a seed being that of the model too. 8 experts a layer. A quarter of the experts of all layers
-together goes by soft count (`seer-soft`, scope `global`, at least K=2 a layer). Then AdamW trains with the entropy of
-the routers, and K falls from 2 to 1 after half of the steps. FLOPs are those of one test example.""",
+`benchmarks.tasks` on code, a seed being that of the model too. 8 experts a layer. A quarter of the experts of all
+layers together goes by soft count (`seer-soft`, scope `global`, at least K=2 a layer). Then AdamW trains with the
+entropy of the routers, and K falls from 2 to 1 after half of the steps. FLOPs are those of one test example.""",
     measure=measure,
     reason="",
 )

@@ -15,8 +15,9 @@ from moe_spec.record import Json
 TURNED = "turned images"
 DOMAIN = "code"
 
-SMALL = language.Recipe(hidden=64, width=128, layers=2, steps=600)
-"""Quick to train, so that one with few experts can be trained from scratch beside one that lost them."""
+SMALL = language.Recipe(hidden=64, width=32, layers=2, steps=600)
+"""Quick to train, so that one with few experts can be trained from scratch beside one that lost them; and narrow, so
+that many experts know more than few."""
 
 
 def turned() -> Task:

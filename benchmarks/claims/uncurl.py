@@ -103,11 +103,11 @@ CLAIM = Claim(
     "model from scratch, and better than pruning by frequency",
     rule=f"at factor {SAFE} its mean perplexity after fine-tuning is not above that of the small model from scratch, "
     "and at every factor that is safe so it is below that of frequency pruning",
-    setting=f"""Mixtrals with {EXPERTS} experts a layer, K=2, {SMALL.layers} layers and H={SMALL.hidden}, trained from
-scratch in {SMALL.steps} steps on three domains, are merged for code into {EXPERTS}/factor experts. Routers are drawn anew;
-{ROUTERS_FIRST} of the {FINE_TUNING.recipe.steps} steps of AdamW that follow, on code, train them alone. Small models come
-from scratch by the same recipe as the large ones, and everything is fine-tuned on code for as many steps. A seed is that
-of all of it.""",
+    setting=f"""Mixtrals with {EXPERTS} experts a layer, K=2, {SMALL.layers} layers, H={SMALL.hidden} and F={SMALL.width},
+trained from scratch in {SMALL.steps} steps on three domains, are merged for code into {EXPERTS}/factor experts. Routers
+are drawn anew, and {ROUTERS_FIRST} of the {FINE_TUNING.recipe.steps} steps of AdamW that follow, on code, train them
+alone. Small models come from scratch by the same recipe as the large ones, and everything is fine-tuned on code for as
+many steps. A seed is that of all of it.""",
     measure=measure,
     reason="",
 )
