@@ -8,6 +8,8 @@ from benchmarks.markdown import mean_and_range
 from benchmarks.tasks.metrics import Metric
 
 YES, NO = "yes", "no"
+DIGITS = 6
+"""Of a difference: what lies beyond is how floats are rounded, and shall decide nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,8 @@ class Scores:
         '10.0'
         """
         if self.metric.higher_is_better:
-            return 100 * (other.mean - self.mean)
-        return 100 * (self.mean / other.mean - 1)
+            return round(100 * (other.mean - self.mean), DIGITS)
+        return round(100 * (self.mean / other.mean - 1), DIGITS)
 
     def loss(self, other: "Scores") -> str:
         """`worse_than` with its unit.

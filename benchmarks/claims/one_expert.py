@@ -1,9 +1,8 @@
 """Task-specific dropping leaves a dense model that is as good, and twice as fast, https://arxiv.org/abs/2206.00277."""
 
 import dataclasses
-import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.claims.claim import Claim, Finding, Outcome, Scores
@@ -11,8 +10,7 @@ from benchmarks.claims.flops import Flops, count_flops
 from benchmarks.claims.lab import VERSION, noted, score, tuned
 from benchmarks.claims.router_norm import LEARN
 from benchmarks.claims.subjects import turned
-from benchmarks.markdown import mean_and_range, table
-from benchmarks.tasks import TASKS
+from benchmarks.markdown import table
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
 from exporter.export import export
@@ -41,31 +39,24 @@ class Pair:
 
 
 def measure(seeds: int, report: Report) -> Outcome:
-    """On images that the embedded model has to learn, and on those that it knows."""
-    findings, rows = {}, []
-    for task in (turned(), TASKS["images"](0, report)):
-        pairs = []
-        for seed in range(seeds):
-            report(f"one expert: {task.name}, seed {seed}")
-            recipe = dataclasses.replace(LEARN, seed=seed)
-            pairs.append(Pair(tuned(task, Plain(), recipe), tuned(task, TaskSpecific(), recipe)))
-        moe = Scores(task.metric, [score(pair.moe) for pair in pairs])
-        dense = Scores(task.metric, [score(pair.dense) for pair in pairs])
-        speed_ups = {size: [speed_up(pair)[size] for pair in pairs] for size in BATCHES}
-        findings[task.name] = judge(moe, dense, speed_ups)
-        shown = (mean_and_range(values, ".2f") for values in speed_ups.values())
-        rows.append(
-            (task.name, str(moe), str(dense), f"{dense.mean / moe.mean:.1%}", *shown, f"{work_saved(pairs[0]):.0%}")
-        )
-    times = (f"times as fast, batch {size}" for size in BATCHES)
-    head = ("task", "all experts", "one a layer", "kept", *times, "fewer FLOPs")
-    return Outcome(findings, table(head, rows))
+    """On images that the embedded model has to learn first; the first seed's pair is timed, for all have its shapes."""
+    task, pairs = turned(), []
+    for seed in range(seeds):
+        report(f"one expert: seed {seed}")
+        recipe = dataclasses.replace(LEARN, seed=seed)
+        pairs.append(Pair(tuned(task, Plain(), recipe), tuned(task, TaskSpecific(), recipe)))
+    moe = Scores(task.metric, [score(pair.moe) for pair in pairs])
+    dense = Scores(task.metric, [score(pair.dense) for pair in pairs])
+    report("one expert: timing")
+    times = speed_up(pairs[0])
+    row = (str(moe), str(dense), f"{dense.mean / moe.mean:.1%}", *map("{:.2f}".format, times.values()))
+    head = ("all experts", "one a layer", "kept", *(f"times as fast, batch {size}" for size in times), "fewer FLOPs")
+    return Outcome({task.name: judge(moe, dense, times)}, table(head, [(*row, f"{work_saved(pairs[0]):.0%}")], left=0))
 
 
-def judge(moe: Scores, dense: Scores, speed_ups: Mapping[int, Sequence[float]]) -> Finding:
+def judge(moe: Scores, dense: Scores, times: Mapping[int, float]) -> Finding:
     """The rule of the claim: accuracy kept, and quick at every batch size."""
     kept = dense.mean / moe.mean
-    times = {size: statistics.mean(values) for size, values in speed_ups.items()}
     quick = " and ".join(f"{ratio:.2f} times as fast at batch {size}" for size, ratio in times.items())
     ours = f"{kept:.1%} kept ({dense} of {moe}), {quick}"
     return Finding(ours, kept >= KEPT and min(times.values()) >= SPEED_UP)
@@ -113,12 +104,12 @@ CLAIM = Claim(
     paper="[Chen et al.](https://arxiv.org/abs/2206.00277)",
     claimed=f"experts dropped while a task is learned, until one a layer is left: at least {KEPT:.1%} of the accuracy, "
     f"and {SPEED_UP:g} times as fast as with all",
-    rule=f"the mean accuracy is at least {KEPT:.1%} of that of the same training without dropping, and the mean "
-    f"speed-up at least {SPEED_UP:g} at every batch size",
-    setting=f"""The embedded V-MoE, 8 experts in every second block and K=2, learns Fashion-MNIST lying on its side
-(`turned`), or goes on to learn it as it is (`images`): twice, plain and with `--method task-specific` (eager, its
-defaults), the same {LEARN.steps} steps as above. Both results are exported, optimised for {TARGET}, and timed in turns
-with {THREADS} thread, median of {REPEATS} runs. A seed is the order of the images.""",
+    rule=f"the mean accuracy is at least {KEPT:.1%} of that of the same training without dropping, and the model at "
+    f"least {SPEED_UP:g} times as fast at every batch size",
+    setting=f"""The embedded V-MoE, 8 experts in every second block and K=2, learns the same images by the same
+{LEARN.steps} steps of SGD, twice: plain, and with `--method task-specific` (eager, its defaults). Both results are
+exported, optimised for {TARGET}, and timed in turns with {THREADS} thread, median of {REPEATS} runs. A seed is the
+order of the images.""",
     measure=measure,
     reason="",
 )

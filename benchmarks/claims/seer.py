@@ -25,8 +25,8 @@ POINTS, PERCENT = 1.0, 5.0
 FEWER = 0.25
 
 RECIPES: Mapping[str, Recipe] = {
-    "images": dataclasses.replace(recipe("adamw"), steps=150, learning_rate=1e-3, batch_size=64),
-    "code": dataclasses.replace(recipe("adamw"), steps=100, learning_rate=1e-3, batch_size=8),
+    "images": dataclasses.replace(recipe("adamw"), steps=80, learning_rate=1e-3, batch_size=64),
+    "code": dataclasses.replace(recipe("adamw"), steps=40, learning_rate=1e-3, batch_size=8),
 }
 
 

@@ -15,7 +15,7 @@ from moe_spec.record import Json
 TURNED = "turned images"
 DOMAIN = "code"
 
-SMALL = language.Recipe(hidden=64, width=32, layers=2, steps=600)
+SMALL = language.Recipe(hidden=64, width=32, layers=2, steps=400)
 """Quick to train, so that one with few experts can be trained from scratch beside one that lost them; and narrow, so
 that many experts know more than few."""
 
@@ -43,9 +43,11 @@ def turned() -> Task:
 
 
 def small_language(experts: int, seed: int, report: language.Report) -> Task:
-    """A small Mixtral of so many experts, K=2, trained from scratch on all domains, to be judged on `DOMAIN`.
+    """A small Mixtral of so many experts, from scratch on all domains, judged on `DOMAIN`; K=2, or 1 of one expert.
 
     Raises:
         UserError: the text cannot be fetched.
     """
-    return language.task(DOMAIN, seed, report, dataclasses.replace(SMALL, experts=experts))
+    return language.task(
+        DOMAIN, seed, report, dataclasses.replace(SMALL, experts=experts, top_k=min(SMALL.top_k, experts))
+    )
