@@ -5,25 +5,23 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.methods.cells import content
+from benchmarks.methods.recovery import hold_silent, learn
+from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import RECIPE, cached
 from benchmarks.tasks.task import Task
 from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import FULL, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.record import Json, parse_object
 from pruning.apply import apply_plan
-from pruning.finetuning import seer
-from pruning.finetuning.examples import Inputs, labelled
 from pruning.finetuning.finetune import finetune
-from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.options import Method, Plain, Seer, name_of
 from pruning.finetuning.recipe import Recipe
-from pruning.finetuning.training import train
 
 VERSION = 1
 """Raised when the code here makes another number of the same model, plan and training."""
@@ -46,16 +44,14 @@ class Training:
     method: Plain | Seer = dataclasses.field(default_factory=Plain)
     routers_first: int = 0
 
-    def run(self, model: PreTrainedModel, examples: Inputs) -> None:
+    def run(self, model: PreTrainedModel, task: Task) -> None:
         """Train ``model`` in place."""
-        if isinstance(self.method, Seer):
-            seer.fine_tune(model, examples, self.method, self.recipe)
-            return
-        steps = self.recipe.steps - self.routers_first
+        subject = Subject(task, self.recipe.seed)
         if self.routers_first:
             with only_routers(model):
-                train(model, examples, task_loss, dataclasses.replace(self.recipe, steps=self.routers_first))
-        train(model, examples, task_loss, dataclasses.replace(self.recipe, steps=steps))
+                learn(model, subject, self.method, dataclasses.replace(self.recipe, steps=self.routers_first))
+        steps = self.recipe.steps - self.routers_first
+        learn(model, subject, self.method, dataclasses.replace(self.recipe, steps=steps))
 
 
 def tuned(task: Task, method: Method, recipe: Recipe) -> Task:
@@ -70,20 +66,22 @@ def tuned(task: Task, method: Method, recipe: Recipe) -> Task:
 
 
 def score(task: Task, plan: PruningPlan | None = None, training: Training | None = None) -> float:
-    """The task's metric, on its test data, of its model pruned by ``plan`` and then trained; measured once."""
+    """The task's metric, on its test data, of its model pruned by ``plan`` and then trained; measured once.
+
+    Experts that are gone behind a full router stay silent whatever is trained.
+    """
 
     def make() -> Json:
         model = load_model(task.checkpoint)
         if plan is not None:
             apply_plan(model, plan)
+            hold_silent(model, plan)
         if training is not None:
-            with silent(model, plan):
-                training.run(model, labelled(task.read(task.finetune), model, str(task.finetune)))
+            training.run(model, task)
         return {"value": task.evaluate(model)}
 
-    return float(
-        noted(f"score-{task.name}", _key(task, training, plan) | {"test": sha256_file(task.test)}, make)["value"]
-    )
+    key = _key(task, training, plan) | {"test": sha256_file(task.test)}
+    return float(noted(f"score-{task.name}", key, make)["value"])
 
 
 def noted(name: str, key: Json, make: Callable[[], Json]) -> Json:
@@ -96,7 +94,7 @@ def _key(task: Task, training: Training | None, plan: PruningPlan | None) -> Jso
     return {
         "model": checkpoint_sha256(task.checkpoint),
         "data": sha256_file(task.finetune),
-        "plan": None if plan is None else plan.to_json(),
+        "plan": None if plan is None else content(plan),
         "training": None if training is None else dataclasses.asdict(training),
         "version": VERSION,
     }
@@ -114,35 +112,3 @@ def only_routers(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in others:
             parameter.requires_grad_(requires_grad=True)
-
-
-@contextlib.contextmanager
-def silent(model: PreTrainedModel, plan: PruningPlan | None) -> Iterator[None]:
-    """Within the block experts that a plan drops behind a full router learn nothing: they stay the zeros that they are.
-
-    Raises:
-        ValueError: the plan names a layer that the model does not have.
-    """
-    dropped = {} if plan is None else {layer.name: layer.dropped for layer in plan.layers if layer.router == FULL}
-    hooks = [
-        parameter.register_hook(_without(dropped[layer.name]))
-        for layer in find_moe_layers(model)
-        if layer.name in dropped
-        for parameter in layer.experts.parameters()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _without(experts: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """A gradient (E, ...) that is 0 for ``experts``."""
-
-    def zeroed(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[list(experts)] = 0
-        return gradient
-
-    return zeroed

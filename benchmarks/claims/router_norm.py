@@ -8,7 +8,8 @@ from benchmarks.claims.claim import Claim, Finding, Outcome, Scores
 from benchmarks.claims.lab import Training, score, tuned
 from benchmarks.claims.subjects import turned
 from benchmarks.markdown import table
-from benchmarks.methods import RANDOM_DRAWS, statistics_of
+from benchmarks.methods.rows import RANDOM_DRAWS
+from benchmarks.methods.subject import Subject
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
 from moe_spec.plan import FULL, ROWS, PruningPlan
@@ -57,7 +58,7 @@ def by_norm_without_rows(learned: Learned, keep: Keep, draw: int) -> PruningPlan
 
 def by_importance(learned: Learned, keep: Keep, _draw: int) -> PruningPlan:
     """Those that were given the largest share of the gates stay."""
-    return make_plan(statistics_of(learned.task), PlanOptions(keep, "gate-mass", router=FULL))
+    return make_plan(Subject(learned.task, 0).statistics, PlanOptions(keep, "gate-mass", router=FULL))
 
 
 def at_random(learned: Learned, keep: Keep, draw: int) -> PruningPlan:

@@ -7,7 +7,7 @@ from benchmarks.claims.claim import Claim, Finding, Outcome, Scores
 from benchmarks.claims.flops import Flops, count_flops
 from benchmarks.claims.lab import Training, score
 from benchmarks.markdown import table
-from benchmarks.methods import statistics_of
+from benchmarks.methods.subject import Subject
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
@@ -44,7 +44,11 @@ class Way:
 
     def plan(self, task: Task) -> PruningPlan | None:
         """One ranking over all layers, by the soft count; no layer keeps fewer than K."""
-        return make_plan(statistics_of(task), PlanOptions(KEEP, "seer-soft", scope="global")) if self.drop else None
+        return (
+            make_plan(Subject(task, 0).statistics, PlanOptions(KEEP, "seer-soft", scope="global"))
+            if self.drop
+            else None
+        )
 
     @property
     def top_k(self) -> int | None:

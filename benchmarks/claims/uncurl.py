@@ -7,7 +7,7 @@ from benchmarks.claims.claim import Claim, Finding, Outcome, Scores
 from benchmarks.claims.lab import Training, score
 from benchmarks.claims.subjects import DOMAIN, SMALL, small_language
 from benchmarks.markdown import table
-from benchmarks.methods import statistics_of
+from benchmarks.methods.subject import Subject
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
 from moe_spec.plan import PruningPlan
@@ -26,13 +26,13 @@ MERGED, DROPPED, SCRATCH, UNPRUNED = "uncurl", "frequency", "from scratch", "all
 
 def merged(task: Task, experts: int, seed: int) -> tuple[PruningPlan, Training]:
     """UNCURL, and a router that is drawn anew and trained before everything else."""
-    plan = make_plan(statistics_of(task), PlanOptions(experts, "uncurl", seed=seed, clamp_top_k=True))
+    plan = make_plan(Subject(task, 0).statistics, PlanOptions(experts, "uncurl", seed=seed, clamp_top_k=True))
     return plan, dataclasses.replace(FINE_TUNING, routers_first=ROUTERS_FIRST)
 
 
 def dropped(task: Task, experts: int, _seed: int) -> tuple[PruningPlan, Training]:
     """The most frequent experts stay, and their rows."""
-    return make_plan(statistics_of(task), PlanOptions(experts, "frequency", clamp_top_k=True)), FINE_TUNING
+    return make_plan(Subject(task, 0).statistics, PlanOptions(experts, "frequency", clamp_top_k=True)), FINE_TUNING
 
 
 WAYS: Mapping[str, Callable[[Task, int, int], tuple[PruningPlan, Training]]] = {MERGED: merged, DROPPED: dropped}

@@ -9,14 +9,13 @@ is measured.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from benchmarks.machine import describe_machine
-from benchmarks.markdown import table
+from benchmarks.markdown import mean_and_range, table
 from benchmarks.methods.choices import TUNING
 from benchmarks.methods.recovery import recipe_of
 from benchmarks.methods.rows import RANDOM_DRAWS, RECOVERED, UNPRUNED, UNTRAINED, Row
@@ -63,8 +62,7 @@ def _shown(metric: Metric, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "-"
-    mean = f"{statistics.mean(known):{metric.spec}}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):{metric.spec}} to {max(known):{metric.spec}})"
+    return mean_and_range(known, metric.spec)
 
 
 def report(tables: Sequence[str], command: str) -> str:

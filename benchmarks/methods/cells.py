@@ -32,7 +32,7 @@ def cell(subject: Subject, plan: PruningPlan | None, method: Method | None = Non
         except UserError as error:
             return {"value": None, "refused": str(error)}
 
-    recipe = subject.model | {"plan": _content(plan)}
+    recipe = subject.model | {"plan": content(plan)}
     if method is not None:
         recipe |= recorded(method, recipe_of(subject))
     path = cached(f"cell-{subject.task.name}", recipe, make) / RECIPE
@@ -55,7 +55,7 @@ def measure(subject: Subject, plan: PruningPlan | None, method: Method | None) -
     return subject.task.evaluate(model)
 
 
-def _content(plan: PruningPlan | None) -> Json:
+def content(plan: PruningPlan | None) -> Json:
     """What ``plan`` makes of a model: neither who made it, nor the scores that led there."""
     if plan is None:
         return {}
