@@ -106,9 +106,9 @@ def only_routers(model: PreTrainedModel) -> Iterator[None]:
     routers = {id(parameter) for layer in find_moe_layers(model) for parameter in layer.router.parameters()}
     others = [parameter for parameter in model.parameters() if id(parameter) not in routers]
     for parameter in others:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for parameter in others:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad_(True)

@@ -12,7 +12,7 @@ from moe_spec.dataset import IMAGES
 from moe_spec.files import sha256_file
 from moe_spec.record import Json
 
-TURNED = "turned images"
+NAME = "turned"
 DOMAIN = "code"
 
 SMALL = language.Recipe(hidden=64, width=32, layers=2, steps=400)
@@ -38,8 +38,9 @@ def turned() -> Task:
             np.savez_compressed(directory / f"{name}.npz", **on_their_side)
         return {}
 
-    directory = cached("turned", {name: sha256_file(path) for name, path in files.items()}, make)
-    return dataclasses.replace(upright, name="turned", **{name: directory / f"{name}.npz" for name in files})
+    directory = cached(NAME, {name: sha256_file(path) for name, path in files.items()}, make)
+    calibration, finetune, test = (directory / f"{name}.npz" for name in files)
+    return dataclasses.replace(upright, name=NAME, calibration=calibration, finetune=finetune, test=test)
 
 
 def small_language(experts: int, seed: int, report: language.Report) -> Task:

@@ -11,6 +11,7 @@ from benchmarks.claims.claim import Finding, Outcome, Scores
 from benchmarks.claims.flops import Flops, count_flops
 from benchmarks.claims.lab import Training, only_routers, score, tuned
 from benchmarks.layer import Layer, save_onnx
+from benchmarks.tasks import images
 from benchmarks.tasks.metrics import ACCURACY, PERPLEXITY
 from benchmarks.tasks.task import Task
 from models.checkpoints import load_model, save_model
@@ -220,7 +221,7 @@ def test_images_are_turned_with_their_labels(pictures, tmp_path, monkeypatch):
     for name in ("calibration", "finetune", "test"):
         np.savez(tmp_path / f"{name}.npz", images=np.arange(24, dtype=np.uint8).reshape(2, 3, 4), labels=[3, 5])
     files = {name: tmp_path / f"{name}.npz" for name in ("calibration", "finetune", "test")}
-    monkeypatch.setattr(subjects.images, "task", lambda: dataclasses.replace(pictures, **files))
+    monkeypatch.setattr(images, "task", lambda: dataclasses.replace(pictures, **files))
     with np.load(subjects.turned().test) as data:
         assert data["images"][0].tolist() == [[3, 7, 11], [2, 6, 10], [1, 5, 9], [0, 4, 8]]
         assert data["labels"].tolist() == [3, 5]
@@ -261,7 +262,7 @@ def small_world(pictures, text, monkeypatch):
 
 
 def test_the_document_has_a_line_a_claim_and_all_its_numbers(small_world):
-    told = []
+    told: list[str] = []
     outcomes = {name: claim.measure(1, told.append) for name, claim in CLAIMS.items()}
     lines = __main__.report(outcomes, 1, "command").splitlines()
     summary = lines[lines.index("| paper | claimed | ours | reproduced |") + 2 :][: len(CLAIMS)]
