@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
-from models import vmoe
+from models import moe_bert, vmoe
 from models.families import family
 from models.stored_names import parameter_names
 from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
@@ -145,6 +145,7 @@ def load_config(directory: Path) -> Any:
             f"{path} names the file of its weights", hint=f"call it {WEIGHTS}, and remove transformers_weights"
         )
     vmoe.register()
+    moe_bert.register()
     with quiet(), _explained(directory):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 

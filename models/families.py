@@ -148,6 +148,7 @@ _ROWS = (
     Family("mistral4", experts_key=_ROUTED, scored_by=2),
     Family("mistral_large4", "mistral_large4_text", experts_key=_ROUTED, scored_by=2),
     Family("mixtral", experts_key=_LOCAL),
+    Family("moe_bert", router="router"),
     Family("muse_spark", "muse_spark_text", experts_key=_LOCAL, router_tensors=_BIASED, score="sigmoid"),
     Family("nemotron_h", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("olmoe"),

@@ -17,7 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from models.checkpoints import AUTO_CLASSES
 from models.families import family
+from models.moe_bert.configuration import MoeBertConfig
+from models.moe_bert.modeling import MoeBertForSequenceClassification
 from models.moe_layers import find_moe_layers
 from models.vmoe.configuration import EXPERT_CHOICE, VMoeConfig
 from models.vmoe.modeling import VMoeForImageClassification
@@ -113,6 +116,24 @@ def vmoe_ensemble() -> PreTrainedModel:
     return _vmoe(ensemble_size=2, num_hidden_layers=2, moe_every=1)
 
 
+def moe_bert() -> PreTrainedModel:
+    """Texts in ten classes; experts in both layers, not gated, with biases; renormalised."""
+    config = MoeBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        moe_layers=[0, 1],
+        **_TEN_CLASSES,
+    )
+    torch.manual_seed(0)
+    return randomised(MoeBertForSequenceClassification(config))
+
+
 TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
@@ -121,7 +142,13 @@ TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
     "gpt_oss": gpt_oss,
     "granitemoe": granitemoe,
     "vmoe": vmoe,
+    "moe_bert": moe_bert,
 }
+
+
+def auto_class(model: PreTrainedModel) -> Any:
+    """The auto class of transformers that loads a checkpoint of ``model``."""
+    return next(loader for suffix, loader in AUTO_CLASSES.items() if type(model).__name__.endswith(suffix))
 
 
 def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int) -> dict[str, torch.Tensor]:

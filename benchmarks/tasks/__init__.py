@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 
-from benchmarks.tasks import images, language
+from benchmarks.tasks import images, language, newsgroups
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
 
@@ -12,5 +12,6 @@ TASKS: Mapping[str, Callable[[int, Report], Task]] = {
     "novel": functools.partial(language.task, "novel"),
     "speeches": functools.partial(language.task, "speeches"),
     "code": functools.partial(language.task, "code"),
+    "newsgroups": newsgroups.task,
 }
 """Makes each task, given the seed of its training (``images``: of its calibration data) and who is told of it."""

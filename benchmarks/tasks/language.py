@@ -155,7 +155,7 @@ def fit(model: PreTrainedModel, blocks: Blocks, recipe: Recipe, report: Report) 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, recipe.warmup_steps, recipe.steps)
     )
-    order = {domain: _endless(len(blocks_NS), generator) for domain, blocks_NS in blocks.items()}
+    order = {domain: endless(len(blocks_NS), generator) for domain, blocks_NS in blocks.items()}
     model.train()
     losses = []
     for step in range(1, recipe.steps + 1):
@@ -185,7 +185,7 @@ def training_loss(model: PreTrainedModel, input_ids_BS: Tensor, balance: float) 
     return loss
 
 
-def _endless(count: int, generator: np.random.Generator) -> Iterator[int]:
+def endless(count: int, generator: np.random.Generator) -> Iterator[int]:
     """Numbers below ``count`` in random order, again and again."""
     while True:
         yield from generator.permutation(count)

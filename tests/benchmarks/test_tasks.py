@@ -382,4 +382,4 @@ def test_what_cannot_be_fetched_ends_with_the_mend(monkeypatch, tmp_path):
 
 
 def test_tasks_are_named():
-    assert list(TASKS) == ["images", "novel", "speeches", "code"]
+    assert list(TASKS) == ["images", "novel", "speeches", "code", "newsgroups"]

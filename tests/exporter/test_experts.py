@@ -18,6 +18,7 @@ from tests.families.configs import tiny
 from tests.models_table import TINY
 
 SWIGLU = ExpertsOp(Activation("silu"), gated=True, interleaved=False, transposed=False, biased=False)
+MLP = ExpertsOp(Activation("gelu"), gated=False, interleaved=False, transposed=False, biased=True)
 
 DESCRIBED = {
     "mixtral": SWIGLU,
@@ -28,7 +29,8 @@ DESCRIBED = {
     "gpt_oss": ExpertsOp(
         Activation("silu", 1.702, 7.0, 1.0), gated=True, interleaved=True, transposed=True, biased=True
     ),
-    "vmoe": ExpertsOp(Activation("gelu"), gated=False, interleaved=False, transposed=False, biased=True),
+    "vmoe": MLP,
+    "moe_bert": MLP,
 }
 
 CONFIG: Any = SimpleNamespace(

@@ -29,13 +29,13 @@ from tests.cli.helpers import leftovers
 from tests.models_table import EXPERTS, TINY, TOP_K, VOCABULARY
 from tests.zoo import RUNNER
 
-TEXT = sorted(set(TINY) - {"vmoe"})
+DECODERS = sorted(set(TINY) - {"vmoe", "moe_bert"})
 TEXT_AXES = ("batch_size", "sequence_length")
 TEXT_INPUTS = tuple(TensorSpec(name, "int64", TEXT_AXES) for name in ("input_ids", "attention_mask"))
 TEXT_OUTPUTS = (TensorSpec("logits", "float32", (*TEXT_AXES, VOCABULARY)),)
 
 every_model = pytest.mark.parametrize("name", sorted(TINY))
-every_text_model = pytest.mark.parametrize("name", TEXT)
+every_decoder = pytest.mark.parametrize("name", DECODERS)
 
 
 def graph_of(zoo, name):
@@ -56,10 +56,15 @@ def test_the_manifest_tells_what_was_exported(name, zoo):
     assert max(errors) <= 1e-5
 
 
-@every_text_model
+@every_decoder
 def test_batch_and_sequence_of_a_decoder_are_dynamic(name, zoo):
     manifest = Manifest.load(zoo.exported(name))
     assert (manifest.inputs, manifest.outputs) == (TEXT_INPUTS, TEXT_OUTPUTS)
+
+
+def test_batch_and_sequence_of_a_text_classifier_are_dynamic(zoo):
+    manifest = Manifest.load(zoo.exported("moe_bert"))
+    assert (manifest.inputs, manifest.outputs) == (TEXT_INPUTS, (TensorSpec("logits", "float32", ("batch_size", 10)),))
 
 
 def test_the_batch_of_a_classifier_is_dynamic(zoo):
@@ -110,13 +115,13 @@ def test_no_trace_of_the_tracer_is_left_in_the_file(name, zoo):
     assert len(model.functions) == 1
 
 
-@every_text_model
+@pytest.mark.parametrize("name", [*DECODERS, "moe_bert"])
 def test_padded_tokens_are_masked(name, zoo):
     model = load_model(zoo.checkpoint(name))
     task = task_of(type(model).__name__)
     feeds = task.example(model.config, 3, 9, np.random.default_rng(3))
     feeds["attention_mask"][0, :4] = feeds["attention_mask"][1, :1] = 0
-    seen = feeds["attention_mask"].astype(bool)
+    seen = feeds["attention_mask"].astype(bool) if name in DECODERS else np.array([True, True, False])
     (got,) = RUNNER.run(zoo.exported(name), [feeds])
     expected = run_torch(model, task, feeds)["logits"][seen]
     assert error_between(expected, got["logits"][seen])[1] <= 1e-5

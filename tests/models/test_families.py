@@ -81,7 +81,7 @@ def test_the_layers_come_in_model_order_without_the_dense_ones():
     assert [layer.name for layer in find_moe_layers(TINY["vmoe"]())] == ["layers.1.mlp", "layers.3.mlp"]
 
 
-@pytest.mark.parametrize(("word", "nearest"), [("mixtrl", "did you mean 'mixtral'? "), ("bert", "")])
+@pytest.mark.parametrize(("word", "nearest"), [("mixtrl", "did you mean 'mixtral'? "), ("resnet", "")])
 def test_an_unknown_family_is_refused_with_the_nearest(word, nearest):
     message = (
         f"model_type {word!r} is no MoE family that moe-edge knows\n"

@@ -18,6 +18,10 @@ STORED = {
         "model.layers.0.block_sparse_moe.input_linear.weight",
         "model.layers.0.block_sparse_moe.experts.gate_up_proj",
     ),
+    "moe_bert": (
+        "bert.encoder.layer.1.intermediate.experts.up_proj",
+        "bert.encoder.layer.1.intermediate.experts.up_proj",
+    ),
     "vmoe": ("layers.1.mlp.experts.up_proj", "layers.1.mlp.experts.up_proj"),
 }
 """How published checkpoints name an expert's tensor, and where it goes."""

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from models.checkpoints import load_model, save_model
 from models.families import family
@@ -14,7 +13,7 @@ from moe_spec import Groups, LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import FULL, REPLACE
 from pruning.apply import apply_plan, prune
-from tests.models_table import TINY, example_inputs
+from tests.models_table import TINY, auto_class, example_inputs
 from tests.oracle import masked, plan_for, with_any_means
 
 ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
@@ -219,9 +218,8 @@ def test_a_pruned_checkpoint_loads_with_auto_classes(name, tmp_path, capfd):
     checkpoint, plan = saved(name, tmp_path)
     out = prune(checkpoint, plan, tmp_path / "pruned")
     assert capfd.readouterr().err == ""
-    auto_class = AutoModelForImageClassification if name == "vmoe" else AutoModelForCausalLM
     pruned = load_model(out)
-    assert type(auto_class.from_pretrained(out, local_files_only=True)) is type(pruned)
+    assert type(auto_class(pruned).from_pretrained(out, local_files_only=True)) is type(pruned)
     assert_pruned_equals_masked(load_model(checkpoint), pruned, PruningPlan.load(plan))
     kept = len(PruningPlan.load(plan).layers[0].keep)
     row, config = family(name), json.loads((out / "config.json").read_text())

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from models.checkpoints import save_model
-from pruning.finetuning.examples import next_tokens
+from pruning.finetuning.examples import is_language_model, next_tokens
 from pruning.finetuning.recipe import Recipe
 from tests.models_table import TINY, example_inputs
 
@@ -22,12 +22,12 @@ def quick(steps: int, **changes: object) -> Recipe:
 
 
 def columns(model: PreTrainedModel, count: int = 32) -> Columns:
-    """Random inputs; classes by the sign of a few pixels, next tokens for a language model."""
+    """Random inputs; classes by a few pixels or tokens, next tokens for a language model."""
     batch = example_inputs(model, count, 6, seed=0)
-    if "pixel_values" in batch:
-        bits = (batch["pixel_values"][:, 0, ::4, 0] > 0).long()
-        return {**batch, "labels": bits @ torch.tensor([4, 2, 1])}
-    return {**batch, "labels": next_tokens(batch["input_ids"], batch["attention_mask"])}
+    if is_language_model(model):
+        return {**batch, "labels": next_tokens(batch["input_ids"], batch["attention_mask"])}
+    large = batch["pixel_values"][:, 0, ::4, 0] > 0 if "pixel_values" in batch else batch["input_ids"][:, :3] > 63
+    return {**batch, "labels": large.long() @ torch.tensor([4, 2, 1])}
 
 
 def saved(name: str, directory: Path) -> tuple[Path, Path]:
@@ -35,7 +35,7 @@ def saved(name: str, directory: Path) -> tuple[Path, Path]:
     model, checkpoint, data = TINY[name](), directory / name, directory / "train.npz"
     save_model(model, checkpoint)
     arrays: dict[str, Any] = {key: column.numpy() for key, column in columns(model).items()}
-    if model.main_input_name == "input_ids":
+    if is_language_model(model):
         del arrays["labels"]
     np.savez_compressed(data, **arrays)
     return checkpoint, data

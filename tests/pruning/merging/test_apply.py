@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from models.checkpoints import load_model, save_model
 from models.families import family
@@ -16,7 +15,7 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import MEAN, NEW, ROWS, Merge
 from pruning.apply import apply_plan, prune
 from pruning.merging.align import neurons_first
-from tests.models_table import TINY, WIDTH, example_inputs
+from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
 
 GROUPS = ((0, 2), (1, 3), (4, 7), (5, 6))
@@ -189,8 +188,7 @@ def test_a_merged_checkpoint_loads_with_auto_classes(name, router, tmp_path):
     plan.save(tmp_path / "plan.json")
     prune(checkpoint, tmp_path / "plan.json", out)
     apply_plan(model, plan)
-    auto_class = AutoModelForImageClassification if name == "vmoe" else AutoModelForCausalLM
-    merged = auto_class.from_pretrained(out, local_files_only=True)
+    merged = auto_class(model).from_pretrained(out, local_files_only=True)
     assert [layer.num_experts for layer in find_moe_layers(merged)] == [4, 4]
     assert torch.equal(logits(merged), logits(model))
     assert PruningPlan.load(out / "plan.json") == plan
