@@ -60,9 +60,10 @@ def content(plan: PruningPlan | None) -> Json:
     if plan is None:
         return {}
     drawn = {"seed": plan.options["seed"]} if any(layer.router == NEW for layer in plan.layers) else {}
+    means = {"means": plan.means_sha256} if plan.means else {}
     named = (
         {"name": layer.name, "keep": layer.keep, "top_k": layer.top_k, "router": layer.router}
         | ({"merge": list(map(dataclasses.asdict, layer.merge)), "align": layer.align} if layer.merge else {})
         for layer in plan.layers
     )
-    return {"layers": list(named)} | drawn
+    return {"layers": list(named)} | drawn | means

@@ -11,7 +11,7 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import cached
 from models.checkpoints import load_model, save_model
 from moe_spec.errors import UserError
-from moe_spec.plan import FULL, MEAN, NEW, ROWS, PruningPlan
+from moe_spec.plan import FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED, PruningPlan
 from moe_spec.record import Json
 from pruning.budget import Keep
 from pruning.criteria import CRITERIA
@@ -30,15 +30,14 @@ Choice = Callable[[Subject, Keep, int], PruningPlan]
 """Makes a plan; the last argument is the seed of what is drawn."""
 
 
-def by_criterion(name: str, router: str = "", scope: str = "layer") -> Choice:
+def by_criterion(name: str, router: str = ROWS, scope: str = "layer") -> Choice:
     """Rank or merge once, by the criterion ``name``."""
 
     def choose(subject: Subject, keep: Keep, seed: int) -> PruningPlan:
         # over all layers K is every layer's floor, unless one expert a layer is asked for
-        clamp = scope == "layer" or keep == 1
-        return make_plan(
-            subject.statistics, PlanOptions(keep, name, scope=scope, seed=seed, clamp_top_k=clamp, router=router)
-        )
+        clamp = router not in UNTOUCHED and (scope == "layer" or keep == 1)
+        options = PlanOptions(keep, name, scope=scope, seed=seed, clamp_top_k=clamp, router=router)
+        return make_plan(subject.statistics, options)
 
     return choose
 
@@ -87,6 +86,7 @@ def _on_data(subject: Subject, options: PlanOptions, how: DataOptions) -> Prunin
 
 CHOICES: Mapping[str, Choice] = {
     **{name: by_criterion(name, ROWS) for name in ("random", *CRITERIA)},
+    "mone, mean outputs": by_criterion("mone", REPLACE),
     "seer-soft, global": by_criterion("seer-soft", scope="global"),
     "reap, global": by_criterion("reap", scope="global"),
     **{name: by_criterion(name, MEAN if row.router == NEW else row.router) for name, row in MERGERS.items()},
