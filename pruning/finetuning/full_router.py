@@ -19,18 +19,19 @@ from pruning.finetuning.options import FullRouter
 
 
 def check_full(model: PreTrainedModel, method: FullRouter, _steps: int) -> None:
-    """Refuse a plan that leaves a smaller checkpoint, which can be trained as it is.
+    """Refuse a plan that changes more than which experts give something.
 
     Raises:
-        UserError: it is none that can be read, removes rows, or experts choose their tokens.
+        UserError: it cannot be read, its routers are not full, or experts choose their tokens.
     """
     require_token_choice(find_moe_layers(model))
     for layer in PruningPlan.load(method.plan).layers:
         if layer.router != FULL and layer.dropped:
             raise UserError(
-                f"{method.plan} removes rows of the router of layer {layer.name}, which --method full-router keeps",
-                hint=f"train what is left: moe-edge prune CHECKPOINT --plan {method.plan} -o pruned, then moe-edge "
-                "finetune pruned; or plan with --router full",
+                f"{method.plan} has the router {layer.router!r} in layer {layer.name}, behind which nothing is "
+                f"trained, expected {FULL!r}",
+                hint="plan with --router full; what --router rows leaves is a checkpoint: moe-edge prune CHECKPOINT "
+                f"--plan {method.plan} -o pruned, and moe-edge finetune pruned",
             )
 
 

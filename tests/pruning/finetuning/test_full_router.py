@@ -90,9 +90,9 @@ def test_a_plan_that_removes_rows_is_refused_before_data_is_read(tmp_path):
     checkpoint, _ = saved("vmoe", tmp_path)
     plan = saved_plan(checkpoint, tmp_path / "rows.json", ROWS)
     assert refusal(checkpoint, plan, tmp_path / "none.npz", tmp_path / "out") == (
-        f"{plan} removes rows of the router of layer layers.1.mlp, which --method full-router keeps",
-        f"train what is left: moe-edge prune CHECKPOINT --plan {plan} -o pruned, then moe-edge finetune pruned; or "
-        "plan with --router full",
+        f"{plan} has the router 'rows' in layer layers.1.mlp, behind which nothing is trained, expected 'full'",
+        "plan with --router full; what --router rows leaves is a checkpoint: moe-edge prune CHECKPOINT "
+        f"--plan {plan} -o pruned, and moe-edge finetune pruned",
     )
 
 
