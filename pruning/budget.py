@@ -339,19 +339,17 @@ class Scope:
     """One way to spread a budget over layers.
 
     Attributes:
-        check: refuses what no ranking can make possible; it looks at no score.
-        spread: how many experts each layer keeps.
+        spread: how many experts each layer keeps. What it refuses, it refuses whatever the scores; but for negative ones.
         within: the same where the budget is no count of experts; the fewest of all layers are within it.
     """
 
-    check: Callable[[Sequence[RankedLayer], Keep], list[int]]
     spread: Callable[[Sequence[RankedLayer], Keep], list[int]]
     within: Callable[[Sequence[RankedLayer], Holds], list[int]]
 
 
 SCOPES: Mapping[str, Scope] = {
-    "layer": Scope(check=same_count, spread=same_count, within=most_of_each),
-    "global": Scope(check=smallest_counts, spread=one_ranking, within=best_of_all),
+    "layer": Scope(spread=same_count, within=most_of_each),
+    "global": Scope(spread=one_ranking, within=best_of_all),
 }
 """How a budget is spread over layers."""
 

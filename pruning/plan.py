@@ -31,7 +31,7 @@ from pruning.criteria.scores import finite
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 from pruning.means import check_replaceable, with_means
 from pruning.merging.mergers import MERGERS
-from pruning.merging.plan import check_merging, merge_instead
+from pruning.merging.plan import check_merging, check_parts, merge_instead
 
 LayersOf = Callable[[Path], ModelLayers]
 
@@ -169,7 +169,7 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
     if options.router == REPLACE:
         check_replaceable(candidates.layers)
     scope = SCOPES[options.scope]
-    scope.check(unranked(candidates.layers, options, candidates.protected), options.keep)
+    check_counts(unranked(candidates.layers, options, candidates.protected), options)
     ranked = rank(candidates.layers, candidates.score(), options, candidates.protected)
     counts = scope.spread(ranked, options.keep)
     plans = tuple(layer.plan(count) for layer, count in zip(ranked, counts, strict=True))
@@ -180,6 +180,18 @@ def choose(candidates: Candidates, options: PlanOptions) -> tuple[LayerPlan, ...
         return plans
     seen = [layer for layer in candidates.layers if isinstance(layer, LayerStatistics)]
     return tuple(merge_instead(plan, layer, merger, options.router) for plan, layer in zip(plans, seen, strict=True))
+
+
+def check_counts(layers: Sequence[RankedLayer], options: PlanOptions) -> None:
+    """Refuse a budget that ``layers``, all of whose scores are 0, cannot work with; then no scores make it possible.
+
+    Raises:
+        UserError: what the scope refuses, or routing groups that experts cannot be merged in.
+    """
+    counts = SCOPES[options.scope].spread(layers, options.keep)
+    if options.criterion in MERGERS:
+        for layer, count in zip(layers, counts, strict=True):
+            check_parts(layer.name, layer.groups, count)
 
 
 def replaced(plans: Sequence[LayerPlan], candidates: Candidates) -> tuple[LayerPlan, ...]:

@@ -23,7 +23,7 @@ from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.acceptance import Batches
 from pruning.apply import apply_plan
-from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer
+from pruning.budget import SEARCHED, Keep, RankedLayer
 from pruning.collect import collect
 from pruning.cost import BYTES, FLAGS, AtMost, Limit, Measure
 from pruning.criteria import CRITERIA, by_statistics
@@ -35,6 +35,7 @@ from pruning.merging.mergers import MERGERS
 from pruning.plan import (
     PlanOptions,
     candidates_of,
+    check_counts,
     check_options,
     choose,
     rank,
@@ -177,7 +178,7 @@ def _way(checkpoint: Path, shapes: Sequence[LayerShape], options: PlanOptions, h
     if options.criterion == NAEE:
         for shape, layer in zip(shapes, layers, strict=True):
             check_search(shape, layer.count(options.keep))
-    SCOPES[options.scope].check(layers, options.keep)
+    check_counts(layers, options)
     if options.criterion == NAEE:
         return functools.partial(_search, options=options)
     if options.criterion in MERGERS:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
+from moe_spec.feasibility import Groups
 from moe_spec.plan import MERGE_ROUTERS, LayerPlan, Merge
 from moe_spec.statistics import KEYS, LayerStatistics
 from pruning.criteria.scores import Scores, finite
@@ -30,6 +31,20 @@ def check_merging(criterion: str, router: str, *, protect: bool) -> None:
         )
 
 
+def check_parts(layer: str, groups: Groups | None, count: int) -> None:
+    """Refuse to merge the experts of a layer into ``count`` that its routing groups cannot share.
+
+    Raises:
+        UserError: groups would have different numbers of them.
+    """
+    if groups is not None and count % groups.count:
+        raise UserError(
+            f"layer {layer} merges its experts into {count}, but has {groups.count} routing groups: experts of "
+            "different groups cannot become one",
+            hint=f"keep a multiple of {groups.count}, the number of groups: --keep {groups.count}",
+        )
+
+
 def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str) -> LayerPlan:
     """``plan`` with as many survivors and the same K, but merged by ``merger``.
 
@@ -48,14 +63,9 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
     """
     for values in layer.sums.values():
         finite(layer.name, values)
+    check_parts(layer.name, layer.groups, len(plan.keep))
     parts = 1 if layer.groups is None else layer.groups.count
-    count, left_over = divmod(len(plan.keep), parts)
-    if left_over:
-        raise UserError(
-            f"layer {layer.name} merges its experts into {len(plan.keep)}, but has {parts} routing groups: experts of "
-            "different groups cannot become one",
-            hint=f"keep a multiple of {parts}, the number of groups: --keep {parts}",
-        )
+    count = len(plan.keep) // parts
     scores_E = merger.scores(layer)
     groups = [
         ids[members]

@@ -148,9 +148,10 @@ def test_a_global_budget_grows_layers_with_groups_by_one_expert_of_each():
     assert [len(keep) for keep in kept([weak, even], 5, "global")] == [4, 6]
 
 
-def test_a_global_budget_that_groups_cannot_spend_is_refused():
+@pytest.mark.parametrize("scores", [range(8), np.zeros(8)])
+def test_a_global_budget_that_groups_cannot_spend_is_refused_whatever_the_scores(scores):
     with pytest.raises(UserError) as caught:
-        kept([layer(range(8), **TWO_GROUPS)], 5, "global")
+        kept([layer(scores, **TWO_GROUPS)], 5, "global")
     assert caught.value.what == "--keep 5 asks for 5 experts in all, but routing groups let 4 be kept"
     assert caught.value.hint == "keep a multiple of 2, the number of groups, in every layer"
 
@@ -239,7 +240,7 @@ def test_a_global_budget_leaves_every_layer_the_floor():
 @pytest.mark.parametrize("floor", [0, 9])
 def test_a_floor_that_cannot_be_is_refused(scope, floor):
     with pytest.raises(UserError) as caught:
-        SCOPES[scope].check([layer(np.zeros(8), floor=floor)], 4)
+        SCOPES[scope].spread([layer(np.zeros(8), floor=floor)], 4)
     assert caught.value.what == f"--floor {floor} asks for {floor} experts, but layer mlp has 8"
     assert caught.value.hint == "give --floor 1 to 8"
 

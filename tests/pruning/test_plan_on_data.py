@@ -152,6 +152,13 @@ FIRST = "layer model.layers.0.mlp"
         ),
         (
             "deepseek_v3",
+            PlanOptions(1, "m-smoe", clamp_top_k=True),
+            1,
+            f"{FIRST} merges its experts into 1, but has 2 routing groups: experts of different groups cannot become "
+            "one",
+        ),
+        (
+            "deepseek_v3",
             PlanOptions(4, "naee"),
             1,
             f"{FIRST} routes in 2 groups, and subsets of its experts would break them",
