@@ -339,7 +339,7 @@ class Scope:
     """One way to spread a budget over layers.
 
     Attributes:
-        spread: how many experts each layer keeps. What it refuses, it refuses whatever the scores; but for negative ones.
+        spread: how many experts each layer keeps. What it refuses, it refuses whatever the scores, negative ones aside.
         within: the same where the budget is no count of experts; the fewest of all layers are within it.
     """
 
