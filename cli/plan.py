@@ -212,4 +212,4 @@ def _layers_of(source: Path) -> "ModelLayers":
     shapes = (
         LayerShape(block.name, block.num_experts, block.router.top_k, block.router.groups) for block in model.blocks
     )
-    return ModelLayers(model.source_sha256, tuple(shapes))
+    return ModelLayers(model.model_sha256, tuple(shapes))

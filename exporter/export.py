@@ -1,7 +1,7 @@
 """A checkpoint to a model directory with one experts node a layer."""
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -15,7 +15,7 @@ from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
-from moe_spec.identity import checkpoint_sha256
+from moe_spec.identity import checkpoint_sha256, pruned_sha256
 from moe_spec.manifest import EXPERT_CHOICE, MODEL, BlockEntry, Manifest, TensorSpec, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
@@ -74,12 +74,20 @@ def export(
             inputs=tuple(_spec(value) for value in proto.graph.input),
             outputs=tuple(_spec(value) for value in proto.graph.output),
             blocks=blocks,
+            model_sha256=identity if plan is None else _pruned_sha256(identity, plan, blocks),
             plan=plan,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
             details={"opset": opset, "parity_with_torch": parity},
         )
         manifest.save(staging)
     return manifest
+
+
+def _pruned_sha256(source_sha256: str, plan: PruningPlan, blocks: Sequence[BlockEntry]) -> str:
+    """As `optimize` would have called it, had it carried out the plan."""
+    if not any(layer.dropped for layer in plan.layers):
+        return source_sha256
+    return pruned_sha256(source_sha256, {block.name: block.keep for block in blocks})
 
 
 def _save(proto: onnx.ModelProto, path: Path) -> None:

@@ -63,7 +63,7 @@ def calibrate(
     refuse_existing(out)
     model = read_model(source)
     dataset = _load(model, data, batch_size, limit)
-    run = Run(model.source_sha256, dataset.sha256, len(dataset), batch_size, options={"onnx": model.parent_sha256})
+    run = Run(model.model_sha256, dataset.sha256, len(dataset), batch_size, options={"onnx": model.parent_sha256})
     shards = Shards(shards_of(out), run, shard_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _observed(model, runner, out.parent) as (variant, outputs), runner.open(variant) as graph:
@@ -75,7 +75,7 @@ def calibrate(
             return tuple(layer_statistics(*both, valid_T) for both in zip(model.blocks, layers, strict=True))
 
         layers = accumulate(dataset, take, shards, batch_size=batch_size, on_progress=on_progress)
-    statistics = Statistics(model.source_sha256, (dataset.sha256,), layers)
+    statistics = Statistics(model.model_sha256, (dataset.sha256,), layers)
     statistics.save(out)
     shards.remove()
     return statistics

@@ -55,6 +55,11 @@ class Model:
         return self.identity.result()
 
     @property
+    def model_sha256(self) -> str:
+        """Identity of this model, which plans and statistics carry."""
+        return self.source_sha256 if self.manifest is None else self.manifest.model_sha256
+
+    @property
     def parent_sha256(self) -> str:
         """Hash of the manifest, or of the ONNX file where there is none."""
         return self.source_sha256 if self.manifest is None else sha256_file(self.path.parent / FILE_NAME)

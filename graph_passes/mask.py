@@ -68,6 +68,7 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
             inputs=inputs,
             outputs=outputs,
             blocks=entries,
+            model_sha256=model.model_sha256,
             plan=plan,
             tools=tool_versions(),
         )

@@ -28,6 +28,7 @@ from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import new_directory, refuse_existing, sha256_file
+from moe_spec.identity import pruned_sha256
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, PassEntry, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
@@ -98,7 +99,7 @@ def optimize(
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, is_new, on_progress)
         if plan is not None and not any_model:  # here, because a large model is hashed while its weights are written
-            plan.require_model(model.source_sha256, str(source))
+            _require_model(plan, model, source)
         hashed = beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
@@ -121,6 +122,7 @@ def optimize(
             inputs=inputs,
             outputs=outputs,
             blocks=entries,
+            model_sha256=_model_sha256(model, decisions, entries),
             plan=plan if plan is not None else (None if model.manifest is None else model.manifest.plan),
             passes=passes,
             tools=tool_versions(),
@@ -138,6 +140,18 @@ def optimize(
         )
         manifest.save(staging)
     return manifest
+
+
+def _require_model(plan: PruningPlan, model: Model, source: Path) -> None:
+    """A plan for the model at the start of the chain has its ids too, and names the number of experts of a layer."""
+    if plan.model_sha256 != model.source_sha256:
+        plan.require_model(model.model_sha256, str(source))
+
+
+def _model_sha256(model: Model, decisions: Sequence[Decision], entries: Sequence[BlockEntry]) -> str:
+    if all(decision.pruned.keep == decision.read.keep for decision in decisions):
+        return model.model_sha256
+    return pruned_sha256(model.source_sha256, {entry.name: entry.keep for entry in entries})
 
 
 def _check_form(form: str, accepted: Sequence[str] | None) -> None:

@@ -1,6 +1,6 @@
 """The identity of a model: one hash that a plan, statistics and manifests agree on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
@@ -54,6 +54,23 @@ def onnx_sha256(model: Path) -> str:
     """Hash of an ONNX file and of the external data file beside it."""
     data = model.with_name(model.name + ".data")
     return _hash_of([model, *([data] if data.is_file() else [])])
+
+
+def pruned_sha256(source_sha256: str, keeps: Mapping[str, Sequence[int]]) -> str:
+    """Identity of what is left of a model: in whatever form, the same experts of the same model are the same.
+
+    A plan says ids of the model that it was made for, so it must not be taken for one with other experts.
+
+    Args:
+        source_sha256: identity of the model with all experts.
+        keeps: for each MoE layer the ids that are left, ascending.
+
+    >>> one, other = ({"layers.0.mlp": keep} for keep in [(0, 1), (2, 3)])
+    >>> pruned_sha256("source", one) == pruned_sha256("source", other)
+    False
+    """
+    lines = [f"{name} {','.join(map(str, keep))}" for name, keep in sorted(keeps.items())]
+    return sha256_text("\n".join([source_sha256, *lines]))
 
 
 def _hash_of(paths: Sequence[Path]) -> str:

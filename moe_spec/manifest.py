@@ -87,6 +87,8 @@ class Manifest:
     Attributes:
         kind: ``exported``, ``optimized`` or ``engine``.
         source_sha256: identity of the model at the start of the chain (a checkpoint, or a foreign ONNX file).
+        model_sha256: identity of this one, which plans and statistics carry: the same while all experts are there, and
+            ``moe_spec.identity.pruned_sha256`` of it once some are gone.
         parent_sha256: hash of the parent's manifest.json; of the checkpoint or ONNX file where there is none.
         files: every file of the directory but the manifest.
         inputs: of ``model.onnx`` or of the engine.
@@ -105,10 +107,15 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     blocks: tuple[BlockEntry, ...] = ()
+    model_sha256: str = ""
     plan: PruningPlan | None = None
     passes: tuple[PassEntry, ...] = ()
     tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.model_sha256:
+            object.__setattr__(self, "model_sha256", self.source_sha256)
 
     @property
     def modified(self) -> bool:
@@ -140,6 +147,7 @@ class Manifest:
             inputs=tuple(_tensor(entry) for entry in record.records("inputs")),
             outputs=tuple(_tensor(entry) for entry in record.records("outputs")),
             blocks=tuple(_block(entry) for entry in record.records("blocks")),
+            model_sha256=record.take("model_sha256", str, default=""),
             plan=None if plan is None else PruningPlan.from_record(plan),
             passes=tuple(_flat(PassEntry, entry) for entry in record.records("passes")),
             tools=record.take("tools", dict),

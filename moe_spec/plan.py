@@ -188,7 +188,7 @@ class PruningPlan:
     """Which experts stay, and where that decision came from.
 
     Attributes:
-        model_sha256: identity of the model that was planned for (``Manifest.source_sha256``).
+        model_sha256: identity of the model that was planned for (``Manifest.model_sha256``).
         criterion: name of the criterion that ranked.
         options: budget and criterion options, as given.
         statistics_sha256: the statistics that were ranked, or None where the criterion needs none.

@@ -105,7 +105,7 @@ class Statistics:
     """What calibration saw.
 
     Attributes:
-        model_sha256: identity of the model (``Manifest.source_sha256``).
+        model_sha256: identity of the model (``Manifest.model_sha256``).
         data_sha256: one hash for each shard of data, in the order in which they were merged.
         layers: in model order.
     """

@@ -49,6 +49,7 @@ def finish_engine(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         blocks=tuple(dataclasses.replace(block, gates=None, scores=None) for block in parent.blocks),
+        model_sha256=parent.model_sha256,
         plan=parent.plan,
         passes=parent.passes,
         tools={**parent.tools, **tools},

@@ -16,7 +16,7 @@ from graph_passes.optimize import optimize
 from graph_passes.prune import match_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
-from moe_spec.identity import onnx_sha256
+from moe_spec.identity import onnx_sha256, pruned_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, Merge, PruningPlan
 from moe_spec.runner import error_between
@@ -91,6 +91,43 @@ def test_config_json_gets_the_new_counts(zoo, tmp_path):
 def test_a_plan_for_another_model_is_refused(source):
     error = refusal(source, dataclasses.replace(planned(source), model_sha256="0" * 64))
     assert error.what == (f"the plan was made for model 000000000000, but {source} is model {onnx_sha256(source)[:12]}")
+
+
+def test_a_plan_for_other_experts_of_the_same_model_is_refused(source, tmp_path):
+    """Both halves are called the same, have as many experts, and come from one model."""
+    first, second = (tmp_path / name for name in ("first", "second"))
+    for half, keep in ((first, (0, 1, 2, 3)), (second, (4, 5, 6, 7))):
+        optimize(source, half, RUNNER, plan=plan(Spec(), keep, onnx_sha256(source)))
+    halves = [read_model(half) for half in (first, second)]
+    assert [half.source_sha256 for half in halves] == [onnx_sha256(source)] * 2
+    made = PruningPlan(halves[0].model_sha256, "by hand", (LayerPlan(NAME, 4, 2, (1, 2)),))
+    with pytest.raises(UserError) as error:
+        optimize(second, tmp_path / "out", RUNNER, plan=made)
+    mine, theirs = (half.model_sha256[:12] for half in halves)
+    assert error.value.what == f"the plan was made for model {mine}, but {second} is model {theirs}"
+    assert optimize(first, tmp_path / "out", RUNNER, plan=made).blocks[0].keep == (1, 2)
+
+
+def test_a_pruned_model_is_the_same_in_another_form(source, tmp_path):
+    pruned = optimize(source, tmp_path / "pruned", RUNNER, plan=planned(source))
+    reformed = optimize(tmp_path / "pruned", tmp_path / "dense", RUNNER, form="dense")
+    copied = optimize(tmp_path / "dense", tmp_path / "copied", RUNNER)
+    reference = mask_model(tmp_path / "pruned", None, tmp_path / "reference")
+    identities = {manifest.model_sha256 for manifest in (pruned, reformed, copied, reference)}
+    assert identities == {pruned_sha256(onnx_sha256(source), {NAME: KEEP})}
+    assert Manifest.load(tmp_path / "copied").model_sha256 == pruned.model_sha256
+    whole = optimize(source, tmp_path / "whole", RUNNER, form="dense")
+    assert whole.model_sha256 == onnx_sha256(source)
+
+
+def test_a_plan_for_the_whole_model_still_holds_for_layers_that_have_all_experts(zoo, tmp_path):
+    source = zoo.exported("mixtral")
+    identity, names = Manifest.load(source).source_sha256, [block.name for block in Manifest.load(source).blocks]
+    plans = [PruningPlan(identity, "by hand", (LayerPlan(name, 8, 2, KEEP),)) for name in names]
+    optimize(source, tmp_path / "one", RUNNER, plan=plans[0])
+    both = optimize(tmp_path / "one", tmp_path / "both", RUNNER, plan=plans[1])
+    at_once = PruningPlan(identity, "by hand", tuple(one.layers[0] for one in plans))
+    assert both.model_sha256 == optimize(source, tmp_path / "once", RUNNER, plan=at_once).model_sha256
 
 
 def test_a_plan_with_other_counts_is_refused(source):
