@@ -60,8 +60,8 @@ class Size:
         return {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
 
 
-SIZES = (Size(16, 2, 1024), Size(32, 8, 512))
-"""Few wide experts, and many narrow ones, which have more outputs to sum for as much computation."""
+SIZES = (Size(16, 2, 1024), Size(32, 8, 512), Size(64, 8, 256))
+"""Few wide experts, and more and more narrow ones, which have more outputs to sum for as much computation."""
 
 QUICK_SIZES = (Size(4, 2, 128, hidden=64, layers=1, tokens=64),)
 

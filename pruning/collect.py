@@ -85,7 +85,9 @@ class LayerSums:
         change_T = _change(seen.hidden_TH, seen.mixed_TH)
         for run in seen.runs:
             valid_N = valid_T[run.tokens_N]
-            if valid_N.any():
+            if valid_N.all():
+                self._add_run(run, change_T)
+            elif valid_N.any():
                 self._add_run(run.of(valid_N), change_T)
         if self._dense:
             tokens = max(1, _DENSE_ELEMENTS // self._sums["output"].numel())
@@ -102,7 +104,7 @@ class LayerSums:
         norm_squared_N = squared_NH.sum(dim=-1)
         norm_N = norm_squared_N.sqrt()
         gated_N = gate_N * norm_N
-        terms = {
+        vectors = {
             "tokens": torch.ones_like(gate_N),
             "gate": gate_N,
             "gate_squared": gate_N.square(),
@@ -111,11 +113,11 @@ class LayerSums:
             "gated_norm": gated_N,
             "gated_norm_squared": gated_N.square(),
             "gated_norm_change": gated_N * change_T[run.tokens_N],
-            "output": output_NH,
-            "output_squared": squared_NH,
         }
-        for key, term in terms.items():
-            self._sums[key][run.expert] += term.sum(dim=0)
+        sums = dict(zip(vectors, torch.stack(tuple(vectors.values())).sum(dim=-1), strict=True))
+        sums |= {"output": output_NH.sum(dim=0), "output_squared": squared_NH.sum(dim=0)}
+        for key, one in sums.items():
+            self._sums[key][run.expert] += one
         peak = self._sums["output_peak"][run.expert]
         peak.copy_(torch.maximum(peak, squared_NH.max().sqrt()))
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
+
+_SLOTS = 1024
+"""A call of the family's code costs as much as some hundred tokens; experts with fewer share one."""
 
 
 class Run(NamedTuple):
@@ -99,25 +103,34 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 
 
 def _runs(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Iterator[Run]:
-    """The experts that a token selected, one after the other."""
+    """The experts that a token selected, one after the other; small ones are computed together."""
     ids_S, order_S = ids_TK.flatten().sort(stable=True)
+    tokens_S, gates_S = order_S // ids_TK.shape[1], gates_TK.flatten()[order_S]
     selected, counts = torch.unique_consecutive(ids_S, return_counts=True)
-    for expert, places_N in zip(selected.tolist(), torch.split(order_S, counts.tolist()), strict=True):
-        tokens_N = places_N // ids_TK.shape[1]
-        outputs_NH = expert_outputs(experts, expert, hidden_TH[tokens_N])
-        yield Run(expert, tokens_N, gates_TK.flatten()[places_N], outputs_NH)
+    ends = counts.cumsum(0)
+    each = zip(selected.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+    for _, together in itertools.groupby(each, key=lambda expert: expert[1] // _SLOTS):
+        part = list(together)
+        start, end = part[0][1], part[-1][2]
+        outputs_SH = _outputs(experts, hidden_TH[tokens_S[start:end]], ids_S[start:end])
+        for expert, first, last in part:
+            yield Run(expert, tokens_S[first:last], gates_S[first:last], outputs_SH[first - start : last - start])
 
 
 def expert_outputs(experts: nn.Module, expert: int, hidden_NH: Tensor) -> Tensor:
-    """``f_e(x)`` of one expert, (N, H), biases included and no weight applied.
+    """``f_e(x)`` of one expert, (N, H), biases included and no weight applied."""
+    return _outputs(experts, hidden_NH, torch.full((len(hidden_NH),), expert, device=hidden_NH.device))
+
+
+def _outputs(experts: nn.Module, hidden_SH: Tensor, ids_S: Tensor) -> Tensor:
+    """``f_e(x)`` of one expert for each x, (S, H).
 
     It is the only one that the family's own eager code is told of, with weight 1, so layouts, gating, clamps and
     biases are the family's, not a copy of them.
     """
-    ids_N1 = torch.full((len(hidden_NH), 1), expert, device=hidden_NH.device)
     eager = inspect.unwrap(type(experts).forward)
-    outputs_NH: Tensor = eager(experts, hidden_NH, ids_N1, torch.ones_like(ids_N1, dtype=hidden_NH.dtype))
-    return outputs_NH
+    outputs_SH: Tensor = eager(experts, hidden_SH, ids_S[:, None], torch.ones_like(hidden_SH[:, :1]))
+    return outputs_SH
 
 
 def outputs_of_all(layer: MoELayer, hidden_NH: Tensor) -> Tensor:
