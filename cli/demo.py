@@ -25,7 +25,8 @@ def demo(
 ) -> None:
     """The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench.
 
-    Keeps 8, 4, 2 and 1 of 8 experts of a V-MoE trained on Fashion-MNIST, and leaves every artifact in a directory.
+    Keeps 8, 4, 2 and 1 of 8 experts of a V-MoE trained on Fashion-MNIST, then trains it down to one expert a layer, and
+    leaves every artifact in a directory.
 
     Example: moe-edge demo -o demo-output
     """

@@ -24,6 +24,9 @@ from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Feeds
 from pruning.calibrate import calibrate
+from pruning.finetuning.finetune import finetune
+from pruning.finetuning.options import TaskSpecific
+from pruning.finetuning.recipe import RECIPES
 from pruning.plan import PlanOptions, plan
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
@@ -42,6 +45,9 @@ CPU = "onnxruntime-cpu"
 BATCHES = (1, 64)
 THREADS = 1
 REPEATS, WARMUP = 30, 3
+TRAINED = "one-expert"
+RECIPE = dataclasses.replace(RECIPES["adamw"], steps=100, batch_size=64, learning_rate=1e-3)
+"""Half a minute at most. Longer training, on all training images, is what the paper of the method does."""
 
 Step = Callable[[str], None]
 
@@ -76,6 +82,7 @@ class Journey:
 
     def __init__(self, directory: Path, targets: tuple[str, ...], say: Step) -> None:
         self._directory = directory
+        self._folders: list[Path] = []
         self._targets = targets
         self._say = say
         self._checkpoint = fashion_mnist()
@@ -96,7 +103,7 @@ class Journey:
             self._say("export to ONNX and compare with torch")
             exported = self._directory / "exported"
             export(self._checkpoint, exported, self._runner)
-            rows = [self._variant(keep, statistics, exported) for keep in KEEPS]
+            rows = [*(self._variant(keep, statistics, exported) for keep in KEEPS), self._trained()]
             self._say(f"bench, batch sizes {', '.join(map(str, BATCHES))}")
             return self._with_latency([self._torch_row(), *rows])
 
@@ -115,22 +122,40 @@ class Journey:
 
     def _variant(self, keep: int, statistics: Path, exported: Path) -> Row:
         """Plan, optimise, verify and build one number of experts."""
-        folder = self._directory / f"keep-{keep}"
-        folder.mkdir()
+        folder = self._folder(f"keep-{keep}")
         self._say(f"keep {keep} of {max(KEEPS)} experts: plan, optimise, verify")
         options = PlanOptions(keep=keep, criterion=CRITERION, clamp_top_k=True)
         made = plan(statistics, options, folder / "plan.json")
+        mask_model(exported, made, folder / "reference")
+        return self._row(folder, exported, made, folder / "reference")
+
+    def _trained(self) -> Row:
+        """Task-specific pruning: experts go while the calibration images are learned, until one a layer is left."""
+        folder = self._folder(TRAINED)
+        self._say(f"train to 1 of {max(KEEPS)} experts on the calibration images: export, optimise, verify")
+        data = self._checkpoint / "calibration.npz"
+        finetune(self._checkpoint, data, TaskSpecific(), RECIPE, folder / "checkpoint")
+        exported = folder / "exported"
+        export(folder / "checkpoint", exported, self._runner)
+        return dataclasses.replace(self._row(folder, exported, None, exported), model="ONNX, tuned")
+
+    def _folder(self, name: str) -> Path:
+        folder = self._directory / name
+        folder.mkdir()
+        self._folders.append(folder)
+        return folder
+
+    def _row(self, folder: Path, exported: Path, made: PruningPlan | None, reference: Path) -> Row:
+        """Optimise and verify what is in ``folder``, and build its engines."""
         optimized = self._optimize(exported, folder / "optimized", made, CPU)
-        reference = folder / "reference"
-        mask_model(exported, made, reference)
         report = verify(folder / "optimized", reference, self._test, threads=THREADS)
         report.save(folder / "parity.json")
         if not report.passed or report.accuracy is None:
-            raise VerificationError(f"keep {keep}: {'; '.join(report.reasons)}")
+            raise VerificationError(f"{folder.name}: {'; '.join(report.reasons)}")
         forms = "+".join(sorted({block.form for block in optimized.blocks}))
         return Row(
             model=f"ONNX, {forms}",
-            experts=keep,
+            experts=optimized.blocks[0].experts,
             accuracy=report.accuracy.candidate,
             parity="PASS",
             flips=report.flips,
@@ -139,11 +164,11 @@ class Journey:
             latency_ms={},
         )
 
-    def _optimize(self, exported: Path, out: Path, made: PruningPlan, target: str) -> Manifest:
+    def _optimize(self, exported: Path, out: Path, made: PruningPlan | None, target: str) -> Manifest:
         accepted = [form for form in WRITERS if form in find_target(target).forms]
         return optimize(exported, out, self._runner, plan=made, accepted=accepted)
 
-    def _engines(self, exported: Path, folder: Path, made: PruningPlan) -> dict[str, int]:
+    def _engines(self, exported: Path, folder: Path, made: PruningPlan | None) -> dict[str, int]:
         """Engines of the form that TensorRT takes; built, not run: this needs no GPU."""
         if not self._targets:
             return {}
@@ -159,8 +184,7 @@ class Journey:
         """All variants take turns at every batch size, so that noise hits all alike."""
         latency: list[dict[str, float]] = [{} for _ in rows]
         with contextlib.ExitStack() as stack:
-            models = [self._directory / f"keep-{keep}" / "optimized" for keep in KEEPS]
-            sessions = [stack.enter_context(open_session(model, THREADS)) for model in models]
+            sessions = [stack.enter_context(open_session(folder / "optimized", THREADS)) for folder in self._folders]
             for size in BATCHES:
                 feeds = self._test.first(size).feeds
                 runs: dict[str, Callable[[], object]] = {"0": partial(self._run_torch, feeds)}

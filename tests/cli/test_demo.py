@@ -13,7 +13,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from cli.demo import _table
-from cli.journey import BATCHES, KEEPS, TARGETS, Row
+from cli.journey import BATCHES, KEEPS, RECIPE, TARGETS, TRAINED, Row
 from models.vmoe.assets import fashion_mnist
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
@@ -28,6 +28,7 @@ STEPS = [
     "· calibrate on 1,000 training images",
     "· export to ONNX and compare with torch",
     *(f"· keep {keep} of 8 experts: plan, optimise, verify" for keep in KEEPS),
+    "· train to 1 of 8 experts on the calibration images: export, optimise, verify",
     "· bench, batch sizes 1, 64",
 ]
 
@@ -57,20 +58,21 @@ def run_demo(out):
 
 def test_each_row_says_what_ran(demo):
     _, rows = demo
-    assert [row.experts for row in rows] == [8, *KEEPS]
-    assert [row.parity for row in rows] == ["reference", *["PASS"] * 4]
-    assert (rows[0].model, rows[-1].model) == ("torch", "ONNX, ffn")
-    assert [row.engine_bytes for row in rows] == [{}] * 5
+    assert [row.experts for row in rows] == [8, *KEEPS, 1]
+    assert [row.parity for row in rows] == ["reference", *["PASS"] * 5]
+    assert (rows[0].model, rows[-2].model, rows[-1].model) == ("torch", "ONNX, ffn", "ONNX, tuned")
+    assert [row.engine_bytes for row in rows] == [{}] * 6
     assert {tuple(row.latency_ms) for row in rows} == {tuple(map(str, BATCHES))}
     assert all(latency > 0 for row in rows for latency in row.latency_ms.values())
 
 
 def test_fewer_experts_are_fewer_bytes(demo):
-    root, (_, *rows) = demo
+    root, (_, *rows, tuned) = demo
     sizes = [row.onnx_bytes for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     files = [root / f"keep-{keep}" / "optimized" / "model.onnx" for keep in KEEPS]
     assert sizes == [file.stat().st_size + file.with_name("model.onnx.data").stat().st_size for file in files]
+    assert tuned.onnx_bytes == pytest.approx(sizes[-1], rel=1e-3)
 
 
 @every_keep
@@ -85,6 +87,19 @@ def test_the_accuracy_is_what_the_graph_reaches_and_what_verify_measured(keep, d
     assert report.accuracy is not None
     assert (report.accuracy.candidate, report.accuracy.examples) == (row.accuracy, len(labels))
     assert report.flips == row.flips
+
+
+def test_training_recovers_most_of_what_one_expert_alone_lost(demo):
+    root, (whole, *_, one, tuned) = demo
+    labels = np.load(TEST_IMAGES)["labels"]
+    logits = run(root / TRAINED / "optimized", [TEST_IMAGES]).outputs["logits"]
+    assert tuned.accuracy == (logits.argmax(-1) == labels).mean()
+    assert one.accuracy < 0.5 < 0.85 < tuned.accuracy < whole.accuracy
+    record = json.loads((root / TRAINED / "checkpoint" / "finetuning.json").read_text())
+    assert (record["method"], record["recipe"]["steps"]) == ("task-specific", RECIPE.steps)
+    blocks = Manifest.load(root / TRAINED / "optimized").blocks
+    assert [(block.form, block.router) for block in blocks] == [("ffn", "")] * 2
+    assert leftovers(root / TRAINED) == {"checkpoint", "exported", "optimized", "parity.json"}
 
 
 def test_all_experts_are_as_accurate_as_torch(demo):
@@ -110,7 +125,8 @@ def test_every_artifact_is_there_and_chained_to_its_parent(keep, demo):
 
 def test_the_directory_holds_the_rows_too(demo):
     root, rows = demo
-    assert leftovers(root) == {"demo.json", "exported", "statistics.safetensors", *(f"keep-{keep}" for keep in KEEPS)}
+    folders = {TRAINED, *(f"keep-{keep}" for keep in KEEPS)}
+    assert leftovers(root) == {"demo.json", "exported", "statistics.safetensors", *folders}
     assert [Row(**row) for row in json.loads((root / "demo.json").read_text())["rows"]] == rows
 
 

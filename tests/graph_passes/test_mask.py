@@ -1,12 +1,14 @@
-"""The reference: the original graph with experts made unselectable (methods.md's invariants)."""
+"""The reference: the original graph with experts made unselectable."""
 
 import numpy as np
+import onnx
 import pytest
 
 from graph_passes.mask import mask_model
+from graph_passes.optimize import optimize
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
-from moe_spec.manifest import OBSERVED
+from moe_spec.manifest import OBSERVED, Manifest
 from tests.graph_passes.block_models import Spec, compute, plan, save, spec_of
 from tests.zoo import RUNNER
 
@@ -90,6 +92,26 @@ def test_without_renormalisation_untouched_tokens_are_rescaled(tmp_path):
     same = (before != 0).argmax(1) == (after != 0).argmax(1)
     assert same.any()
     assert (after.max(1)[same] > before.max(1)[same]).all()
+
+
+def test_ties_are_broken_as_they_were(tmp_path):
+    """Survivors stay in the order of their ids, by which ONNX breaks ties."""
+    keep = (1, 2, 4, 6)
+    source = tmp_path / "block.onnx"
+    save(Spec(), source)
+    model = onnx.load(source)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("gate.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(weight)), weight.name))
+    onnx.save(model, source)
+    made = plan(Spec(), keep, onnx_sha256(source))
+    mask_model(source, made, tmp_path / "masked")
+    optimize(source, tmp_path / "pruned", RUNNER, plan=made)
+    x, chosen = np.ones((3, 8), np.float32), []
+    for name in ("masked", "pruned"):
+        (block,) = Manifest.load(tmp_path / name).blocks
+        (seen,) = RUNNER.run(tmp_path / name / OBSERVED, [{"x": x}])
+        chosen.append([np.flatnonzero(row).tolist() for row in seen[block.gates]])
+    assert chosen == [[[1, 2]] * 3, [[0, 1]] * 3]
 
 
 def test_nothing_is_masked_without_a_plan(tmp_path):
