@@ -126,8 +126,7 @@ class Journey:
         self._say(f"keep {keep} of {max(KEEPS)} experts: plan, optimise, verify")
         options = PlanOptions(keep=keep, criterion=CRITERION, clamp_top_k=True)
         made = plan(statistics, options, folder / "plan.json")
-        mask_model(exported, made, folder / "reference")
-        return self._row(folder, exported, made, folder / "reference")
+        return self._row(folder, exported, made)
 
     def _trained(self) -> Row:
         """Task-specific pruning: experts go while the calibration images are learned, until one a layer is left."""
@@ -137,7 +136,7 @@ class Journey:
         finetune(self._checkpoint, data, TaskSpecific(), RECIPE, folder / "checkpoint")
         exported = folder / "exported"
         export(folder / "checkpoint", exported, self._runner)
-        return dataclasses.replace(self._row(folder, exported, None, exported), model="ONNX, tuned")
+        return dataclasses.replace(self._row(folder, exported, None), model="ONNX, tuned")
 
     def _folder(self, name: str) -> Path:
         folder = self._directory / name
@@ -145,10 +144,11 @@ class Journey:
         self._folders.append(folder)
         return folder
 
-    def _row(self, folder: Path, exported: Path, made: PruningPlan | None, reference: Path) -> Row:
-        """Optimise and verify what is in ``folder``, and build its engines."""
+    def _row(self, folder: Path, exported: Path, made: PruningPlan | None) -> Row:
+        """Optimise ``exported`` into ``folder``, verify the result, and build its engines."""
+        mask_model(exported, made, folder / "reference")
         optimized = self._optimize(exported, folder / "optimized", made, CPU)
-        report = verify(folder / "optimized", reference, self._test, threads=THREADS)
+        report = verify(folder / "optimized", folder / "reference", self._test, threads=THREADS)
         report.save(folder / "parity.json")
         if not report.passed or report.accuracy is None:
             raise VerificationError(f"{folder.name}: {'; '.join(report.reasons)}")

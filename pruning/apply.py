@@ -85,7 +85,7 @@ def unloaded_experts(checkpoint: Path) -> list[str]:
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Drop experts in memory: ``w (E, ...) -> w[keep] (Ek, ...)`` for router and experts of every layer named.
 
-    1. Survivor ``j`` is expert ``keep[j]`` of before, so a top-k that goes by id, as ONNX has it, breaks ties as before.
+    1. Survivor ``j`` is expert ``keep[j]`` of before, so a top-k that goes by id, as ONNX does, breaks ties as before.
     2. Router weight, bias and selection bias are sliced by the same ids; shared experts and scales stay untouched.
     3. Layers may keep different numbers. The config has one count: it changes only where all layers agree.
     4. All layers are checked before the first is changed.

@@ -99,7 +99,7 @@ def test_training_recovers_most_of_what_one_expert_alone_lost(demo):
     assert (record["method"], record["recipe"]["steps"]) == ("task-specific", RECIPE.steps)
     blocks = Manifest.load(root / TRAINED / "optimized").blocks
     assert [(block.form, block.router) for block in blocks] == [("ffn", "")] * 2
-    assert leftovers(root / TRAINED) == {"checkpoint", "exported", "optimized", "parity.json"}
+    assert leftovers(root / TRAINED) == {"checkpoint", "exported", "optimized", "parity.json", "reference"}
 
 
 def test_all_experts_are_as_accurate_as_torch(demo):
