@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -68,7 +69,7 @@ QUICK_SIZES = (Size(4, 2, 128, hidden=64, layers=1, tokens=64),)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The median milliseconds of everything."""
+    """The median milliseconds of everything, of the processor."""
 
     size: Size
     median_ms: Mapping[str, float]
@@ -89,7 +90,7 @@ def measure(size: Size, repeats: int) -> Row:
     runs: dict[str, Callable[[], object]] = {name: functools.partial(_forward, model, batch, name) for name in PLAIN}
     runs[OBSERVED] = functools.partial(collect, model, [batch])
     runs[DENSE] = functools.partial(collect, model, [batch], dense=True)
-    times = time_in_turns(runs, repeats=repeats, warmup=WARMUP)
+    times = time_in_turns(runs, repeats=repeats, warmup=WARMUP, clock=time.process_time_ns)
     return Row(size, {name: float(np.median(times[name])) for name in runs})
 
 
@@ -107,8 +108,8 @@ def report(rows: Sequence[Row], repeats: int, command: str) -> str:
 `{command}` printed this on {describe_machine()}; one thread.
 
 A Mixtral of {size.layers} layers with H={size.hidden} and random weights, float32; {size.tokens:,} random tokens.
-Milliseconds a pass, median of {repeats}. In each row all take turns, so that what else the machine does hits all alike;
-it was shared, and small differences mean nothing.
+Milliseconds of the processor a pass, median of {repeats}: the machine was shared, and of wall time others took most. In
+each row all take turns, so that caches shared with others hit all alike; small differences mean nothing.
 
 - *{PLAIN[0]}*, *{PLAIN[1]}*: the forward pass without a head, with transformers' two ways to run the selected experts.
 - *{OBSERVED}*: `collect`, every statistic that the selected experts and the router tell, in float64.
