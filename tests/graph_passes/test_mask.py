@@ -109,6 +109,7 @@ def test_ties_are_broken_as_they_were(tmp_path):
     x, chosen = np.ones((3, 8), np.float32), []
     for name in ("masked", "pruned"):
         (block,) = Manifest.load(tmp_path / name).blocks
+        assert block.gates is not None
         (seen,) = RUNNER.run(tmp_path / name / OBSERVED, [{"x": x}])
         chosen.append([np.flatnonzero(row).tolist() for row in seen[block.gates]])
     assert chosen == [[[1, 2]] * 3, [[0, 1]] * 3]

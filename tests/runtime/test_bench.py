@@ -47,6 +47,12 @@ def test_runs_take_turns():
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
+def test_any_clock_will_do():
+    ticks = iter(range(0, 40_000_000, 5_000_000))
+    times = time_in_turns({name: int for name in "ab"}, repeats=2, warmup=1, clock=lambda: next(ticks))
+    assert times == {"a": [5.0, 5.0], "b": [5.0, 5.0]}
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts the peak")
 def test_a_larger_batch_takes_more_memory(model):
     small, large = (peak_memory(model, leading=size, other=64, threads=1) for size in (1, 4000))
