@@ -49,7 +49,7 @@ def test_runs_take_turns():
 
 def test_any_clock_will_do():
     ticks = iter(range(0, 40_000_000, 5_000_000))
-    times = time_in_turns({name: int for name in "ab"}, repeats=2, warmup=1, clock=lambda: next(ticks))
+    times = time_in_turns(dict.fromkeys("ab", int), repeats=2, warmup=1, clock=lambda: next(ticks))
     assert times == {"a": [5.0, 5.0], "b": [5.0, 5.0]}
 
 
