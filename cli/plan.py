@@ -20,7 +20,9 @@ its router is pruned in ONNX: `moe-edge optimize --plan`.
 
 Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-smoe-cosine, ream. --keep is then how many
 a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe and ream need statistics taken with
---dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained.
+--dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained. By
+alias the router stays as it is and all rows of a group lead to its one expert, as M-SMoE and HC-SMoE do it: `moe-edge
+export CHECKPOINT --plan` and then `moe-edge optimize --plan` carry that out.
 
 With --data a checkpoint is planned for on task data at once: by any criterion by statistics, in several --rounds of
 pruning and looking again; by any merger, with all the statistics that it needs; or by naee, which searches for the
@@ -86,7 +88,7 @@ def plan(
         str,
         typer.Option(
             help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it; replace: it gets "
-            "its mean output. Where experts are merged: rows, mean or new. Not given: what is nearest to the paper."
+            "its mean output. Where experts are merged: rows, mean, new or alias. Not given: as in the paper."
         ),
     ] = "",
     protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,

@@ -82,7 +82,8 @@ def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scr
         return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
 
     applied, own = plan_of(candidate) if plan is None else plan, plan_of(reference)
-    missing = None if own == applied else applied
+    is_applied = own == applied and not (applied is not None and applied.shares_experts)  # gates are added up first
+    missing = None if is_applied else applied
     if missing is None and (reference / OBSERVED).is_file():
         return reference
     from graph_passes.mask import mask_model

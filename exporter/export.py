@@ -17,7 +17,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256, pruned_sha256
 from moe_spec.manifest import EXPERT_CHOICE, MODEL, BlockEntry, Manifest, TensorSpec, list_files
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import ALIAS, PruningPlan
 from moe_spec.runner import Runner
 
 OPSET = 20
@@ -108,6 +108,8 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def _block(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
     planned = None if plan is None else plan.layer(layer.name)
+    if planned is not None and planned.router == ALIAS:
+        planned = None  # merged experts are equal, and as many as ever
     keep = tuple(range(layer.num_experts)) if planned is None else planned.keep
     if len(keep) != layer.num_experts:
         raise UserError(

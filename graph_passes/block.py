@@ -1,6 +1,7 @@
 """The record between readers and writers: one MoE block, whatever form it had and whatever form it gets."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -78,6 +79,7 @@ class Router:
         capacity: how many tokens an expert takes, where that is limited.
         eps_clips: the sum is divided by where it is larger than ``eps``, else ``eps`` is (ernie4_5).
         leads_to: the rows that lead to an expert, where the gates of the others are dropped; None: all do.
+        aliases: (row, other) where ``row`` leads to the expert of ``other``, one of ``leads_to``; gates add up.
         gathered: whether the graph's gates, or ids, are of the experts that these rows lead to only.
         unranked: so many of the last rows are not in the graph: experts that its ids do not reach, at -inf here.
     """
@@ -106,6 +108,15 @@ class Router:
     unranked: int = 0
     leads_to: tuple[int, ...] | None = None
     gathered: bool = False
+    aliases: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def expert_of(self) -> tuple[int, ...]:
+        """For each row the expert that it leads to, or -1."""
+        assert self.leads_to is not None
+        expert_of = dict(zip(self.leads_to, range(len(self.leads_to)), strict=True))
+        expert_of.update({row: expert_of[other] for row, other in self.aliases})
+        return tuple(expert_of.get(row, -1) for row in range(self.weight_EH.shape[0]))
 
     @property
     def columns(self) -> int:
@@ -138,7 +149,8 @@ class Router:
         if self.renormalize:
             steps.append("renormalised")
         if self.leads_to is not None:
-            steps.append(f"{len(self.leads_to)} of {self.weight_EH.shape[0]} rows lead to an expert")
+            leading = f"{len(self.leads_to) + len(self.aliases)} of {self.weight_EH.shape[0]} rows lead to "
+            steps.append(leading + (f"one of {len(self.leads_to)} experts" if self.aliases else "an expert"))
         return ", ".join(steps)
 
 
@@ -167,6 +179,13 @@ class Experts:
         """Every weight there is."""
         tensors = (self.up_EHF, self.gate_EHF, self.down_EFH, self.up_bias_EF, self.gate_bias_EF, self.down_bias_EH)
         return [tensor for tensor in tensors if tensor is not None]
+
+    def take(self, keep: Sequence[int]) -> "Experts":
+        """Those with the ids ``keep``."""
+        names = ("up_EHF", "gate_EHF", "down_EFH", "up_bias_EF", "gate_bias_EF", "down_bias_EH")
+        held = {name: getattr(self, name) for name in names}
+        taken = {name: weight.take(keep) for name, weight in held.items() if weight is not None}
+        return dataclasses.replace(self, **taken)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,8 @@ def force_routing(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[st
     emitter, router = emitter.within("forced"), block.router
     if router.leads_to is not None:
         raise UserError(
-            f"the routing of layer {block.name} cannot be forced: some rows of its router lead to no expert",
+            f"the routing of layer {block.name} cannot be forced: some rows of its router lead to no expert of their "
+            "own",
             hint="leave --forced out",
         )
     ids, weights = (

@@ -35,7 +35,7 @@ from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
-from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 
 LOW_IN_HALF = -3e4
 """`UNSELECTABLE` for float16: twice this is finite too, and a softmax of it is 0."""
@@ -112,7 +112,9 @@ def save_observed(
         if not is_observable(block):
             entries.append(entry_of(block))
             continue
-        observed = observe_routing(graph, emitter, block, routing_of(emitter, block, masked), masked, silent)
+        routing = routing_of(emitter, block, masked)
+        shared = layer.survivor_of if layer is not None and layer.router == ALIAS else ()
+        observed = observe_routing(graph, emitter, block, routing, masked, silent, shared)
         entries.append(entry_of(block, *observed))
     sort_nodes(graph)
     save_variant(graph, target / OBSERVED)
@@ -121,7 +123,7 @@ def save_observed(
 
 def _dropped(layer: LayerPlan | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(experts that ``layer`` makes unselectable, those whose gates it sets to 0)."""
-    if layer is None:
+    if layer is None or layer.router == ALIAS:
         return (), ()
     return ((), layer.dropped) if layer.router in UNTOUCHED else (layer.dropped, ())
 

@@ -29,11 +29,12 @@ def observe_routing(
     routing: Routing,
     excluded: Sequence[int] = (),
     silent: Sequence[int] = (),
+    counted_for: Sequence[int] = (),
 ) -> tuple[str, str]:
     """Add two outputs for ``block``; their names.
 
     ``<name>/observed/gates`` (T, E): the weight of each expert for each token, 0 where not selected, and for those in
-    ``silent``.
+    ``silent``; or for each expert the one of ``counted_for`` that its own gate is added to.
     ``<name>/observed/scores`` (T, E): what top-k ranks, -inf for the experts in ``excluded``. What rows of the router
     score that lead to no expert stands behind: they decide the choice too.
     """
@@ -51,6 +52,9 @@ def observe_routing(
     if silent:
         kept = emitter.array("kept", 1 - mask_E(experts, silent, 1.0))
         gates = emitter.emit("Mul", gates, kept, label="silent_gates")
+    if counted_for:
+        counts = np.asarray(counted_for)[:, None] == np.arange(experts)
+        gates = emitter.emit("MatMul", gates, emitter.array("counted_for", counts.astype(np.float32)), label="shared")
     return _output(graph, emitter, gates, "gates"), _output(graph, emitter, scores, "scores")
 
 

@@ -65,7 +65,7 @@ def observe_experts(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[
     """
     reason = why_not(block, FORM)
     if block.router.leads_to is not None:  # of whom nobody could say what they would have given
-        reason = "some rows of its router lead to no expert"
+        reason = "some rows of its router lead to no expert of their own"
     if reason is not None:
         raise UserError(
             f"the experts of layer {block.name} cannot be observed: {reason}",

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from graph_passes.block import ON_INPUT, Constants, Experts, MoEBlock, Router
+from graph_passes.block import ON_INPUT, Constants, MoEBlock, Router
+from graph_passes.share import share_experts
 from graph_passes.weights import Weight, from_array
 from moe_spec.errors import UserError
-from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 
 
 def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
@@ -24,6 +25,8 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
             replaces experts whose weights multiply what they read.
     """
     require_rows(block, plan)
+    if plan.router == ALIAS:
+        return share_experts(block, plan)
     if plan.router in UNTOUCHED:
         return _prune_behind(block, plan)
     router = block.router
@@ -41,7 +44,7 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     return dataclasses.replace(
         block,
         router=_prune_router(router, plan),
-        experts=_prune_experts(block.experts, plan.keep),
+        experts=block.experts.take(plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
     )
 
@@ -78,10 +81,11 @@ def _prune_behind(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
         )
     if len(leads_to) == router.weight_EH.shape[0]:
         return block
+    aliases = tuple((row, other) for row, other in router.aliases if other in leads_to)
     return dataclasses.replace(
         block,
-        router=dataclasses.replace(router, leads_to=leads_to, gathered=True),
-        experts=_prune_experts(block.experts, plan.keep),
+        router=dataclasses.replace(router, leads_to=leads_to, gathered=True, aliases=aliases),
+        experts=block.experts.take(plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
         constants=constants_for(block, plan) if plan.router == REPLACE else None,
     )
@@ -102,9 +106,10 @@ def constants_for(block: MoEBlock, plan: LayerPlan) -> Constants:
         )
     experts, leads_to = block.experts, block.router.leads_to
     means_DH = plan.mean_outputs(experts.down_EFH.shape[2]).astype(experts.up_EHF.float_dtype)
-    led = [leads_to is None or block.row_of[expert] in leads_to for expert in plan.dropped]
-    rows = (block.row_of[expert] for expert, is_led in zip(plan.dropped, led, strict=True) if is_led)
-    return Constants(tuple(rows), from_array(means_DH[led]))
+    index_of = {block.row_of[expert]: index for index, expert in enumerate(plan.dropped)}
+    index_of.update({row: index_of[other] for row, other in block.router.aliases if other in index_of})
+    rows = tuple(row for row in index_of if leads_to is None or row in leads_to or row in dict(block.router.aliases))
+    return Constants(rows, from_array(means_DH[[index_of[row] for row in rows]]))
 
 
 def _prune_router(router: Router, plan: LayerPlan) -> Router:
@@ -115,18 +120,6 @@ def _prune_router(router: Router, plan: LayerPlan) -> Router:
         selection_bias_E=_take(router.selection_bias_E, plan.keep),
         top_k=plan.top_k,
         group_of=tuple(router.group_of[expert] for expert in plan.keep) if router.groups else (),
-    )
-
-
-def _prune_experts(experts: Experts, keep: Sequence[int]) -> Experts:
-    return dataclasses.replace(
-        experts,
-        up_EHF=experts.up_EHF.take(keep),
-        gate_EHF=_take(experts.gate_EHF, keep),
-        down_EFH=experts.down_EFH.take(keep),
-        up_bias_EF=_take(experts.up_bias_EF, keep),
-        gate_bias_EF=_take(experts.gate_bias_EF, keep),
-        down_bias_EH=_take(experts.down_bias_EH, keep),
     )
 
 
@@ -149,7 +142,7 @@ def match_layers(plan: PruningPlan | None, blocks: Sequence[MoEBlock]) -> list[L
     """
     if plan is None:
         return [None] * len(blocks)
-    merging = [layer.name for layer in plan.layers if layer.merge]
+    merging = [layer.name for layer in plan.layers if layer.merge and layer.router != ALIAS]
     if merging:
         raise UserError(
             f"the plan merges experts of layer {merging[0]}: a graph can lose experts, but has no mean of them",

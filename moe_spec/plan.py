@@ -18,20 +18,21 @@ from moe_spec.record import Json, Record, load_record, save_record
 SCHEMA = 2
 _REMAKE = "make it again with `moe-edge plan`"
 
-ROWS, FULL, REPLACE, MEAN, NEW = "rows", "full", "replace", "mean", "new"
+ROWS, FULL, REPLACE, MEAN, NEW, ALIAS = "rows", "full", "replace", "mean", "new", "alias"
 ROUTERS: Mapping[str, str] = {
     ROWS: "the rows of dropped experts go: a token that chose one gets its next best survivor",
     FULL: "the router stays as it is: a token that chose a dropped expert gets nothing from it",
     REPLACE: "the router stays as it is: a token that chose a dropped expert gets that one's mean output, gated",
     MEAN: "the row of a survivor is the weighted mean of those merged into it",
     NEW: "all rows are drawn anew, and have to be trained",
+    ALIAS: "the router stays as it is: all rows of a group lead to the one expert that it became, and gates add up",
 }
 """What becomes of a layer's router."""
 
 DROP_ROUTERS = (ROWS, FULL, REPLACE)
-MERGE_ROUTERS = (ROWS, MEAN, NEW)
+MERGE_ROUTERS = (ROWS, MEAN, NEW, ALIAS)
 
-UNTOUCHED = (FULL, REPLACE)
+UNTOUCHED = (FULL, REPLACE, ALIAS)
 """Routers that choose as ever, so that K stays and any number of experts may."""
 
 
@@ -96,6 +97,7 @@ class LayerPlan:
             return
         ids = [expert for merge in self.merge for expert in merge.experts]
         fits = len(self.merge) == len(self.keep) and len(set(ids)) == len(ids) and set(ids) <= set(range(self.experts))
+        fits = fits and (self.router != ALIAS or len(ids) == self.experts)
         fits = fits and all(
             own in merge.experts
             and len(merge.weights) == len(merge.experts)
@@ -106,9 +108,10 @@ class LayerPlan:
         if not fits:
             raise UserError(
                 f"layer {self.name} keeps {list(self.keep)} but merges {[list(merge.experts) for merge in self.merge]}",
-                hint=f"each survivor with itself and others, no expert twice, weights above 0; {_REMAKE}",
+                hint="each survivor with itself and others, no expert twice, with the router "
+                f"{ALIAS!r} every expert, weights above 0; {_REMAKE}",
             )
-        if self.groups is not None:
+        if self.groups is not None and self.router != ALIAS:
             self._check_merge_groups(self.groups)
 
     def _check_merge_groups(self, groups: Groups) -> None:
@@ -150,6 +153,12 @@ class LayerPlan:
                 hint="make a plan for this model with `moe-edge plan`",
             )
         return self.means_DH
+
+    @property
+    def survivor_of(self) -> tuple[int, ...]:
+        """For each of the parent's experts the one that it is merged into; itself where it is not merged."""
+        survivors = {expert: own for own, merge in zip(self.keep, self.merge, strict=False) for expert in merge.experts}
+        return tuple(survivors.get(expert, expert) for expert in range(self.experts))
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -234,13 +243,33 @@ class PruningPlan:
                 "tool: optimize --any-model",
             )
 
+    @property
+    def shares_experts(self) -> bool:
+        """Whether rows of some router share an expert."""
+        return any(layer.router == ALIAS for layer in self.layers)
+
+    def require_no_aliases(self) -> None:
+        """Refuse a plan by which rows of a router share an expert, for what has an expert a row.
+
+        Raises:
+            UserError: with a layer of which it says so.
+        """
+        aliased = [layer.name for layer in self.layers if layer.router == ALIAS]
+        if aliased:
+            raise UserError(
+                f"the plan lets rows of the router of layer {aliased[0]} share an expert, but a checkpoint has one for "
+                "each row",
+                hint="moe-edge export CHECKPOINT --plan plan.json -o exported/ && "
+                "moe-edge optimize exported/ --plan plan.json -o optimized/",
+            )
+
     def require_narrow_routers(self, where: str) -> None:
         """Refuse a plan that leaves rows of a router without an expert, for what cannot have such.
 
         Raises:
             UserError: a layer drops experts and keeps its router full.
         """
-        full = [layer.name for layer in self.layers if layer.router in UNTOUCHED and layer.dropped]
+        full = [layer.name for layer in self.layers if layer.router in (FULL, REPLACE) and layer.dropped]
         if full:
             raise UserError(
                 f"the plan keeps the router of layer {full[0]} full, but {where} has as many experts as its router "

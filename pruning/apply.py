@@ -17,7 +17,7 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.means import give_means
 from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
@@ -49,6 +49,7 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     plan = PruningPlan.load(plan_path)
     plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
     plan.require_narrow_routers("a checkpoint")
+    plan.require_no_aliases()
     skeleton, tensors = load_skeleton(checkpoint), stored_tensors(checkpoint)
     names = parameter_names(skeleton, tensors, checkpoint)
     pruned = pruned_parameters(skeleton, plan)
@@ -92,7 +93,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     5. Where the router stays as it is it leads to every expert still: those dropped become zeros, which give 0
        whenever they are chosen, or their gate times their mean output where they are replaced by that; nothing shrinks.
        That is for measuring; an ONNX graph drops them.
-    6. Where a plan merges experts, the survivors become weighted means first (``pruning.merging.apply``).
+    6. Where a plan merges experts, the survivors become weighted means first (``pruning.merging.apply``). Where rows of
+       the router share them, each of the group becomes the mean, and an ONNX graph makes one of these equals.
 
     Raises:
         UserError: a layer that the model lacks or has with another number of experts, or one whose router cannot
@@ -107,7 +109,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     merge_layers(model, todo, plan.options)
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
         if layer_plan.router in UNTOUCHED:
-            _silence(layer, layer_plan.dropped)
+            if layer_plan.router != ALIAS:
+                _silence(layer, layer_plan.dropped)
             if layer_plan.router == REPLACE:
                 give_means(layer, layer_plan)
             continue

@@ -65,6 +65,15 @@ def check_router(router: str, *, clamp_top_k: bool) -> None:
         raise UserError(
             f"{router!r} is no router of a plan that drops experts", hint=did_you_mean(router, DROP_ROUTERS)
         )
+    check_clamp(router, clamp_top_k=clamp_top_k)
+
+
+def check_clamp(router: str, *, clamp_top_k: bool) -> None:
+    """Refuse to let K shrink under a router that stays as it is.
+
+    Raises:
+        UserError: it shall.
+    """
     if router in UNTOUCHED and clamp_top_k:
         raise UserError(
             f"--clamp-top-k lets K shrink, but --router {router} leaves it as it is",

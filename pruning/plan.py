@@ -13,9 +13,9 @@ from moe_spec.feasibility import ANY, Kernels
 from moe_spec.files import refuse_existing, sha256_file
 from moe_spec.identity import checkpoint_sha256, is_onnx
 from moe_spec.means import means_path
-from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, FULL, REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
-from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer, check_budget, check_router
+from pruning.budget import SCOPES, SEARCHED, Keep, RankedLayer, check_budget, check_clamp, check_router
 from pruning.criteria import (
     CHANGE_CRITERIA,
     CRITERIA,
@@ -31,7 +31,7 @@ from pruning.criteria.scores import finite
 from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 from pruning.means import check_replaceable, with_means
 from pruning.merging.mergers import MERGERS
-from pruning.merging.plan import check_merging, check_parts, merge_instead
+from pruning.merging.plan import check_merging, merge_instead, parts_of
 
 LayersOf = Callable[[Path], ModelLayers]
 
@@ -55,7 +55,7 @@ class PlanOptions:
         clamp_top_k: let K shrink where fewer than K experts can be selected.
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor), ``full`` (it gets nothing
             from it; K stays, and fewer than K experts may be kept) or ``replace`` (as ``full``, but it gets the
-            expert's mean output). Where experts are merged ``rows``, ``mean`` or ``new`` of
+            expert's mean output). Where experts are merged ``rows``, ``mean``, ``new`` or ``alias`` of
             ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of ``mone`` and of mergers.
         protect: keep super experts (``pruning.criteria.protection``) before all others.
         pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
@@ -191,7 +191,7 @@ def check_counts(layers: Sequence[RankedLayer], options: PlanOptions) -> None:
     counts = SCOPES[options.scope].spread(layers, options.keep)
     if options.criterion in MERGERS:
         for layer, count in zip(layers, counts, strict=True):
-            check_parts(layer.name, layer.groups, count)
+            parts_of(layer.name, layer.groups, count, options.router)
 
 
 def replaced(plans: Sequence[LayerPlan], candidates: Candidates) -> tuple[LayerPlan, ...]:
@@ -211,7 +211,9 @@ def rank(
     protected: Sequence[frozenset[int]] = (),
 ) -> list[RankedLayer]:
     """``layers`` with the ``scores`` of their experts, (E,) each, and all that binds how many they may keep."""
-    router = ROWS if options.criterion in MERGERS else options.router
+    router = options.router
+    if options.criterion in MERGERS:
+        router = FULL if router == ALIAS else ROWS  # what binds how many there may be
     return [
         RankedLayer(
             name=shape.name,
@@ -252,6 +254,7 @@ def check_options(options: PlanOptions) -> None:
         )
     if options.criterion in MERGERS:
         check_merging(options.criterion, options.router, protect=options.protect)
+        check_clamp(options.router, clamp_top_k=options.clamp_top_k)
     else:
         check_router(options.router, clamp_top_k=options.clamp_top_k)
     if options.pretrained is not None and options.criterion not in CHANGE_CRITERIA:

@@ -22,7 +22,7 @@ def agree(block: MoEBlock, node: gs.Node) -> MoEBlock:
     rows, experts = block.router.weight_EH.shape, block.experts.up_EHF.shape
     leads_to = block.router.leads_to
     if leads_to is not None and (block.router.columns, rows[1]) == experts[:2]:
-        if not all(0 <= row < rows[0] for row in leads_to):
+        if not all(0 <= row < rows[0] for row in (*leads_to, *(row for row, _ in block.router.aliases))):
             raise FormError(f"the router has {rows[0]} rows, its gates are taken from {list(leads_to)}", node)
     elif rows[1] == experts[1] and rows[0] < experts[0] and block.router.groups is None:
         block = dataclasses.replace(block, router=_with_rows(block.router, experts[0] - rows[0]))

@@ -159,11 +159,13 @@ def _try(found: Found, weighed: Weighed, routed: Routed, total: gs.Tensor, weigh
     router, on_input = routed.router, weighed.gate is None
     in_order = router.slots is None
     experts, top_k = (router.columns,) * 2 if in_order else (router.weight_EH.shape[0], router.top_k)
-    leads_to = None if in_order else router.leads_to
+    leads_to, aliases = (None, ()) if in_order else (router.leads_to, router.aliases)
     tokens = tokens_of(routed.hidden)
     orders = []  # runs are found by counting: no two experts may always have the same counts
     for loads in told_apart(experts, None if tokens is None else tokens * top_k):
-        trial = Trial(experts, top_k, 1, tokens=tokens, loads=loads, in_order=in_order, leads_to=leads_to)
+        trial = Trial(
+            experts, top_k, 1, tokens=tokens, loads=loads, in_order=in_order, leads_to=leads_to, aliases=aliases
+        )
         run = _started(routed, trial, weights)
         slots = trial.slots(run.of(routed.gate), producer(routed.gate))
         orders.append([layer.order(slots, trial, run) for layer in found.layers])

@@ -35,10 +35,12 @@ class Trial:
         loads: Array | None = None,
         in_order: bool = False,
         leads_to: Sequence[int] | None = None,
+        aliases: Sequence[tuple[int, int]] = (),
     ) -> None:
         """``tokens`` is T where a graph has a fixed one, ``loads`` (E,) says which expert gets more than another.
 
-        Only the ids in ``leads_to``, where that is given, are those of experts.
+        Only the ids in ``leads_to``, where that is given, are those of experts; in ``aliases`` the first of two ids is
+        that of the second's expert.
 
         Raises:
             FormError: no such decision reaches every expert.
@@ -57,6 +59,9 @@ class Trial:
         self.hidden_TH = numbered(tokens, width)
         self._experts, self._top_k, self._rng = experts, top_k, rng
         self.ids_of_experts = list(range(experts) if leads_to is None else leads_to)
+        self._expert_of_id: Array = np.arange(experts)
+        for alias, other in aliases:
+            self._expert_of_id[alias] = other
         self._slot_of: Array = np.argsort(self.weights_TK.reshape(-1))
 
     @property
@@ -93,7 +98,7 @@ class Trial:
         Raises:
             FormError: they chose several, or there are none.
         """
-        chosen = sorted(set(self.ids_TK.reshape(-1)[slots].tolist()))
+        chosen = sorted(set(self._experts_of(slots).tolist()))
         if len(chosen) != 1:
             raise FormError(f"a branch takes the tokens of experts {chosen}, expected those of one expert", node)
         return int(chosen[0])
@@ -104,8 +109,11 @@ class Trial:
         Raises:
             FormError: one did.
         """
-        if np.isin(self.ids_TK.reshape(-1)[slots], self.ids_of_experts).any():
+        if np.isin(self._experts_of(slots), self.ids_of_experts).any():
             raise FormError("tokens are passed by the expert that they are weighed for", node)
+
+    def _experts_of(self, slots: Array) -> Array:
+        return np.asarray(self._expert_of_id[self.ids_TK.reshape(-1)[slots]])
 
     def outputs(self, count: int, width: int) -> Array:
         """(count, width) what an expert might give."""

@@ -15,7 +15,7 @@ from graph_passes.routers.finish import Finish
 from graph_passes.routers.gates import gate_steps, product_steps
 from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.routers.products import Product, factors
-from graph_passes.routers.silence import strip_led, strip_silence
+from graph_passes.routers.silence import strip_aliases, strip_led, strip_silence
 from graph_passes.routers.slots import restricted_steps, slot_steps
 from graph_passes.walk import produced_by, producer, source
 
@@ -30,7 +30,7 @@ def read_slots(ids: gs.Tensor, weights: gs.Tensor, weights_of: Weights) -> Route
     """
     led = strip_led(ids, weights)
     router = assemble(slot_steps(led.ids, led.weights), weights_of, slots=Slots(ids, weights))
-    return dataclasses.replace(router, leads_to=led.leads_to, gathered=led.leads_to is not None)
+    return dataclasses.replace(router, leads_to=led.leads_to, gathered=led.leads_to is not None, aliases=led.aliases)
 
 
 def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:
@@ -39,6 +39,11 @@ def read_gates(gates_TE: gs.Tensor, weights_of: Weights) -> Router:
     Raises:
         FormError: with the first thing that is no step of a known router.
     """
+    if (shared := strip_aliases(gates_TE)) is not None:
+        of_rows, first_rows, aliases = shared
+        steps, slots = gate_steps(of_rows)
+        router = assemble(steps, weights_of, slots=slots, gates=gates_TE)
+        return dataclasses.replace(router, leads_to=first_rows, gathered=True, aliases=aliases)
     every_gate, leads_to = strip_silence(gates_TE)
     steps, slots = gate_steps(every_gate)
     router = assemble(steps, weights_of, slots=slots, gates=gates_TE)

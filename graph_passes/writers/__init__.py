@@ -57,7 +57,7 @@ def write(emitter: Emitter, block: MoEBlock) -> tuple[gs.Tensor, Routing | None]
 def why_not(block: MoEBlock, form: str) -> str | None:
     """Why ``form`` cannot express ``block``; None where it can."""
     if block.router.leads_to is not None and form not in BEHIND_A_FULL_ROUTER:
-        return "some rows of its router lead to no expert"
+        return "some rows of its router lead to no expert of their own"
     asked = getattr(WRITERS[form], "why_not", None)
     return None if asked is None else asked(block)
 

@@ -67,7 +67,12 @@ def gates_of(emitter: Emitter, routing: Routing, block: MoEBlock) -> gs.Tensor:
     """Gates (T, E) float32 of the experts of ``block``: the weight where one is selected, 0 where not."""
     experts = block.num_experts if routing.leads_to is None else block.router.weight_EH.shape[0]
     gates = _spread(emitter, routing, range(experts)) if routing.gates_TE is None else routing.gates_TE
-    return gates if routing.leads_to is None else columns_of(emitter, gates, routing.leads_to, "gates_of_experts")
+    if routing.leads_to is None:
+        return gates
+    if not block.router.aliases:
+        return columns_of(emitter, gates, routing.leads_to, "gates_of_experts")
+    leads = np.asarray(block.router.expert_of)[:, None] == np.arange(block.num_experts)
+    return emitter.emit("MatMul", gates, emitter.array("leads", leads.astype(np.float32)), label="gates_of_experts")
 
 
 def gates_of_rows(emitter: Emitter, routing: Routing, rows: Sequence[int]) -> gs.Tensor:
@@ -94,21 +99,20 @@ def slots_of(emitter: Emitter, routing: Routing, block: MoEBlock, nobody: int = 
     if routing.gates_TE is None:
         if routing.leads_to is None:
             return routing.ids_TK, routing.weights_TK
-        return _led(emitter, routing, block.router.weight_EH.shape[0], nobody)
+        return _led(emitter, routing, block.router, nobody)
     gates = gates_of(emitter, routing, block)
     shape = emitter.emit("Shape", gates, label="gates_shape")
     every_id = emitter.array("expert_ids", np.arange(block.num_experts)[None])
     return emitter.emit("Expand", every_id, shape, label="ids"), gates
 
 
-def _led(emitter: Emitter, routing: Routing, rows: int, nobody: int) -> tuple[gs.Tensor, gs.Tensor]:
+def _led(emitter: Emitter, routing: Routing, router: Router, nobody: int) -> tuple[gs.Tensor, gs.Tensor]:
     """Ids and weights of the experts that the chosen rows lead to; `graph_passes.routers.silence` reads them again."""
-    leads_to = list(routing.leads_to or ())
-    expert_of, kept = np.full(rows, nobody, np.int64), np.zeros(rows, np.float32)
-    expert_of[leads_to], kept[leads_to] = np.arange(len(leads_to)), 1
+    led = np.asarray(router.expert_of, np.int64)
+    expert_of, kept = np.where(led < 0, nobody, led), (led >= 0).astype(np.float32)
     ids = emitter.emit("Gather", emitter.array("expert_of", expert_of), routing.ids_TK, label="led_ids", axis=0)
-    led = emitter.emit("Gather", emitter.array("leads", kept), routing.ids_TK, label="led", axis=0)
-    return ids, emitter.emit("Mul", routing.weights_TK, led, label="led_weights")
+    leads = emitter.emit("Gather", emitter.array("leads", kept), routing.ids_TK, label="led", axis=0)
+    return ids, emitter.emit("Mul", routing.weights_TK, leads, label="led_weights")
 
 
 def emit_logits(emitter: Emitter, block: MoEBlock) -> gs.Tensor:

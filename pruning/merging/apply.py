@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from models.families import Family, family
 from models.moe_layers import MoELayer, axis_of_experts
 from moe_spec.errors import UserError
-from moe_spec.plan import MEAN, NEW, LayerPlan, Merge
+from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan, Merge
 from pruning.merging.align import aligned
 
 
@@ -44,6 +44,8 @@ def merge_layers(
             # where experts are dropped, there is no merge
             for survivor, merge in zip(plan.keep, plan.merge, strict=False):
                 _merge_experts(layer.experts, survivor, merge, plan.align)
+                if plan.router == ALIAS:
+                    _share(layer.experts, survivor, merge)
                 if plan.router == MEAN:
                     _merge_rows(model.get_submodule(layer.name), survivor, merge, row, plan.experts)
             if plan.router == NEW:
@@ -62,6 +64,11 @@ def _merge_experts(experts: nn.Module, survivor: int, merge: Merge, align: bool)
     weighted = [(weight, member(expert)) for expert, weight in zip(merge.experts, merge.weights, strict=True) if weight]
     for name, parameter in stacked.items():
         parameter[survivor] = _mean([(weight, weights[name]) for weight, weights in weighted])
+
+
+def _share(experts: nn.Module, survivor: int, merge: Merge) -> None:
+    for parameter in experts.parameters(recurse=False):
+        parameter[list(merge.experts)] = parameter[survivor].clone()
 
 
 def _merge_rows(block: nn.Module, survivor: int, merge: Merge, row: Family, experts: int) -> None:

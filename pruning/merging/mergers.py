@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.plan import MEAN, NEW, ROUTERS, ROWS
+from moe_spec.plan import ALIAS, MEAN, NEW, ROUTERS, ROWS
 from moe_spec.statistics import LayerStatistics
 from pruning.criteria.moments import NAMED
 from pruning.criteria.scores import Scores
@@ -122,7 +122,7 @@ class Merger:
         align: whether the neurons of the others are permuted to those of the survivor first.
         dense: whether it needs statistics for which every expert runs on every token.
         router: what becomes of the router, unless the user says.
-        published: the same in the paper; None where its router stays as wide as it was.
+        published: the same in the paper.
         deviations: other points in which this is not what the paper does.
     """
 
@@ -130,20 +130,21 @@ class Merger:
     group: Callable[[LayerStatistics, Scores, int], Groups]
     align: bool
     router: str
-    published: str | None
+    published: str
     dense: bool = False
     deviations: tuple[str, ...] = ()
 
     def notes(self, router: str) -> tuple[str, ...]:
         """What a user has to know of a merge with this router."""
         untrained = ("the router is drawn anew: until it is trained, it chooses at random",)
-        published = _ALIASES if self.published is None else ROUTERS[self.published]
-        other = (f"the paper's router: {published}. This plan's: {ROUTERS[router]}",)
+        other = (
+            f"the paper's router (--router {self.published}): {ROUTERS[self.published]}. "
+            f"This plan's: {ROUTERS[router]}",
+        )
         return self.deviations + untrained * (router == NEW) + other * (router != self.published)
 
 
 _FREQUENCY, _REAP = NAMED["frequency"], NAMED["reap"]
-_ALIASES = "as wide as it was, and all rows of a group lead to one expert"
 _COUNTS = (
     "the paper's counts come from one threshold over all layers, this plan's from its budget; scope global is nearest"
 )
@@ -152,9 +153,9 @@ _BY_WEIGHTS = "the paper aligns neurons by weights and activations, this plan by
 
 MERGERS: Mapping[str, Merger] = {
     "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, published=NEW),
-    "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, published=None, deviations=(_COUNTS,)),
-    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=None, dense=True),
-    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=None, dense=True),
+    "m-smoe": Merger(_FREQUENCY, nearest_dominant, align=True, router=MEAN, published=ALIAS, deviations=(_COUNTS,)),
+    "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=ALIAS, dense=True),
+    "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=ALIAS, dense=True),
     "ream": Merger(
         _REAP, centroids, align=True, router=ROWS, published=ROWS, dense=True, deviations=(_SEQUENCE, _BY_WEIGHTS)
     ),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups
-from moe_spec.plan import MERGE_ROUTERS, LayerPlan, Merge
+from moe_spec.plan import ALIAS, MERGE_ROUTERS, LayerPlan, Merge
 from moe_spec.statistics import KEYS, LayerStatistics
 from pruning.criteria.scores import Scores, finite
 from pruning.merging.mergers import Merger
@@ -31,24 +31,30 @@ def check_merging(criterion: str, router: str, *, protect: bool) -> None:
         )
 
 
-def check_parts(layer: str, groups: Groups | None, count: int) -> None:
-    """Refuse to merge the experts of a layer into ``count`` that its routing groups cannot share.
+def parts_of(layer: str, groups: Groups | None, count: int, router: str) -> int:
+    """How many parts of a layer are merged by themselves, into ``count`` experts between them.
+
+    Those are its routing groups, for a router finds an expert by its group; not where its rows share experts.
 
     Raises:
         UserError: groups would have different numbers of them.
     """
-    if groups is not None and count % groups.count:
+    if groups is None or router == ALIAS:
+        return 1
+    if count % groups.count:
         raise UserError(
             f"layer {layer} merges its experts into {count}, but has {groups.count} routing groups: experts of "
             "different groups cannot become one",
             hint=f"keep a multiple of {groups.count}, the number of groups: --keep {groups.count}",
         )
+    return groups.count
 
 
 def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str) -> LayerPlan:
     """``plan`` with as many survivors and the same K, but merged by ``merger``.
 
-    1. Routing groups are merged one by one, into the same number each, for a router finds an expert by its group.
+    1. Routing groups are merged one by one, into the same number each, for a router finds an expert by its group; not
+       where the router stays as it is, and its rows share experts.
     2. Weights of a mean are the merger's scores; where all of a group are 0 they are equal.
 
     Args:
@@ -63,8 +69,7 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
     """
     for values in layer.sums.values():
         finite(layer.name, values)
-    check_parts(layer.name, layer.groups, len(plan.keep))
-    parts = 1 if layer.groups is None else layer.groups.count
+    parts = parts_of(layer.name, layer.groups, len(plan.keep), router)
     count = len(plan.keep) // parts
     scores_E = merger.scores(layer)
     groups = [

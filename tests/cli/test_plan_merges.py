@@ -72,7 +72,7 @@ def test_the_router_is_the_users_choice(statistics, tmp_path):
     code, _, stderr = invoke(*arguments)
     assert (code, stderr) == (
         1,
-        "error: 'full' is no router of a plan that merges experts\nhint: known: mean, new, rows\n",
+        "error: 'full' is no router of a plan that merges experts\nhint: known: alias, mean, new, rows\n",
     )
 
 
@@ -83,3 +83,40 @@ def test_a_merge_can_be_exported_at_once(checkpoint, statistics, tmp_path):
     manifest = Manifest.load(out)
     assert [block.experts for block in manifest.blocks] == [2, 2]
     assert manifest.plan == PruningPlan.load(plan)
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted", "gather"])
+def test_rows_share_experts_from_the_plan_to_the_graph(form, checkpoint, statistics, tmp_path):
+    plan, exported, optimized = (tmp_path / name for name in ("plan.json", "exported", "optimized"))
+    arguments = ("--criterion", "m-smoe", "--router", "alias", "--keep", 3, "-o", plan)
+    assert invoke("plan", statistics, *arguments)[0] == 0
+    assert invoke("export", checkpoint, "--plan", plan, "-o", exported)[0] == 0
+    assert [block.experts for block in Manifest.load(exported).blocks] == [8, 8]
+    assert invoke("optimize", exported, "--plan", plan, "--form", form, "-o", optimized)[0] == 0
+    blocks = Manifest.load(optimized).blocks
+    assert [(block.experts, block.form) for block in blocks] == [(3, form)] * 2
+    assert all(block.router.endswith("8 of 8 rows lead to one of 3 experts") for block in blocks)
+    assert sum(block.bytes for block in blocks) < sum(block.bytes for block in Manifest.load(exported).blocks) / 2
+    assert invoke("verify", optimized, "--reference", exported)[0] == 0
+
+
+def test_k_stays_where_rows_share_experts(statistics, tmp_path):
+    arguments = (
+        "--criterion",
+        "m-smoe",
+        "--router",
+        "alias",
+        "--keep",
+        1,
+        "--clamp-top-k",
+        "-o",
+        tmp_path / "plan.json",
+    )
+    assert invoke("plan", statistics, *arguments) == (
+        1,
+        "",
+        "error: --clamp-top-k lets K shrink, but --router alias leaves it as it is\n"
+        "hint: leave out one of the two: with --router alias fewer than K experts may be kept as it is\n",
+    )
+    assert invoke("plan", statistics, *arguments[:-3], "-o", tmp_path / "plan.json")[0] == 0
+    assert [(len(layer.keep), layer.top_k) for layer in PruningPlan.load(tmp_path / "plan.json").layers] == [(1, 2)] * 2

@@ -284,14 +284,14 @@ def test_a_full_router_selects_as_many_as_ever(pruned, tmp_path):
 def test_one_expert_behind_a_full_router_is_no_plain_ffn(pruned, tmp_path):
     last = LayerPlan(layer_name(0), 3, 2, (2,), router=FULL)
     assert refusal(pruned, tmp_path / "out", last, form="ffn") == (
-        "form ffn cannot express layer layers.0.mlp: some rows of its router lead to no expert",
+        "form ffn cannot express layer layers.0.mlp: some rows of its router lead to no expert of their own",
         "use --form auto, or another form",
     )
 
 
 def test_the_routing_of_a_full_router_cannot_be_forced(pruned, tmp_path):
     assert refusal(pruned, tmp_path / "out", forced=True) == (
-        "the routing of layer layers.0.mlp cannot be forced: some rows of its router lead to no expert",
+        "the routing of layer layers.0.mlp cannot be forced: some rows of its router lead to no expert of their own",
         "leave --forced out",
     )
 

@@ -221,7 +221,7 @@ def test_rows_of_a_router_without_an_expert_are_refused_by_layer(tmp_path):
     with pytest.raises(UserError) as error:
         optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, observe_experts=True)
     assert error.value.what == (
-        "the experts of layer moe.0 cannot be observed: some rows of its router lead to no expert"
+        "the experts of layer moe.0 cannot be observed: some rows of its router lead to no expert of their own"
     )
     assert error.value.hint == "leave --observe-experts out; observed.onnx has gates and scores of the other layers"
     assert not (tmp_path / "out").exists()

@@ -186,7 +186,7 @@ def refusal(source, out, *layers: LayerPlan, **options) -> tuple[str, str]:
 def test_forms_that_route_by_themselves_or_not_at_all_are_refused(tmp_path, form):
     spec = spec_of("stacked")
     assert refusal(saved(spec, tmp_path), tmp_path / "out", layer(spec, 0, ONE), form=form) == (
-        f"form {form} cannot express layer layers.0.mlp: some rows of its router lead to no expert",
+        f"form {form} cannot express layer layers.0.mlp: some rows of its router lead to no expert of their own",
         "use --form auto, or another form",
     )
 

@@ -291,7 +291,10 @@ def test_a_fused_op_cannot_leave_rows_of_a_router_without_an_expert(tmp_path):
     onnx.save(MASKED["stacked.zero_gates"](), tmp_path / "masked.onnx")
     with pytest.raises(UserError) as error:
         optimize(tmp_path / "masked.onnx", tmp_path / "out", RUNNER, form="moe")
-    assert error.value.what == "form moe cannot express layer moe.0: some rows of its router lead to no expert"
+    assert (
+        error.value.what
+        == "form moe cannot express layer moe.0: some rows of its router lead to no expert of their own"
+    )
 
 
 def test_a_plan_for_a_layer_that_drops_gates_must_drop_the_same(tmp_path):

@@ -12,7 +12,7 @@ from models.families import family
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import MEAN, NEW, ROWS, Merge
+from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, Merge
 from pruning.apply import apply_plan, prune
 from pruning.merging.align import neurons_first
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
@@ -60,6 +60,41 @@ def test_the_worked_means():
     apply_plan(model, PruningPlan("", "uncurl", (layer,)))
     for parameter in experts_of(model)[0].values():
         assert [parameter[expert].unique().tolist() for expert in range(2)] == [[2.0], [3.0]]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_rows_that_share_an_expert_give_their_gates_to_it(name):
+    """The router chooses as ever; whoever it chose of a group, the survivor answers, which is the mean."""
+    model, shared, merged = (TINY[name]() for _ in range(3))
+    plan = merging(model, router=ALIAS)
+    apply_plan(shared, plan)
+    assert shared.config.to_dict() == model.config.to_dict()
+    apply_plan(merged, merging(model))
+    survivor_of = torch.arange(8)
+    for own, merge in zip(plan.layers[0].keep, plan.layers[0].merge, strict=True):
+        survivor_of[list(merge.experts)] = own
+    for layer, means in zip(find_moe_layers(model), experts_of(merged), strict=True):
+        for key, parameter in layer.experts.named_parameters():
+            parameter.data[list(plan.layers[0].keep)] = means[key].data
+        layer.experts.register_forward_pre_hook(lambda _, args: (args[0], survivor_of[args[1]], args[2]))
+    torch.testing.assert_close(logits(shared), logits(model))
+    assert (logits(shared) - logits(TINY[name]())).abs().max() > 1e-3
+
+
+def test_a_checkpoint_has_an_expert_a_row(tmp_path):
+    model = TINY["mixtral"]()
+    save_model(model, tmp_path / "mixtral")
+    plan = dataclasses.replace(merging(model, router=ALIAS), model_sha256=checkpoint_sha256(tmp_path / "mixtral"))
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(UserError) as caught:
+        prune(tmp_path / "mixtral", tmp_path / "plan.json", tmp_path / "out")
+    assert (caught.value.what, caught.value.hint) == (
+        "the plan lets rows of the router of layer model.layers.0.mlp share an expert, but a checkpoint has one for "
+        "each row",
+        "moe-edge export CHECKPOINT --plan plan.json -o exported/ && "
+        "moe-edge optimize exported/ --plan plan.json -o optimized/",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("align", [True, False])

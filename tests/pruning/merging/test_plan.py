@@ -83,7 +83,7 @@ def test_experts_of_different_routing_groups_cannot_become_one():
 def test_a_full_router_is_refused():
     assert refusal(check_merging, "uncurl", "full", protect=False) == (
         "'full' is no router of a plan that merges experts",
-        "known: mean, new, rows",
+        "known: alias, mean, new, rows",
     )
 
 
@@ -125,11 +125,30 @@ def test_statistics_that_are_not_finite_are_refused(name):
 def test_a_merger_says_where_it_is_not_what_its_paper_does():
     assert MERGERS["uncurl"].notes("new") == ("the router is drawn anew: until it is trained, it chooses at random",)
     assert MERGERS["uncurl"].notes("mean") == (
-        "the paper's router: all rows are drawn anew, and have to be trained. This plan's: the row of a survivor is "
-        "the weighted mean of those merged into it",
-    )
-    assert MERGERS["hc-smoe"].notes("mean") == (
-        "the paper's router: as wide as it was, and all rows of a group lead to one expert. This plan's: the row of a "
+        "the paper's router (--router new): all rows are drawn anew, and have to be trained. This plan's: the row of a "
         "survivor is the weighted mean of those merged into it",
     )
+    assert MERGERS["hc-smoe"].notes("mean") == (
+        "the paper's router (--router alias): the router stays as it is: all rows of a group lead to the one expert "
+        "that it became, and gates add up. This plan's: the row of a survivor is the weighted mean of those merged "
+        "into it",
+    )
+    assert MERGERS["hc-smoe"].notes("alias") == ()
     assert [len(row.notes(row.router)) for row in MERGERS.values()] == [1, 2, 1, 1, 2]
+
+
+def test_rows_that_share_experts_may_be_of_different_routing_groups():
+    layer = dataclasses.replace(UNCURL, groups=Groups(2, 1))
+    made = merge_instead(budget(layer, (0, 1, 2)), layer, MERGERS["m-smoe"], "alias")
+    assert (made.router, len(made.keep), made.top_k) == ("alias", 3, layer.top_k)
+    assert {expert for merge in made.merge for expert in merge.experts} == {0, 1, 2, 3}
+
+
+def test_no_row_may_lead_nowhere_where_rows_share_experts():
+    with pytest.raises(UserError) as caught:
+        LayerPlan("mlp", 4, 1, (0,), router="alias", merge=(Merge((0, 1, 2), (1, 1, 1)),))
+    assert (caught.value.what, caught.value.hint) == (
+        "layer mlp keeps [0] but merges [[0, 1, 2]]",
+        "each survivor with itself and others, no expert twice, with the router 'alias' every expert, weights above 0; "
+        "make it again with `moe-edge plan`",
+    )
