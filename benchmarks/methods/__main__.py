@@ -74,19 +74,23 @@ def report(tables: Sequence[str], command: str) -> str:
 
 What is left on held-out test data when every layer loses the same share of its experts; with `global`, all layers
 together. Plans are made on the task's calibration data. Where fewer than K experts are left, K shrinks. The mean over
-the seeds, and the range. A language model or classifier is trained anew with every seed. Of `images` there is one
-model; a seed draws its 1,000 calibration images from the 60,000 training images, and the order of its recovery.
+the seeds, and the range. Models are trained anew with every seed, but for `images`, of which there is one: a seed draws
+its 1,000 calibration images from the 60,000 training images, and the order of its recovery.
 
-Of every task the first table trains nothing: `random` is the mean of {RANDOM_DRAWS} draws a seed. For the second one
-every pruned model was trained a little on the task's training data, all of them for the same steps, in the same order
-and by the same recipe, and so was the model before pruning; `random` is one draw a seed.
+Of every task the first table trains nothing; random experts are the mean of {RANDOM_DRAWS} draws a seed. For the second
+one every pruned model was trained a little on the task's training data, all for the same steps, in the same order and
+by the same recipe, and so was the model before pruning; random experts are one draw a seed.
 
-`uncurl` has the weighted means of merged router rows, `uncurl, new router` rows drawn anew, as in the paper.
-`router-norm` ranks by what {TUNING} times the steps of a recovery change in the whole model's routers; its choice is
-applied to the model as it was before them, so that rows differ by their choice only. With `full router` tokens that
-choose a dropped expert get nothing from it, as in the paper. Three rows train in a way of their own, for the same
-steps: `reap, router-kd` the routers only, to give what the whole model gives; `seer-soft, global, K to 1` with the
-entropy of the routers added to the loss, while K falls to 1; `task-specific` drops experts in the first half of them.
+Routers lose the rows of dropped experts, unless a row of the table says otherwise. With `full router` they stay, K too,
+and tokens that choose a dropped expert get nothing from it; with `mean outputs` they get its mean output, gated.
+Where experts are merged so are rows, into weighted means; `ream` has those of its centroids. `shared` are methods as in
+their papers, where all rows stay, and those of a group lead to one expert; `uncurl, new router` too, where all rows are
+drawn anew. `router-norm` ranks by what {TUNING} times the steps of a recovery change in the routers of the whole model,
+and is applied to the model as it was before them, so that rows differ by their choice only.
+
+Three rows train in a way of their own, for the same steps: `reap, router-kd` the routers only, to give what the whole
+model gives; `seer-soft, global, K to 1` with the entropy of the routers added to the loss, while K falls to 1;
+`task-specific` drops experts in the first half of them.
 
 {body}"""
 

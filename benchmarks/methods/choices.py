@@ -11,7 +11,7 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import cached
 from models.checkpoints import load_model, save_model
 from moe_spec.errors import UserError
-from moe_spec.plan import FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED, PruningPlan
+from moe_spec.plan import ALIAS, FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED, PruningPlan
 from moe_spec.record import Json
 from pruning.budget import Keep
 from pruning.criteria import CRITERIA
@@ -86,10 +86,13 @@ def _on_data(subject: Subject, options: PlanOptions, how: DataOptions) -> Prunin
 
 CHOICES: Mapping[str, Choice] = {
     **{name: by_criterion(name, ROWS) for name in ("random", *CRITERIA)},
+    "random, full router": by_criterion("random", FULL),
+    "frequency, full router": by_criterion("frequency", FULL),
     "mone, mean outputs": by_criterion("mone", REPLACE),
     "seer-soft, global": by_criterion("seer-soft", scope="global"),
     "reap, global": by_criterion("reap", scope="global"),
     **{name: by_criterion(name, MEAN if row.router == NEW else row.router) for name, row in MERGERS.items()},
+    **{f"{name}, shared": by_criterion(name, ALIAS) for name, row in MERGERS.items() if row.published == ALIAS},
     "uncurl, new router": by_criterion("uncurl", NEW),
     "aimer": aimer,
     "router-norm": functools.partial(router_norm, ROWS),

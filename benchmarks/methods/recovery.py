@@ -1,16 +1,18 @@
 """How a pruned model is trained: the same few steps for every method."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.methods.subject import Subject
 from models.checkpoints import load_model
-from models.moe_layers import find_moe_layers
-from moe_spec.plan import UNTOUCHED, PruningPlan
+from models.moe_layers import MoELayer, find_moe_layers
+from moe_spec.plan import ALIAS, FULL, REPLACE, PruningPlan
 from moe_spec.record import Json
 from pruning.finetuning import seer
 from pruning.finetuning.examples import inputs, labelled
@@ -24,6 +26,7 @@ from pruning.finetuning.training import train
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "language": {"steps": 20, "batch_size": 4, "learning_rate": 1e-3},
     "images": {"steps": 20, "batch_size": 64, "learning_rate": 1e-3},
+    "newsgroups": {"steps": 20, "batch_size": 8, "learning_rate": 3e-5},
 }
 """Of the language tasks, and of others by name; batch and rate were chosen on training examples."""
 
@@ -63,8 +66,29 @@ def hold_silent(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Experts that are gone behind a router that stays do not learn: the zeros in their place get no gradient."""
     for layer in find_moe_layers(model):
         planned = plan.layer(layer.name)
-        if planned is not None and planned.router in UNTOUCHED:
+        if planned is not None and planned.router in (FULL, REPLACE):
             dropped = torch.tensor(planned.dropped)
-            for parameter in layer.experts.parameters(recurse=False):
-                hold: Any = parameter.register_hook  # torch leaves it untyped
-                hold(lambda gradient, ids=dropped: gradient.index_fill(0, ids, 0.0))
+            _on_gradients(layer, functools.partial(torch.index_fill, dim=0, index=dropped, value=0.0))
+
+
+def hold_together(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Rows of a router that share an expert go on sharing it: each of its copies gets the sum of their gradients.
+
+    Where gradients are clipped, a shared expert counts once a row.
+    """
+    for layer in find_moe_layers(model):
+        planned = plan.layer(layer.name)
+        if planned is not None and planned.router == ALIAS:
+            own_E = torch.tensor(planned.survivor_of)
+            _on_gradients(layer, functools.partial(_summed, own_E))
+
+
+def _summed(own_E: Tensor, gradient: Tensor) -> Tensor:
+    """(E, ...): of each expert what all that share it with it have together."""
+    return torch.zeros_like(gradient).index_add(0, own_E, gradient)[own_E]
+
+
+def _on_gradients(layer: MoELayer, change: Callable[[Tensor], Tensor]) -> None:
+    for parameter in layer.experts.parameters(recurse=False):
+        hold: Any = parameter.register_hook  # torch leaves it untyped
+        hold(change)

@@ -12,8 +12,8 @@ from moe_spec.statistics import Statistics
 from pruning.budget import Keep, RankedLayer
 from pruning.finetuning.options import Method, Plain, RouterKD, Seer, TaskSpecific
 
-UNPRUNED, RANDOM = "before pruning", "random"
-RANDOM_DRAWS = 5
+UNPRUNED = "before pruning"
+RANDOM, RANDOM_DRAWS = ("random", "random, full router"), 5
 
 Row = Callable[[Subject, Keep], float | None]
 """A cell of one row; None where it cannot be."""
@@ -23,7 +23,7 @@ def untrained(choice: str) -> Row:
     """Nothing follows; of random experts the mean of several draws."""
 
     def measure(subject: Subject, keep: Keep) -> float | None:
-        values = [_cell(subject, choice, keep, draw) for draw in range(RANDOM_DRAWS if choice == RANDOM else 1)]
+        values = [_cell(subject, choice, keep, draw) for draw in range(RANDOM_DRAWS if choice in RANDOM else 1)]
         known = [value for value in values if value is not None]
         return statistics.mean(known) if known else None
 

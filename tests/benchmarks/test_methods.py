@@ -16,6 +16,7 @@ from benchmarks.tasks.task import Task
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from pruning.apply import apply_plan
 from pruning.finetuning.options import Plain
 from tests.models_table import EXPERTS, TINY, TOP_K
 
@@ -51,6 +52,19 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(cells, "learn", spy)
     return seen
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Every model that is to be judged."""
+    models = []
+
+    def evaluate(_task, model):
+        models.append(model)
+        return 0.0
+
+    monkeypatch.setattr(Task, "evaluate", evaluate)
+    return models
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -108,14 +122,7 @@ def test_router_norm_compares_with_the_model_and_prunes_it(subject):
 
 
 @pytest.mark.parametrize("choice", ["router-norm, full router", "mone, mean outputs"])
-def test_experts_that_are_gone_behind_a_router_that_stays_do_not_learn(choice, subject, monkeypatch):
-    left = []
-
-    def evaluate(_task, model):
-        left.append(model)
-        return 0.0
-
-    monkeypatch.setattr(Task, "evaluate", evaluate)
+def test_experts_that_are_gone_behind_a_router_that_stays_do_not_learn(choice, subject, left):
     plan = CHOICES[choice](subject, 0.5, 0)
     cell(subject, plan, Plain())
     whole = load_model(subject.task.checkpoint)
@@ -123,6 +130,17 @@ def test_experts_that_are_gone_behind_a_router_that_stays_do_not_learn(choice, s
         for parameter, then in zip(layer.experts.parameters(), before.experts.parameters(), strict=True):
             assert not parameter[list(planned.dropped)].any()
             assert (parameter != then)[list(planned.keep)].any()
+
+
+def test_rows_that_share_an_expert_share_it_after_recovery(subject, left):
+    plan = CHOICES["m-smoe, shared"](subject, 0.5, 0)
+    cell(subject, plan, Plain())
+    before = load_model(subject.task.checkpoint)
+    apply_plan(before, plan)
+    for layer, other, planned in zip(find_moe_layers(left[0]), find_moe_layers(before), plan.layers, strict=True):
+        for parameter, then in zip(layer.experts.parameters(), other.experts.parameters(), strict=True):
+            assert torch.equal(parameter, parameter[list(planned.survivor_of)])
+            assert (parameter != then).flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "vmoe"])  # the second one has biases
