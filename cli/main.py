@@ -14,6 +14,7 @@ from moe_spec.errors import UserError, VerificationError
 
 VERBS = (
     "inspect",
+    "families",
     "calibrate",
     "merge",
     "plan",

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
 from exporter.tasks import Task
+from exporter.upstream import translatable
 from models.moe_layers import MoELayer
-from moe_spec.experts_op import DOMAIN
+from moe_spec.errors import UserError
+from moe_spec.experts_op import DOMAIN, ExpertsOp
 from moe_spec.runner import Arrays, Feeds
 
 TRACED = (2, 5)
@@ -48,18 +50,27 @@ def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
 
 
 def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> onnx.ModelProto:
-    """The model as ONNX, weights inside; functions define the experts nodes."""
+    """The model as ONNX, weights inside; functions define the experts nodes.
+
+    Raises:
+        UserError: experts that the node cannot express, or a model that torch cannot trace.
+    """
+    variants = {op.op_type: op for op in (describe(layer.experts) for layer in layers)}
     with experts_implementation(model, IMPLEMENTATION):
         proto = to_onnx(model, task, opset)
-    _define_experts(proto, layers, opset)
+    _define_experts(proto, variants, opset)
     return proto
 
 
 def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
-    """The model as torch.onnx exports it with the experts implementation that it is set to."""
+    """The model as torch.onnx exports it with the experts implementation that it is set to.
+
+    Raises:
+        UserError: torch cannot trace the model.
+    """
     feeds = task.example(model.config, *TRACED, np.random.default_rng(0))
     inputs = tuple(torch.from_numpy(feeds[name]) for name in task.axes)
-    with _quiet():
+    with _quiet(), translatable(), _explained(type(model).__name__):
         program = torch.onnx.export(
             _Call(model, task).eval(),
             inputs,
@@ -74,6 +85,20 @@ def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
     proto = program.model_proto
     _restore_names(proto)
     return proto
+
+
+@contextlib.contextmanager
+def _explained(architecture: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"torch.onnx cannot trace {architecture}: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}",
+            hint="`moe-edge families` says which families export; `moe-edge prune` works without ONNX",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -107,8 +132,7 @@ def _restore_names(proto: onnx.ModelProto) -> None:
     proto.producer_name, proto.producer_version = "moe-edge", importlib.metadata.version("moe-edge")
 
 
-def _define_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer], opset: int) -> None:
-    variants = {op.op_type: op for op in (describe(layer.experts) for layer in layers)}
+def _define_experts(proto: onnx.ModelProto, variants: Mapping[str, ExpertsOp], opset: int) -> None:
     del proto.functions[:]
     proto.functions.extend(function_of(op, opset) for op in variants.values())
     for node in proto.graph.node:

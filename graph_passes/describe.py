@@ -125,7 +125,7 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
     """Read an ONNX file or model directory whose every MoE layer is recognised.
 
     Raises:
-        UserError: a layer was refused (unless ``allow_partial``), there is no MoE layer at all, or experts choose.
+        UserError: a layer was refused (unless ``allow_partial``), there is none at all, or experts choose.
     """
     model = inspect_model(path)
     if model.choosing:
@@ -140,7 +140,7 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
             f"{model.path}: {len(model.unrecognised)} MoE layer(s) not recognised\n{found}",
             hint="--allow-partial leaves these layers as they are",
         )
-    if not model.blocks and not model.settled:
+    if not (model.blocks or model.settled or model.unrecognised):
         raise UserError(
             f"{model.path} has no MoE layer",
             hint="give a model with routed experts; `moe-edge inspect` shows what it has",

@@ -19,6 +19,7 @@ PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "models", "
 
 FUNCTIONS = {
     "inspect": "cli.inspect",
+    "families": "models.support",
     "calibrate": "pruning.calibrate",
     "merge": "moe_spec.statistics",
     "plan": "pruning.plan",
