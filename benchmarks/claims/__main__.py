@@ -8,6 +8,7 @@ run that was cut goes on. With ``--claim`` only a part is measured.
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,9 @@ from benchmarks.claims.claim import Claim, Outcome
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from moe_spec.errors import UserError
+
+
+WIDTH = 120
 
 
 def report(outcomes: Mapping[str, Outcome], seeds: int, command: str) -> str:
@@ -41,16 +45,14 @@ anything was measured. The papers' models are hundreds of times as large: what i
 
 def section(name: str, claim: Claim, outcome: Outcome) -> str:
     """One claim."""
-    reason = f"\n\n{claim.reason}" if claim.reason else ""
-    return f"""## {name}
+    words = (f"**Reproduced if** {claim.rule}.", claim.setting)
+    verdict = f"**Reproduced: {outcome.verdict}.** {claim.reason}"
+    return "\n\n".join((f"## {name}", *map(wrapped, words), outcome.details, wrapped(verdict)))
 
-**Reproduced if** {claim.rule}.
 
-{claim.setting}
-
-{outcome.details}
-
-**Reproduced: {outcome.verdict}.**{reason}"""
+def wrapped(text: str) -> str:
+    """A paragraph in lines of the repository's width."""
+    return textwrap.fill(" ".join(text.split()), WIDTH)
 
 
 def main() -> None:

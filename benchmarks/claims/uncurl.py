@@ -10,7 +10,7 @@ from benchmarks.markdown import table
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import MEAN, PruningPlan
 from pruning.finetuning.recipe import recipe
 from pruning.plan import PlanOptions, make_plan
 
@@ -21,7 +21,7 @@ SAFE = 2
 FINE_TUNING = Training(dataclasses.replace(recipe("adamw"), steps=80, learning_rate=1e-3, batch_size=8))
 ROUTERS_FIRST = 16
 
-MERGED, DROPPED, SCRATCH, UNPRUNED = "uncurl", "frequency", "from scratch", "all experts"
+MERGED, AVERAGED, DROPPED, SCRATCH = "uncurl", "uncurl, mean router rows", "frequency", "from scratch"
 
 
 def merged(task: Task, experts: int, seed: int) -> tuple[PruningPlan, Training]:
@@ -30,12 +30,22 @@ def merged(task: Task, experts: int, seed: int) -> tuple[PruningPlan, Training]:
     return plan, dataclasses.replace(FINE_TUNING, routers_first=ROUTERS_FIRST)
 
 
+def averaged(task: Task, experts: int, _seed: int) -> tuple[PruningPlan, Training]:
+    """The same merge with a router that is not drawn anew, which the paper does not do: what the router costs."""
+    plan = make_plan(Subject(task, 0).statistics, PlanOptions(experts, "uncurl", router=MEAN, clamp_top_k=True))
+    return plan, FINE_TUNING
+
+
 def dropped(task: Task, experts: int, _seed: int) -> tuple[PruningPlan, Training]:
     """The most frequent experts stay, and their rows."""
     return make_plan(Subject(task, 0).statistics, PlanOptions(experts, "frequency", clamp_top_k=True)), FINE_TUNING
 
 
-WAYS: Mapping[str, Callable[[Task, int, int], tuple[PruningPlan, Training]]] = {MERGED: merged, DROPPED: dropped}
+WAYS: Mapping[str, Callable[[Task, int, int], tuple[PruningPlan, Training]]] = {
+    MERGED: merged,
+    AVERAGED: averaged,
+    DROPPED: dropped,
+}
 
 
 def measure(seeds: int, report: Report) -> Outcome:

@@ -247,9 +247,9 @@ def test_models_are_timed_once(pictures, monkeypatch):
 
 @pytest.fixture
 def small_world(pictures, text, monkeypatch):
-    for module in (router_norm, one_expert):
-        monkeypatch.setattr(module, "turned", lambda: pictures)
-        monkeypatch.setattr(module, "LEARN", SHORT)
+    monkeypatch.setattr(router_norm, "turned", lambda: pictures)
+    monkeypatch.setattr(router_norm, "LEARN", SHORT)
+    monkeypatch.setattr(one_expert, "SUBJECTS", {"pictures": (lambda _seed, _report: pictures, SHORT)})
     monkeypatch.setattr(router_norm, "RECOVER", dataclasses.replace(SHORT, steps=2))
     monkeypatch.setattr(one_expert, "speed_up", lambda _pair: {1: 1.5, 64: 2.5})
     monkeypatch.setattr(router_norm, "DRAWS", {"random": 2})
@@ -264,14 +264,15 @@ def small_world(pictures, text, monkeypatch):
 def test_the_document_has_a_line_a_claim_and_all_its_numbers(small_world):
     told: list[str] = []
     outcomes = {name: claim.measure(1, told.append) for name, claim in CLAIMS.items()}
-    lines = __main__.report(outcomes, 1, "command").splitlines()
+    text = __main__.report(outcomes, 1, "command")
+    lines = text.splitlines()
     summary = lines[lines.index("| paper | claimed | ours | reproduced |") + 2 :][: len(CLAIMS)]
     for line, (name, claim) in zip(summary, CLAIMS.items(), strict=True):
         assert line == f"| {claim.paper} | {claim.claimed} | {outcomes[name].ours} | {outcomes[name].verdict} |"
         assert f"## {name}" in lines
-        assert f"**Reproduced if** {claim.rule}." in lines
-        assert f"**Reproduced: {outcomes[name].verdict}.**" in "\n".join(lines)
+        assert __main__.wrapped(f"**Reproduced if** {claim.rule}.") in text
+        assert outcomes[name].details in text
+        assert f"**Reproduced: {outcomes[name].verdict}.**" in text
     assert {line.partition(":")[0] for line in told} == {"router norm", "one expert", "UNCURL", "SEER-MoE"}
-    text = "\n".join(lines)
     for way in (*router_norm.WAYS, *seer.WAYS, router_norm.UNPRUNED):
         assert f"| {way} | " in text
