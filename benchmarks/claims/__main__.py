@@ -19,7 +19,6 @@ from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from moe_spec.errors import UserError
 
-
 WIDTH = 120
 
 
