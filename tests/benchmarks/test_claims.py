@@ -254,7 +254,7 @@ def small_world(pictures, text, monkeypatch):
     monkeypatch.setattr(one_expert, "speed_up", lambda _pair: {1: 1.5, 64: 2.5})
     monkeypatch.setattr(router_norm, "DRAWS", {"random": 2})
     monkeypatch.setattr(seer, "TASKS", {"code": lambda _seed, _report: text})
-    monkeypatch.setattr(seer, "RECIPES", {"code": ADAMW})
+    monkeypatch.setattr(seer, "SUBJECTS", {"code": ("code", ADAMW)})
     monkeypatch.setattr(uncurl, "FACTORS", (4, 8))
     monkeypatch.setattr(uncurl, "FINE_TUNING", Training(ADAMW))
     monkeypatch.setattr(uncurl, "ROUTERS_FIRST", 1)
