@@ -135,8 +135,8 @@ CLAIM = Claim(
     setting=f"""The embedded V-MoE on its own task, a seed being the order of the images; and the Mixtrals of
 `benchmarks.tasks` on code, a seed being that of the model too. 8 experts a layer. A quarter of the experts of all
 layers together goes by soft count (`seer-soft`, scope `global`, at least K=2 a layer). Then AdamW trains with the
-entropy of the routers, {_IMAGES.steps} steps of {_IMAGES.batch_size} images or {_CODE.steps} of {_CODE.batch_size} texts
-of 128 tokens, and K falls from 2 to 1 after half of them. FLOPs are those of one test example.""",
+entropy of the routers, {_IMAGES.steps} steps of {_IMAGES.batch_size} images, or {_CODE.steps} of {_CODE.batch_size}
+texts of 128 tokens, and K falls from 2 to 1 after half of them. FLOPs are those of one test example.""",
     measure=measure,
     reason="",
 )
