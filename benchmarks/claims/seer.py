@@ -24,15 +24,11 @@ KEEP, TOP_K = 0.75, 1
 POINTS, PERCENT = 1.0, 5.0
 FEWER = 0.25
 
-_IMAGES = dataclasses.replace(recipe("adamw"), steps=80, learning_rate=1e-3, batch_size=64)
-_CODE = dataclasses.replace(recipe("adamw"), steps=40, learning_rate=1e-3, batch_size=8)
-
-SUBJECTS: Mapping[str, tuple[str, Recipe]] = {
-    "images": ("images", _IMAGES),
-    "code": ("code", _CODE),
-    "code, 100 steps": ("code", dataclasses.replace(_CODE, steps=100)),
+RECIPES: Mapping[str, Recipe] = {
+    "images": dataclasses.replace(recipe("adamw"), steps=80, learning_rate=1e-3, batch_size=64),
+    "code": dataclasses.replace(recipe("adamw"), steps=40, learning_rate=1e-3, batch_size=8),
 }
-"""Tasks of ``benchmarks.tasks``, and how they are learned."""
+"""How the tasks of ``benchmarks.tasks`` are learned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +68,10 @@ WAYS: Mapping[str, Way] = {
 
 
 def measure(seeds: int, report: Report) -> Outcome:
-    """On every one of `SUBJECTS`."""
+    """On every one of `RECIPES`."""
     findings, tables = {}, []
-    for name, (task_name, how) in SUBJECTS.items():
-        tasks = [TASKS[task_name](seed, report) for seed in range(seeds)]
+    for name, how in RECIPES.items():
+        tasks = [TASKS[name](seed, report) for seed in range(seeds)]
         scores, flops = {}, {}
         for way, row in WAYS.items():
             report(f"SEER-MoE: {name}, {way}")
@@ -135,8 +131,9 @@ CLAIM = Claim(
     setting=f"""The embedded V-MoE on its own task, a seed being the order of the images; and the Mixtrals of
 `benchmarks.tasks` on code, a seed being that of the model too. 8 experts a layer. A quarter of the experts of all
 layers together goes by soft count (`seer-soft`, scope `global`, at least K=2 a layer). Then AdamW trains with the
-entropy of the routers, {_IMAGES.steps} steps of {_IMAGES.batch_size} images, or {_CODE.steps} of {_CODE.batch_size}
-texts of 128 tokens, and K falls from 2 to 1 after half of them. FLOPs are those of one test example.""",
+entropy of the routers, {RECIPES["images"].steps} steps of {RECIPES["images"].batch_size} images, or
+{RECIPES["code"].steps} of {RECIPES["code"].batch_size} texts of 128 tokens, and K falls from 2 to 1 after half of
+them. FLOPs are those of one test example.""",
     measure=measure,
     reason="""Each half holds somewhere. In the images' model experts are a quarter of the work, so that half of
 them saves an eighth. The language models were trained from scratch with balanced experts, all of which code uses, for

@@ -247,14 +247,14 @@ def test_models_are_timed_once(pictures, monkeypatch):
 
 @pytest.fixture
 def small_world(pictures, text, monkeypatch):
-    monkeypatch.setattr(router_norm, "turned", lambda: pictures)
-    monkeypatch.setattr(router_norm, "LEARN", SHORT)
-    monkeypatch.setattr(one_expert, "SUBJECTS", {"pictures": (lambda _seed, _report: pictures, SHORT)})
+    for module in (router_norm, one_expert):
+        monkeypatch.setattr(module, "turned", lambda: pictures)
+        monkeypatch.setattr(module, "LEARN", SHORT)
     monkeypatch.setattr(router_norm, "RECOVER", dataclasses.replace(SHORT, steps=2))
     monkeypatch.setattr(one_expert, "speed_up", lambda _pair: {1: 1.5, 64: 2.5})
     monkeypatch.setattr(router_norm, "DRAWS", {"random": 2})
     monkeypatch.setattr(seer, "TASKS", {"code": lambda _seed, _report: text})
-    monkeypatch.setattr(seer, "SUBJECTS", {"code": ("code", ADAMW)})
+    monkeypatch.setattr(seer, "RECIPES", {"code": ADAMW})
     monkeypatch.setattr(uncurl, "FACTORS", (4, 8))
     monkeypatch.setattr(uncurl, "FINE_TUNING", Training(ADAMW))
     monkeypatch.setattr(uncurl, "ROUTERS_FIRST", 1)
