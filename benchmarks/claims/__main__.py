@@ -51,7 +51,7 @@ def section(name: str, claim: Claim, outcome: Outcome) -> str:
 
 def wrapped(text: str) -> str:
     """A paragraph in lines of the repository's width."""
-    return textwrap.fill(" ".join(text.split()), WIDTH)
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_on_hyphens=False)
 
 
 def main() -> None:

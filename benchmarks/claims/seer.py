@@ -136,8 +136,8 @@ entropy of the routers, {RECIPES["images"].steps} steps of {RECIPES["images"].ba
 them. FLOPs are those of one test example.""",
     measure=measure,
     reason="""Each half holds somewhere. In the images' model experts are a quarter of the work, so that half of
-them saves an eighth. The language models were trained from scratch with balanced experts, all of which code uses, for
-less than an epoch, and a fine-tuning of seconds does not make up for a quarter of them. With K=1 the renormalised gate
-is 1, so that nothing but the entropy trains the router; its weight, which could not be recovered from the paper, makes
-no difference here.""",
+them saves an eighth. The language models were trained from scratch for about an epoch, and a fine-tuning of 40 steps
+does not make up for what a quarter of their experts knew. With K=1 a Mixtral's renormalised gate is 1, so that nothing
+but the entropy trains its router; the weight of that, which could not be recovered from the paper, makes no difference
+here.""",
 )
