@@ -120,7 +120,7 @@ that follow, on code, train them alone. Small models come from scratch by the sa
 everything is fine-tuned on code for as many steps. A seed is that of all of it.""",
     measure=measure,
     reason="""What costs is the router that is drawn anew, and the steps that go to it alone. With the mean of the
-merged rows instead, a row that was added to see why, the same merge is about as good as frequency pruning or better, and
-no worse than from scratch at factors 4 and 8. The paper trains for much longer: on FLAN first, then 50 epochs of a
+merged rows instead, a row that was added to see why, the same merge is about as good as frequency pruning or better,
+and no worse than from scratch at factors 4 and 8. The paper trains for much longer: on FLAN first, then 50 epochs of a
 task.""",
 )
