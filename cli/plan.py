@@ -63,7 +63,15 @@ if TYPE_CHECKING:
     from pruning.plan_on_data import DataOptions
 
 
+BY_HAND = frozenset({"source", "output", "experts", "clamp_top_k", "router", "target", "as_json"})
+"""What goes with --experts; anything else would rank."""
+
+OF_DATA = ("rounds", "batch_size", "limit", "trials")
+"""What goes with --data only."""
+
+
 def plan(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="statistics.safetensors; or a checkpoint or ONNX model.")],
     output: Output,
     keep: Annotated[str | None, typer.Option(help="Experts to keep: a count (4) or a share (0.5, 50%).")] = None,
@@ -116,6 +124,7 @@ def plan(
             "a plan needs --keep, --max-size, --max-latency or --experts, one of them",
             hint="--keep 4, --max-size 60%, --max-latency 3ms, or --experts 0,2,5",
         )
+    _check_given(context, by_hand=experts is not None, on_data=data is not None)
     at_most = _at_most({BYTES: max_size, MILLISECONDS: max_latency})
     if at_most is not None and data is None:
         flag = f"{FLAGS[at_most.unit]} {at_most.written}"
@@ -138,6 +147,21 @@ def plan(
         made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
     console.result(f"{output}: {_summary(made, output)}", {"output": str(output), **made.to_json()}, as_json)
+
+
+def _check_given(context: typer.Context, *, by_hand: bool, on_data: bool) -> None:
+    """Refuse options that would be ignored."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    ranking = [f"--{name.replace('_', '-')}" for name in given if name not in BY_HAND]
+    if by_hand and ranking:
+        raise UserError(
+            f"--experts names the experts that stay, and leaves nothing to {ranking[0]}",
+            hint=f"leave out {' and '.join(ranking)}, or --experts",
+        )
+    looking = [f"--{name.replace('_', '-')}" for name in OF_DATA if name in given]
+    if looking and not on_data:
+        raise UserError(f"{looking[0]} is about looking at data, but there is none", hint="name it: --data DATA.npz")
 
 
 def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":

@@ -231,6 +231,28 @@ def test_a_target_rounds_a_share_and_refuses_a_count(keep, code, tmp_path):
     assert invoke("plan", tmp_path / "s.safetensors", *arguments) == ((1, "", refused) if code else expected)
 
 
+@pytest.mark.parametrize(
+    ("ranking", "named"),
+    [
+        (("--criterion", "aimer"), "--criterion"),
+        (("--data", "data.npz", "--floor", 2, "--scope", "global"), "--data and --floor and --scope"),
+    ],
+)
+def test_named_experts_leave_nothing_to_rank(ranking, named, block, tmp_path):
+    arguments = ("plan", block, "--experts", "6,1,2", *ranking, "-o", tmp_path / "plan.json")
+    assert invoke(*arguments) == (
+        1, "", f"error: --experts names the experts that stay, and leaves nothing to {named.split()[0]}\n"
+        f"hint: leave out {named}, or --experts\n"
+    )  # fmt: skip
+
+
+def test_what_is_about_data_needs_data(source, tmp_path):
+    arguments = ("plan", source, "--keep", 2, "--rounds", 2, "-o", tmp_path / "plan.json")
+    assert invoke(*arguments) == (
+        1, "", "error: --rounds is about looking at data, but there is none\nhint: name it: --data DATA.npz\n"
+    )  # fmt: skip
+
+
 def test_named_experts_are_bound_by_the_target_too(block, tmp_path):
     arguments = ("--experts", "6,1,2", "--target", "edge-llm-nvfp4", "-o", tmp_path / "plan.json")
     error = "error: layer layers.0.mlp keeps 3 experts, target edge-llm-nvfp4 takes 128 or 256\nhint: "
