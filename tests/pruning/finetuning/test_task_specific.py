@@ -1,7 +1,5 @@
 """Pruning while the task is learned: what is counted, who goes when, and what is left."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from models.moe_layers import find_moe_layers
+from models.vmoe.modeling import VMoeForImageClassification
 from moe_spec import UserError
 from pruning.apply import apply_plan
 from pruning.finetuning.objectives import task_loss
@@ -104,11 +103,9 @@ class State:
 
 @pytest.fixture
 def four_tokens():
-    model = TINY["vmoe"]()
-    for layer in find_moe_layers(model):
-        router: Any = layer.router
-        router.num_experts = 4
-    return model
+    config = TINY["vmoe"]().config
+    config.num_experts = 4
+    return VMoeForImageClassification(config)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
