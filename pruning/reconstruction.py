@@ -7,6 +7,7 @@ E over r subsets; above `MAX_SUBSETS` experts are removed one after the other, e
 which is not the paper's method.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -34,6 +35,9 @@ MAX_TOKENS = 4096
 """The first so many tokens of the calibration data are looked at: the outputs of all experts on them are in memory."""
 
 Keep = tuple[int, ...]
+Router = Callable[[Tensor], tuple[Tensor, ...]]
+"""Logits (T, E), weights (T, K) and expert ids (T, K), and what else a family gives, of (T, H)."""
+
 Loss = Callable[[Keep], float]
 """How much the layer's output changes when it keeps these experts."""
 
@@ -68,10 +72,12 @@ def search_model(
     layers, row = find_moe_layers(model), family(model.config.model_type)
     for shape, count in zip(shapes_of(layers), counts, strict=True):
         check_search(shape, count)
-    seen = _hidden_states(model, batches)
+    seen, axes = _hidden_states(model, batches)
     with torch.no_grad():
         return tuple(
-            search(layer_loss(layer, hidden_TH, row), layer.num_experts, count)
+            search(
+                layer_loss(layer, hidden_TH, narrowing(model, layer, row, axes[layer.name])), layer.num_experts, count
+            )
             for layer, hidden_TH, count in zip(layers, seen, counts, strict=True)
         )
 
@@ -90,12 +96,12 @@ def search(loss: Loss, experts: int, count: int) -> Found:
     return Found(keep, scores, exact=False, loss=loss(keep))
 
 
-def layer_loss(layer: MoELayer, hidden_TH: Tensor, row: Family) -> Loss:
+def layer_loss(layer: MoELayer, hidden_TH: Tensor, narrowed: Callable[[Keep], Router]) -> Loss:
     """The Frobenius norm of the change of the routed experts' sum (T, H), over the tokens ``hidden_TH``."""
     outputs_TEH = outputs_of_all(layer, hidden_TH).transpose(0, 1)
 
     def result(keep: Keep) -> Tensor:
-        _, gates_TK, ids_TK = narrowed(layer, keep, row)(hidden_TH)
+        _, gates_TK, ids_TK, *_ = narrowed(keep)(hidden_TH)
         chosen_TK = torch.tensor(keep)[ids_TK]
         outputs_TKH = outputs_TEH.gather(1, chosen_TK[..., None].expand(-1, -1, outputs_TEH.shape[-1]))
         sum_TH: Tensor = (outputs_TKH * gates_TK[..., None]).sum(dim=1)
@@ -105,13 +111,19 @@ def layer_loss(layer: MoELayer, hidden_TH: Tensor, row: Family) -> Loss:
     return lambda keep: float((result(keep) - whole_TH).norm())
 
 
-def narrowed(layer: MoELayer, keep: Keep, row: Family) -> nn.Module:
-    """A copy of the layer's router over the experts ``keep`` only: no other can be selected."""
-    router = copy.deepcopy(layer.router)
-    for name in row.router_tensors:
-        slice_rows(router, name, keep, layer.num_experts)
-    setattr(router, row.experts_count, len(keep))
-    return router
+def narrowing(model: nn.Module, layer: MoELayer, row: Family, axes: int) -> Callable[[Keep], Router]:
+    """Copies of a layer's router, which reads ``axes`` axes, over some experts only: no other can be selected."""
+    block = model.get_submodule(layer.name)
+
+    def narrowed(keep: Keep) -> Router:
+        router = copy.deepcopy(layer.router)
+        for name in row.router_tensors:
+            slice_rows(router, name, keep, layer.num_experts)
+        setattr(router, row.experts_count, len(keep))
+        biases = [getattr(block, name)[list(keep)] for name in row.block_tensors]  # the block gives them to its router
+        return lambda hidden_TH: router(hidden_TH if axes == 2 else hidden_TH[None], *biases)
+
+    return narrowed
 
 
 def _without(keep: Keep, expert: int) -> Keep:
@@ -137,18 +149,29 @@ def check_search(layer: LayerShape, count: int) -> None:
         )
 
 
-def _hidden_states(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """What the experts of each layer read, (T, H), of the first valid tokens."""
-    parts: dict[str, list[Tensor]] = {layer.name: [] for layer in find_moe_layers(model)}
+def _hidden_states(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[list[Tensor], dict[str, int]]:
+    """What the experts of each layer read, (T, H), of the first valid tokens; and in how many axes its router does."""
+    layers = find_moe_layers(model)
+    parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    axes: dict[str, int] = {}
     valid_T: Tensor | None = None
 
     def note(layer: MoELayer, seen: Seen) -> None:
         parts[layer.name].append(seen.hidden_TH if valid_T is None else seen.hidden_TH[valid_T])
 
-    with observed(model, note):
+    def note_axes(name: str, _router: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        axes[name] = inputs[0].dim()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(observed(model, note))
+        for layer in layers:
+            hook = functools.partial(note_axes, layer.name)
+            stack.enter_context(layer.router.register_forward_pre_hook(hook))
         for batch in batches:
             valid_T = valid_tokens(batch)
             run_backbone(model, batch)
             if sum(map(len, next(iter(parts.values())))) >= MAX_TOKENS:
                 break
-    return [torch.cat(hidden)[:MAX_TOKENS] for hidden in parts.values()]
+    return [torch.cat(hidden)[:MAX_TOKENS] for hidden in parts.values()], axes

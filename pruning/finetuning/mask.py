@@ -58,10 +58,12 @@ class ExpertMask:
                 del layer.router.forward
                 set_top_k(self._model, layer, layer.top_k)
 
-    def _route(self, layer: MoELayer, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    def _route(self, layer: MoELayer, forward: Callable[..., Any], hidden: Tensor, *biases: Tensor | None) -> Any:
+        """``biases`` are for the selection: some blocks hold them, and give them to their router."""
         dropped_E = self._dropped[layer.name].to(hidden.device)
+        masked = [bias if bias is None else bias.masked_fill(dropped_E, UNSELECTABLE) for bias in biases]
         with _MaskedLinear(dropped_E), _unselectable(layer.router, dropped_E):
-            return forward(hidden)
+            return forward(hidden, *masked)
 
 
 class _MaskedLinear(TorchFunctionMode):
@@ -78,12 +80,13 @@ class _MaskedLinear(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _unselectable(router: nn.Module, dropped_E: Tensor) -> Iterator[None]:
-    bias_E = getattr(router, _SELECTION_BIAS, None)
-    if bias_E is None:
-        yield
-        return
-    setattr(router, _SELECTION_BIAS, bias_E.masked_fill(dropped_E, UNSELECTABLE))
+    """Whatever part of ``router`` holds a selection bias, as a parameter or a buffer, holds a masked one."""
+    owners: list[Any] = [owner for module in router.modules() for owner in (module._parameters, module._buffers)]
+    biases = [(owner, owner[_SELECTION_BIAS]) for owner in owners if owner.get(_SELECTION_BIAS) is not None]
+    for owner, bias in biases:
+        owner[_SELECTION_BIAS] = bias.masked_fill(dropped_E, UNSELECTABLE)
     try:
         yield
     finally:
-        setattr(router, _SELECTION_BIAS, bias_E)
+        for owner, bias in biases:
+            owner[_SELECTION_BIAS] = bias

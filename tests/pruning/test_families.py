@@ -13,6 +13,8 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import MEAN
 from pruning.apply import apply_plan, prune
 from pruning.collect import collect
+from pruning.finetuning.mask import ExpertMask
+from pruning.reconstruction import search_model
 from tests.families.configs import tiny
 from tests.models_table import EXPERTS, TOP_K, example_inputs
 from tests.oracle import masked, plan_for
@@ -66,6 +68,31 @@ def test_every_token_is_counted_for_each_expert_that_it_selects(name):
         assert (layer.token_count, layer.experts, layer.top_k) == (21, EXPERTS, TOP_K)
         assert (layer["probability"] > 0).all()
     torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+@peculiar
+def test_a_mask_makes_the_same_experts_unselectable(name):
+    model = tiny(name)
+    plan, mask, before = keeping(model, (0, 2, 5, 7)), ExpertMask(model), outputs(model)
+    for layer in plan.layers:
+        mask.keep(layer.name, layer.keep)
+    with mask.applied():
+        got = outputs(model)
+    with masked(model, plan):
+        torch.testing.assert_close(got, outputs(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "ernie4_5_moe", "gemma4", "lfm2_moe", "minimax_m2", "phimoe"])
+def test_the_best_subset_is_searched_for(name):
+    model = tiny(name)
+    layers = find_moe_layers(model)
+    found = search_model(model, [example_inputs(model, batch=3, sequence=7, seed=0)], [EXPERTS - 1] * len(layers))
+    for one in found:
+        assert one.exact
+        (dropped,) = set(range(EXPERTS)) - set(one.keep)
+        assert one.scores[dropped] == min(one.scores)
+        assert one.loss == min(one.scores) < max(one.scores)
 
 
 def test_probabilities_are_counted_as_they_are():

@@ -7,7 +7,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from models.moe_layers import find_moe_layers
-from models.vmoe.modeling import VMoeForImageClassification
 from moe_spec import UserError
 from pruning.apply import apply_plan
 from pruning.finetuning.objectives import task_loss
@@ -103,9 +102,9 @@ class State:
 
 @pytest.fixture
 def four_tokens():
-    config = TINY["vmoe"]().config
-    config.num_experts = 4
-    return VMoeForImageClassification(config)
+    model = TINY["vmoe"]()
+    model.config.num_experts = 4
+    return type(model)(model.config)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
