@@ -97,8 +97,16 @@ def test_ctrl_c_ends_the_build_process_too_and_leaves_nothing(model, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.wait()
     assert process.returncode == 130
-    assert not Path(f"/proc/{worker}").exists()
+    assert is_gone(worker)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def is_gone(worker, seconds=60):
+    """A process that was killed stays until its memory is given back and somebody has asked how it ended."""
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not Path(f"/proc/{worker}").exists()
 
 
 def wait_for_worker(parent):
