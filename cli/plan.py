@@ -151,15 +151,17 @@ def plan(
 
 def _check_given(context: typer.Context, *, by_hand: bool, on_data: bool) -> None:
     """Refuse options that would be ignored."""
+    from pruning.finetuning.flags import flag
+
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    ranking = [f"--{name.replace('_', '-')}" for name in given if name not in BY_HAND]
+    ranking = [flag(name) for name in given if name not in BY_HAND]
     if by_hand and ranking:
         raise UserError(
             f"--experts names the experts that stay, and leaves nothing to {ranking[0]}",
             hint=f"leave out {' and '.join(ranking)}, or --experts",
         )
-    looking = [f"--{name.replace('_', '-')}" for name in OF_DATA if name in given]
+    looking = [flag(name) for name in OF_DATA if name in given]
     if looking and not on_data:
         raise UserError(f"{looking[0]} is about looking at data, but there is none", hint="name it: --data DATA.npz")
 

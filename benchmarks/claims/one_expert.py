@@ -11,8 +11,8 @@ from benchmarks.claims.lab import VERSION, noted, score, tuned
 from benchmarks.claims.router_norm import LEARN
 from benchmarks.claims.subjects import turned
 from benchmarks.markdown import table
-from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 from exporter.export import export
 from graph_passes.optimize import optimize
 from graph_passes.writers import WRITERS

@@ -10,8 +10,8 @@ from benchmarks.claims.subjects import turned
 from benchmarks.markdown import table
 from benchmarks.methods.rows import RANDOM_DRAWS
 from benchmarks.methods.subject import Subject
-from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 from moe_spec.plan import FULL, ROWS, PruningPlan
 from pruning.budget import Keep
 from pruning.finetuning.options import Plain

@@ -9,8 +9,8 @@ from benchmarks.claims.lab import Training, score
 from benchmarks.markdown import table
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks import TASKS
-from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers, set_top_k
 from moe_spec.plan import PruningPlan

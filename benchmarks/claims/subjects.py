@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.tasks import images, language
 from benchmarks.tasks.cache import cached
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 from moe_spec.dataset import IMAGES
 from moe_spec.files import sha256_file
 from moe_spec.record import Json
@@ -43,7 +44,7 @@ def turned() -> Task:
     return dataclasses.replace(upright, name=NAME, calibration=calibration, finetune=finetune, test=test)
 
 
-def small_language(experts: int, seed: int, report: language.Report) -> Task:
+def small_language(experts: int, seed: int, report: Report) -> Task:
     """A small Mixtral of so many experts, from scratch on all domains, judged on `DOMAIN`; K=2, or 1 of one expert.
 
     Raises:

@@ -8,8 +8,8 @@ from benchmarks.claims.lab import Training, score
 from benchmarks.claims.subjects import DOMAIN, SMALL, small_language
 from benchmarks.markdown import table
 from benchmarks.methods.subject import Subject
-from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 from moe_spec.plan import MEAN, PruningPlan
 from pruning.finetuning.recipe import recipe
 from pruning.plan import PlanOptions, make_plan

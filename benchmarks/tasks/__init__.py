@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 
 from benchmarks.tasks import images, language, newsgroups
-from benchmarks.tasks.language import Report
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report
 
 TASKS: Mapping[str, Callable[[int, Report], Task]] = {
     "images": lambda seed, _report: images.task(seed),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
-from benchmarks.tasks.language import MAX_GRADIENT, Report, endless
+from benchmarks.tasks.training import Report, descend, endless
 from models.moe_bert.modeling import MoeBertForSequenceClassification, MoeBertSparseMlp, mean_of_tokens
 from models.moe_layers import find_moe_layers
 from models.vmoe.fit import warmup_cosine
@@ -175,11 +175,7 @@ def _fit(
         balance = sum(block.balance_loss for block in sparse if block.balance_loss is not None)
         expert_T = trunk.experts_N[ids].repeat_interleave(mask_BS.shape[1])[is_token_T]
         guide = sum(functional.cross_entropy(logits_TE[is_token_T].float(), expert_T) for logits_TE in routed)
-        optimizer.zero_grad()
-        torch.autograd.backward(entropy + phase.balance * balance + phase.guide * guide)
-        torch.nn.utils.clip_grad_norm_(learned, MAX_GRADIENT)
-        optimizer.step()
-        schedule.step()
+        descend(entropy + phase.balance * balance + phase.guide * guide, learned, optimizer, schedule)
         losses.append(entropy.item())
         if step % REPORT_EVERY == 0 or step == phase.steps:
             report(f"step {step}/{phase.steps}: loss {np.mean(losses[-REPORT_EVERY:]):.3f}")

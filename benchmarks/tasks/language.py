@@ -6,7 +6,7 @@ Its tasks are one a domain: it is pruned for that domain, and judged by its perp
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,13 @@ from benchmarks.tasks.corpus import DOMAINS, TOKENIZER, CorpusRecipe, read_block
 from benchmarks.tasks.metrics import PERPLEXITY
 from benchmarks.tasks.sources import fetch
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Report, descend, endless
 from models.checkpoints import save_model
 from models.vmoe.fit import parameter_groups, warmup_cosine
 from moe_spec.record import Json
 
 CORPUS = CorpusRecipe()
-MAX_GRADIENT = 1.0
 REPORT_EVERY = 100
-
-Report = Callable[[str], None]
-"""Told a line now and then."""
 
 Blocks = Mapping[str, npt.NDArray[np.int64]]
 """(N, S) token ids by domain."""
@@ -162,11 +159,7 @@ def fit(model: PreTrainedModel, blocks: Blocks, recipe: Recipe, report: Report) 
         ids = {domain: list(itertools.islice(order[domain], recipe.blocks_per_domain)) for domain in blocks}
         input_ids = torch.from_numpy(np.concatenate([blocks_NS[ids[domain]] for domain, blocks_NS in blocks.items()]))
         loss = training_loss(model, input_ids, recipe.balance)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model.parameters(), optimizer, schedule)
         losses.append(loss.item())
         if step % REPORT_EVERY == 0 or step == recipe.steps:
             report(f"step {step}/{recipe.steps}: loss {np.mean(losses[-REPORT_EVERY:]):.3f}")
@@ -183,9 +176,3 @@ def training_loss(model: PreTrainedModel, input_ids_BS: Tensor, balance: float) 
     ]
     loss: Tensor = output.loss + balance * sum(losses)
     return loss
-
-
-def endless(count: int, generator: np.random.Generator) -> Iterator[int]:
-    """Numbers below ``count`` in random order, again and again."""
-    while True:
-        yield from generator.permutation(count)

@@ -21,6 +21,13 @@ def invoke(verb: str, *arguments: object) -> tuple[int, str, str]:
     return int(leaving.value.code or 0), out.getvalue(), err.getvalue()
 
 
+def done(verb: str, *arguments: object) -> str:
+    """Stdout of ``moe-edge VERB ARGUMENTS``, which succeeds without a word on stderr."""
+    code, stdout, stderr = invoke(verb, *arguments)
+    assert (code, stderr) == (0, "")
+    return stdout
+
+
 def leftovers(directory: Path) -> set[str]:
     """Names of what lies in ``directory``, hidden staging files too."""
     return {path.name for path in directory.iterdir()}

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoints import load_model, save_model
-from models.moe_layers import find_moe_layers
+from models.checkpoints import load_model
 from moe_spec.plan import PruningPlan
-from tests.cli.helpers import invoke
-from tests.models_table import EXPERTS, example_inputs, vmoe_ensemble
+from tests.cli.fine_tuned import save_fine_tuned
+from tests.cli.helpers import done, invoke
+from tests.models_table import EXPERTS, vmoe_ensemble
 from tests.oracle import masked
 
 GROWN = {
@@ -26,25 +26,11 @@ GROWN = {
 def work(tmp_path_factory):
     """An ensemble before and after fine-tuning, its export, a data set, and the plan that keeps what has grown."""
     directory = tmp_path_factory.mktemp("ensemble")
-    model = vmoe_ensemble()
-    save_model(model, directory / "base")
-    with torch.no_grad():
-        for layer in find_moe_layers(model):
-            layer.router.get_parameter("weight")[list(GROWN[layer.name])] *= 1.5
-    save_model(model, directory / "tuned")
-    images = example_inputs(model, 24, 0, seed=3)["pixel_values"].numpy()
-    np.savez(directory / "task.npz", pixel_values=images, labels=np.arange(24) % 10)
+    ranked = save_fine_tuned(vmoe_ensemble(), GROWN, directory)
     done("export", directory / "tuned", "-o", directory / "exported")
-    ranked = ("--criterion", "router-norm", "--pretrained", directory / "base", "--keep", 3)
     done("plan", directory / "tuned", *ranked, "-o", directory / "rows.json")
     done("plan", directory / "tuned", *ranked, "--router", "full", "-o", directory / "full.json")
     return directory
-
-
-def done(*arguments):
-    code, stdout, stderr = invoke(*arguments)
-    assert (code, stderr) == (0, "")
-    return stdout
 
 
 def test_members_are_ranked_each_by_itself_and_keep_as_many(work):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoints import load_model, save_model
-from models.moe_layers import find_moe_layers
+from models.checkpoints import load_model
 from moe_spec.plan import PruningPlan
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from tests.cli.helpers import invoke, leftovers
+from tests.cli.fine_tuned import save_fine_tuned
+from tests.cli.helpers import done, invoke, leftovers
 from tests.models_table import example_inputs, vmoe_expert_choice
 from tests.oracle import masked
 
@@ -22,24 +22,10 @@ GROWN = {"layers.0.mlp": (0, 1, 2), "layers.1.mlp": (3, 5, 7)}
 def work(tmp_path_factory):
     """A model before and after fine-tuning, a plan by the change of its routers, its export, and a data set."""
     directory = tmp_path_factory.mktemp("choice")
-    model = vmoe_expert_choice()
-    save_model(model, directory / "base")
-    with torch.no_grad():
-        for layer in find_moe_layers(model):
-            layer.router.get_parameter("weight")[list(GROWN[layer.name])] *= 1.5
-    save_model(model, directory / "tuned")
-    images = example_inputs(model, 24, 0, seed=3)["pixel_values"].numpy()
-    np.savez(directory / "task.npz", pixel_values=images, labels=np.arange(24) % 10)
-    ranked = ("--criterion", "router-norm", "--pretrained", directory / "base", "--keep", 3)
+    ranked = save_fine_tuned(vmoe_expert_choice(), GROWN, directory)
     done("plan", directory / "tuned", *ranked, "-o", directory / "plan.json")
     done("export", directory / "tuned", "--plan", directory / "plan.json", "-o", directory / "exported")
     return directory
-
-
-def done(*arguments):
-    code, stdout, stderr = invoke(*arguments)
-    assert (code, stderr) == (0, "")
-    return stdout
 
 
 def test_a_pruned_graph_is_the_model_whose_dropped_experts_are_improbable(work):
