@@ -12,9 +12,9 @@ from exporter.tasks import task_of
 from exporter.trace import to_onnx
 from models.checkpoints import load_model
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from tests.families.configs import tiny
 from tests.foreign.foreign import Foreign
 from tests.foreign.table import FOREIGN
-from tests.models_table import TINY
 
 RUNNER = OnnxRuntimeRunner(threads=1)
 
@@ -27,7 +27,7 @@ class Zoo:
 
     def checkpoint(self, name: str) -> Path:
         """Checkpoint directory of the tiny model ``name``."""
-        return self._once(f"{name}.checkpoint", lambda path: TINY[name]().save_pretrained(path))
+        return self._once(f"{name}.checkpoint", lambda path: tiny(name).save_pretrained(path))
 
     def exported(self, name: str) -> Path:
         """The same, exported by us: one experts node a layer."""

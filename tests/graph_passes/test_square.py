@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.export import export
 from exporter.tasks import task_of
 from exporter.trace import run_torch
 from graph_passes.mask import mask_model
@@ -22,7 +21,6 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL
 from moe_spec.plan import FULL, REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.runner import error_between
-from pruning.apply import apply_plan
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.targets import find_target
@@ -105,18 +103,6 @@ def test_a_foreign_export_is_pruned_to_the_same_numbers(zoo, tmp_path, name, kee
     with pytest.raises(UserError, match="the plan was made for model"):
         optimize(source, tmp_path / "refused", RUNNER, plan=plan)
     optimize(source, tmp_path / "optimized", RUNNER, plan=plan, any_model=True)
-    assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL)
-
-
-@every_model
-def test_pruning_before_the_export_equals_pruning_after(zoo, tmp_path, name):
-    keep = (0, 2, 5, 7) if name == "deepseek_v3" else KEEPS["3 of 8"]  # torch needs equal routing groups
-    plan = plan_of(zoo, name, keep)
-    prepare = functools.partial(apply_plan, plan=plan)
-    manifest = export(zoo.checkpoint(name), tmp_path / "pruned", RUNNER, plan=plan, prepare=prepare)
-    assert {(block.experts, block.keep) for block in manifest.blocks} == {(len(keep), keep)}
-    assert_same(zoo, name, keep, tmp_path / "pruned" / MODEL)
-    optimize(zoo.exported(name), tmp_path / "optimized", RUNNER, plan=plan)
     assert_same(zoo, name, keep, tmp_path / "optimized" / MODEL)
 
 
