@@ -43,15 +43,14 @@ def export(
     runs the result.
 
     Raises:
-        UserError: no checkpoint, an unknown family or task, a plan for another model, with a full router, or one that
-            was not applied, or an output that exists.
+        UserError: no checkpoint, an unknown family or task, a plan for another model, or one that was not applied, or
+            an output that exists.
         VerificationError: the exported graph does not compute what torch computes.
     """
     refuse_existing(out)
     identity = checkpoint_sha256(checkpoint)
     if plan is not None:
         plan.require_model(identity, str(checkpoint))
-        plan.require_narrow_routers("a torch model")
     model = load_model(checkpoint)
     if prepare is not None:
         prepare(model)

@@ -274,7 +274,8 @@ class PruningPlan:
             raise UserError(
                 f"the plan keeps the router of layer {full[0]} full, but {where} has as many experts as its router "
                 "has rows",
-                hint="prune the ONNX graph, which may have fewer: moe-edge optimize exported/ --plan plan.json",
+                hint="export it, an ONNX graph may have fewer: moe-edge export CHECKPOINT --plan plan.json "
+                "-o exported/",
             )
 
     def to_json(self) -> Json:

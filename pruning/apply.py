@@ -1,6 +1,5 @@
 """Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
-from pruning.means import give_means
+from pruning.behind_router import lead_to
 from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
 
@@ -90,9 +89,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     2. Router weight, bias and selection bias are sliced by the same ids; shared experts and scales stay untouched.
     3. Layers may keep different numbers. The config has one count: it changes only where all layers agree.
     4. All layers are checked before the first is changed.
-    5. Where the router stays as it is it leads to every expert still: those dropped become zeros, which give 0
-       whenever they are chosen, or their gate times their mean output where they are replaced by that; nothing shrinks.
-       That is for measuring; an ONNX graph drops them.
+    5. Where the router stays as it is, experts go and no row does: those of dropped experts lead to none, or to their
+       mean output. That can be measured and exported; a checkpoint cannot say it.
     6. Where a plan merges experts, the survivors become weighted means first (``pruning.merging.apply``). Where rows of
        the router share them, each of the group becomes the mean, and an ONNX graph makes one of these equals.
 
@@ -108,16 +106,15 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     groups = [_groups_after(layer, layer_plan) for layer, layer_plan in todo]
     merge_layers(model, todo, plan.options)
     for (layer, layer_plan), left in zip(todo, groups, strict=True):
-        if layer_plan.router in UNTOUCHED:
-            if layer_plan.router != ALIAS:
-                _silence(layer, layer_plan.dropped)
-            if layer_plan.router == REPLACE:
-                give_means(layer, layer_plan)
-            continue
-        _slice_layer(model.get_submodule(layer.name), layer, layer_plan, row)
-        _set_counts(model, layer, layer_plan, left, row)
+        if layer_plan.router not in UNTOUCHED:
+            _slice_experts(layer, layer_plan, row)
+            _slice_router(model.get_submodule(layer.name), layer_plan, row)
+            _set_counts(model, layer, layer_plan, left, row)
+        elif layer_plan.router != ALIAS and layer_plan.dropped:
+            _slice_experts(layer, layer_plan, row)
+            lead_to(layer, layer_plan)
     shapes = _shapes(model)
-    if len(shapes) == 1:
+    if len(shapes) == 1 and not any(layer_plan.router in UNTOUCHED for layer_plan in plan.layers):
         experts, top_k, one_group = shapes.pop()
         row.set_config_counts(model.config, experts, top_k, one_group)
         for name, value in (("num_experts", experts), ("num_experts_per_tok", top_k)):
@@ -163,13 +160,6 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
     return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
 
 
-def _silence(layer: MoELayer, dropped: Sequence[int]) -> None:
-    """Experts of zeros, biases included, give 0 in every family: act(0) is multiplied by 0."""
-    with torch.no_grad():
-        for parameter in layer.experts.parameters(recurse=False):
-            parameter[list(dropped)] = 0
-
-
 def _require_tensors(model: PreTrainedModel, layer: MoELayer, row: Family) -> None:
     there = model.get_submodule(layer.name).state_dict()
     missing = [name for name in row.routing_tensors if name not in there]
@@ -179,13 +169,24 @@ def _require_tensors(model: PreTrainedModel, layer: MoELayer, row: Family) -> No
             f"experts as {row.model_type} does elsewhere",
             hint="leave the layer out of the plan",
         )
+    rows = len(there[row.routing_tensors[0]])
+    if rows != layer.num_experts:
+        raise UserError(
+            f"the router of layer {layer.name} has {rows} rows and leads to {layer.num_experts} experts: a plan that "
+            "keeps it full was applied before",
+            hint="apply one plan to the model as it was loaded",
+        )
 
 
-def _slice_layer(block: nn.Module, layer: MoELayer, plan: LayerPlan, row: Family) -> None:
-    for name in row.routing_tensors:
-        slice_rows(block, name, plan.keep, layer.num_experts)
+def _slice_experts(layer: MoELayer, plan: LayerPlan, row: Family) -> None:
     for name, _ in list(layer.experts.named_parameters(recurse=False)):
         slice_rows(layer.experts, name, plan.keep, layer.num_experts)
+    setattr(layer.experts, row.experts_count, len(plan.keep))
+
+
+def _slice_router(block: nn.Module, plan: LayerPlan, row: Family) -> None:
+    for name in row.routing_tensors:
+        slice_rows(block, name, plan.keep, plan.experts)
 
 
 def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...], experts: int) -> None:
@@ -200,9 +201,8 @@ def slice_rows(module: nn.Module, name: str, keep: tuple[int, ...], experts: int
 
 
 def _set_counts(model: PreTrainedModel, layer: MoELayer, plan: LayerPlan, groups: Groups | None, row: Family) -> None:
-    for module in (layer.router, layer.experts):
-        if hasattr(module, row.experts_count):
-            setattr(module, row.experts_count, len(plan.keep))
+    if hasattr(layer.router, row.experts_count):
+        setattr(layer.router, row.experts_count, len(plan.keep))
     set_top_k(model, layer, plan.top_k)
     if groups is not None:
         for name, value in zip(GROUP_COUNTS, (groups.count, groups.selected), strict=True):

@@ -1,14 +1,10 @@
-"""Mean outputs: what takes the place of an expert that a plan replaces, and how it does in a torch model."""
+"""Mean outputs: what takes the place of an expert that a plan replaces."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from models.moe_layers import MoELayer
 from moe_spec.errors import UserError
 from moe_spec.plan import REPLACE, LayerPlan
 from moe_spec.statistics import LayerStatistics
@@ -47,23 +43,3 @@ def with_means(plan: LayerPlan, layer: LayerStatistics) -> LayerPlan:
     sums_DH = finite(layer.name, layer["output"][dropped])
     means_DH = sums_DH / np.maximum(layer["tokens"][dropped], 1)[:, np.newaxis]
     return dataclasses.replace(plan, means_DH=means_DH.astype(np.float32))
-
-
-def give_means(layer: MoELayer, plan: LayerPlan) -> None:
-    """Let ``layer``, whose dropped experts give 0 already, give ``gate_e mean_e`` for each of them in addition.
-
-    The means are no parameters: they are neither trained nor saved.
-
-    Raises:
-        UserError: the plan has no means, or of another width.
-    """
-    means = torch.zeros(layer.num_experts + 1, layer.hidden_size)  # ids beyond the last expert lead to none
-    means[list(plan.dropped)] = torch.from_numpy(plan.mean_outputs(layer.hidden_size))
-    layer.experts.register_forward_hook(functools.partial(_add_means, means))
-
-
-def _add_means(means: Tensor, _experts: nn.Module, args: tuple[Tensor, ...], mixed_TH: Tensor) -> Tensor:
-    _, ids_TK, gates_TK = args
-    gates = torch.zeros(len(ids_TK), len(means), device=ids_TK.device)
-    gates.scatter_add_(1, ids_TK.clamp(max=len(means) - 1), gates_TK.float())
-    return mixed_TH + (gates @ means.to(gates)).to(mixed_TH.dtype)

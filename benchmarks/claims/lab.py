@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from benchmarks.methods.cells import content
-from benchmarks.methods.recovery import hold_silent, learn
+from benchmarks.methods.recovery import learn
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import RECIPE, cached
 from benchmarks.tasks.task import Task
@@ -66,16 +66,12 @@ def tuned(task: Task, method: Method, recipe: Recipe) -> Task:
 
 
 def score(task: Task, plan: PruningPlan | None = None, training: Training | None = None) -> float:
-    """The task's metric, on its test data, of its model pruned by ``plan`` and then trained; measured once.
-
-    Experts that are gone behind a full router stay silent whatever is trained.
-    """
+    """The task's metric, on its test data, of its model pruned by ``plan`` and then trained; measured once."""
 
     def make() -> Json:
         model = load_model(task.checkpoint)
         if plan is not None:
             apply_plan(model, plan)
-            hold_silent(model, plan)
         if training is not None:
             training.run(model, task)
         return {"value": task.evaluate(model)}

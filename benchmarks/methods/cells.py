@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from benchmarks.methods.recovery import hold_silent, hold_together, learn, recipe_of, recorded
+from benchmarks.methods.recovery import hold_together, learn, recipe_of, recorded
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import RECIPE, cached
 from models.checkpoints import load_model
@@ -49,7 +49,6 @@ def measure(subject: Subject, plan: PruningPlan | None, method: Method | None) -
     model = load_model(subject.task.checkpoint)
     if plan is not None:
         apply_plan(model, plan)
-        hold_silent(model, plan)
         hold_together(model, plan)
     if method is not None:
         learn(model, subject, method, recipe_of(subject))

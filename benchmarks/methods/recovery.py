@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from benchmarks.methods.subject import Subject
 from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
-from moe_spec.plan import ALIAS, FULL, REPLACE, PruningPlan
+from moe_spec.plan import ALIAS, PruningPlan
 from moe_spec.record import Json
 from pruning.finetuning import seer
 from pruning.finetuning.examples import inputs, labelled
@@ -60,15 +60,6 @@ def learn(model: PreTrainedModel, subject: Subject, method: Method, how: Recipe)
             train(model, labelled(data, model, where), task_loss, how, callbacks=[TaskSpecificPruning(method)])
         case _:
             train(model, labelled(data, model, where), task_loss, how)
-
-
-def hold_silent(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Experts that are gone behind a router that stays do not learn: the zeros in their place get no gradient."""
-    for layer in find_moe_layers(model):
-        planned = plan.layer(layer.name)
-        if planned is not None and planned.router in (FULL, REPLACE):
-            dropped = torch.tensor(planned.dropped)
-            _on_gradients(layer, functools.partial(torch.index_fill, dim=0, index=dropped, value=0.0))
 
 
 def hold_together(model: PreTrainedModel, plan: PruningPlan) -> None:

@@ -36,9 +36,9 @@ def test_the_embedded_model_is_exported_and_one_line_says_so(tmp_path):
     assert "preprocessor_config.json" in leftovers(out)
 
 
-def test_json_holds_the_manifest_of_a_pruned_export(zoo, tmp_path):
+def test_json_holds_the_manifest_of_an_export_that_is_pruned_behind_a_full_router(zoo, tmp_path):
     checkpoint, out = zoo.checkpoint("vmoe"), tmp_path / "exported"
-    plan = plan_for(checkpoint, tmp_path / "plan.json")
+    plan = plan_for(checkpoint, tmp_path / "plan.json", router="full")
     code, stdout, stderr = invoke("export", checkpoint, "--plan", plan, "-o", out, "--json")
     assert (code, stderr) == (0, "")
     assert json.loads(stdout) == json.loads(json.dumps(Manifest.load(out).to_json()))

@@ -37,7 +37,7 @@ def test_mone_from_statistics_to_a_verified_graph(zoo, statistics, tmp_path):
         "",
         "error: the plan keeps the router of layer model.layers.0.mlp full, but a checkpoint has as many experts as "
         "its router has rows\n"
-        "hint: prune the ONNX graph, which may have fewer: moe-edge optimize exported/ --plan plan.json\n",
+        "hint: export it, an ONNX graph may have fewer: moe-edge export CHECKPOINT --plan plan.json -o exported/\n",
     )
     assert invoke("optimize", zoo.exported("olmoe"), "--plan", plan, "-o", optimized)[0] == 0
     verify = ("verify", optimized, "--reference", zoo.exported("olmoe"))

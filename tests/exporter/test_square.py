@@ -26,10 +26,10 @@ from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import FULL, LayerPlan, PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
-from tests.oracle import masked
+from tests.oracle import masked, with_any_means
 from tests.zoo import RUNNER
 
 UNEVEN = (0, 1, 5), (6,)
@@ -46,12 +46,13 @@ FAMILIES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 }
 """What is kept, by family: together all that routers and experts of transformers differ in."""
 
+BEHIND = ("mixtral", "vmoe")
+"""Families of which the first layer's router stays full, and what the second one's chose is replaced by its mean."""
+
 SHAPES = ((1, 1), (3, 9))
 """Batch and sequence; neither was traced."""
 
 TOLERANCE = 1e-5
-
-every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,6 @@ class Square:
         after: directory of the pruned export.
     """
 
-    name: str
     checkpoint: Path
     plan: PruningPlan
     before: Path
@@ -71,7 +71,7 @@ class Square:
 
 
 def plan_of(checkpoint: Path, keeps) -> PruningPlan:
-    """What to keep in each layer; K shrinks with it."""
+    """What to keep in each layer, as `UNEVEN` does; K shrinks with it."""
     layers = zip(find_moe_layers(load_model(checkpoint)), keeps, strict=True)
     plans = [
         LayerPlan(layer.name, layer.num_experts, min(layer.top_k, len(keep)), keep, groups=layer.groups)
@@ -80,21 +80,38 @@ def plan_of(checkpoint: Path, keeps) -> PruningPlan:
     return PruningPlan(checkpoint_sha256(checkpoint), "by hand", tuple(plans))
 
 
+def plan_behind(checkpoint: Path) -> PruningPlan:
+    """As many experts in each layer as `UNEVEN` has, and all rows of both routers."""
+    model = load_model(checkpoint)
+    layers = zip(find_moe_layers(model), UNEVEN, strict=True)
+    silent, replaced = (
+        LayerPlan(layer.name, layer.num_experts, layer.top_k, keep, groups=layer.groups, router=FULL)
+        for layer, keep in layers
+    )
+    replaced = with_any_means(replaced, model.config.hidden_size)
+    return PruningPlan(checkpoint_sha256(checkpoint), "by hand", (silent, replaced))
+
+
 def export_pruned(checkpoint: Path, plan: PruningPlan, out: Path) -> Manifest:
     return export(checkpoint, out, RUNNER, plan=plan, prepare=functools.partial(apply_plan, plan=plan))
 
 
 @pytest.fixture(scope="module")
 def square(request, zoo, tmp_path_factory) -> Square:
-    name = request.param
+    name, planned = request.param
     checkpoint, root = zoo.checkpoint(name), tmp_path_factory.mktemp(name)
-    plan = plan_of(checkpoint, FAMILIES[name])
+    plan = planned(checkpoint)
     export_pruned(checkpoint, plan, root / "before")
     optimize(zoo.exported(name), root / "after", RUNNER, plan=plan)
-    return Square(name, checkpoint, plan, root / "before", root / "after")
+    return Square(checkpoint, plan, root / "before", root / "after")
 
 
-every_square = pytest.mark.parametrize("square", FAMILIES, indirect=True)
+NARROWED = {name: (name, functools.partial(plan_of, keeps=keeps)) for name, keeps in FAMILIES.items()}
+LED = {f"{name} behind its routers": (name, plan_behind) for name in BEHIND}
+SQUARES = NARROWED | LED
+
+every_square = pytest.mark.parametrize("square", SQUARES.values(), ids=SQUARES, indirect=True)
+uneven = {name: square for name, square in NARROWED.items() if FAMILIES[name] == UNEVEN}
 
 
 def batches_of(checkpoint: Path):
@@ -130,12 +147,12 @@ def test_both_ways_keep_the_same_experts_and_are_the_same_model(square):
     before, after = (Manifest.load(directory) for directory in (square.before, square.after))
     for manifest in (before, after):
         assert [(block.experts, block.keep) for block in manifest.blocks] == [
-            (len(keep), keep) for keep in FAMILIES[square.name]
+            (len(layer.keep), layer.keep) for layer in square.plan.layers
         ]
     assert before.model_sha256 == after.model_sha256
 
 
-@pytest.mark.parametrize("square", [name for name, keep in FAMILIES.items() if keep == UNEVEN], indirect=True)
+@pytest.mark.parametrize("square", uneven.values(), ids=uneven, indirect=True)
 def test_no_router_is_left_where_one_expert_is(square, tmp_path):
     optimize(square.before, tmp_path / "optimized", RUNNER, accepted=("dense", "ffn"))
     for directory in (square.after, tmp_path / "optimized"):

@@ -112,7 +112,21 @@ def test_one_layer_may_lose_rows_where_another_keeps_its_router_full():
     plan = PruningPlan("", "by hand", (first, dataclasses.replace(second, router=FULL)))
     apply_plan(pruned, plan)
     assert_pruned_equals_masked(model, pruned, plan)
-    assert [layer.num_experts for layer in find_moe_layers(pruned)] == [3, 8]
+    assert [layer.num_experts for layer in find_moe_layers(pruned)] == [3, 3]
+    assert [len(layer.router.get_parameter("weight")) for layer in find_moe_layers(pruned)] == [3, 8]
+    assert pruned.config.to_dict() == model.config.to_dict()
+
+
+def test_behind_a_full_router_no_second_plan_is_applied():
+    model = TINY["olmoe"]()
+    apply_plan(model, plan_for(model, dict.fromkeys(names(model), (1, 4, 6)), router=FULL))
+    with pytest.raises(UserError) as caught:
+        apply_plan(model, plan_for(model, dict.fromkeys(names(model), (0, 1))))
+    assert (caught.value.what, caught.value.hint) == (
+        f"the router of layer {names(model)[0]} has 8 rows and leads to 3 experts: a plan that keeps it full was "
+        "applied before",
+        "apply one plan to the model as it was loaded",
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -261,7 +275,7 @@ def test_a_checkpoint_cannot_hold_a_router_that_stays_as_it_is(tmp_path, router)
     assert refusal(checkpoint, plan, tmp_path / "out") == (
         "the plan keeps the router of layer model.layers.0.mlp full, but a checkpoint has as many experts as its "
         "router has rows",
-        "prune the ONNX graph, which may have fewer: moe-edge optimize exported/ --plan plan.json",
+        "export it, an ONNX graph may have fewer: moe-edge export CHECKPOINT --plan plan.json -o exported/",
     )
 
 
