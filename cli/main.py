@@ -15,6 +15,7 @@ from moe_spec.errors import UserError, VerificationError
 VERBS = (
     "inspect",
     "families",
+    "upcycle",
     "calibrate",
     "merge",
     "plan",

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,21 @@ _NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, Strict
 """What transformers raises about files that do not fit together."""
 
 
-def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+def load_model(
+    directory: Path, dtype: torch.dtype | None = torch.float32, known: Callable[[str], object] = family
+) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, on the CPU; ``models.spread`` has models larger than memory.
 
     Args:
         directory: config.json and safetensors weights.
         dtype: what floating-point weights are cast to; None leaves them as they are stored.
+        known: refuses a model_type that is not expected; if not given, one without experts.
 
     Raises:
         UserError: no checkpoint, pickled, cut or quantised weights, an unknown family, or weights that do not fill
             the model that config.json describes.
     """
-    config = load_config(directory)
+    config = load_config(directory, known)
     stored_tensors(directory)  # every file is complete
     with quiet(), _explained(directory):
         model: PreTrainedModel
@@ -124,8 +127,8 @@ def load_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_config(directory: Path) -> Any:
-    """The transformers config of a checkpoint of a known family.
+def load_config(directory: Path, known: Callable[[str], object] = family) -> Any:
+    """The transformers config of a checkpoint of a known family, or whatever else is ``known``.
 
     Raises:
         UserError: no checkpoint, pickled or quantised weights, weights under a name of their own, or an unknown family.
@@ -135,7 +138,7 @@ def load_config(directory: Path) -> Any:
     values = parse_object(path, path.read_bytes(), AGAIN)
     if not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} names no model_type", hint="give a directory in transformers' layout")
-    family(values["model_type"])
+    known(values["model_type"])
     if values.get("quantization_config") is not None:
         raise UserError(
             f"{directory} holds quantised weights", hint="give the unquantised checkpoint; precision is chosen later"

@@ -5,7 +5,7 @@ one layer that are trained together hardly do. There, branches are whole models 
 a branch trains its feed-forward layers only, beside a classifier that it throws away.
 
 The layers below the first experts are never trained: they run once, and all training starts from what they give. Matrix
-products are in bfloat16, which recent processors multiply several times as fast; weights stay float32.
+products are in bfloat16; weights stay float32.
 """
 
 import contextlib
@@ -19,35 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
-from benchmarks.tasks.training import Report, descend, endless
+from benchmarks.tasks.training import Phase, Report, bfloat16, endless, train
 from models.moe_bert.modeling import MoeBertForSequenceClassification, MoeBertSparseMlp, mean_of_tokens
 from models.moe_layers import find_moe_layers
-from models.vmoe.fit import warmup_cosine
 
-REPORT_EVERY = 25
 TRUNK_BATCH = 50
-WARMUP = 0.1
-"""The part of the steps in which the learning rate rises."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """How something is trained, by AdamW.
-
-    Attributes:
-        steps: of it.
-        batch_size: examples a step.
-        learning_rate: at its highest; then half a cosine down to 0.
-        balance: weight of every MoE layer's load-balancing loss.
-        guide: weight of every router's cross-entropy between its probabilities for a token and the expert of the
-            token's domain, so that routers start to use what experts have learned.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    balance: float = 0.0
-    guide: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +58,7 @@ def run_trunk(
     dense: BertModel, layers: int, ids_NS: Tensor, mask_NS: Tensor, labels_N: Tensor, experts_N: Tensor
 ) -> Trunk:
     """Run embeddings and the first ``layers`` layers of ``dense``, which is in eval mode, on every example."""
-    with _bfloat16():
+    with bfloat16():
         hidden = [
             _run_layers(dense.encoder.layer[:layers], dense.embeddings(input_ids=ids_BS), mask_BS).half()
             for ids_BS, mask_BS in zip(torch.split(ids_NS, TRUNK_BATCH), torch.split(mask_NS, TRUNK_BATCH), strict=True)
@@ -123,10 +99,6 @@ def mix(branches: Iterable[MoeBertForSequenceClassification], model: MoeBertForS
                 parameter.copy_(torch.cat([getattr(layers[index].experts, name) for layers in of_branches]))
 
 
-def _bfloat16() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 @contextlib.contextmanager
 def _router_logits(sparse: Iterable[MoeBertSparseMlp]) -> Iterator[list[Tensor]]:
     """Is filled with the (T, E) logits of every router, in the order in which they run."""
@@ -153,31 +125,20 @@ def _fit(
     generator: np.random.Generator,
     report: Report,
 ) -> None:
-    """Train ``learned`` in place, gradients reach nothing else; ``model`` is in eval mode afterwards."""
-    model.requires_grad_(False)
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(learned, lr=phase.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, int(WARMUP * phase.steps), phase.steps)
-    )
+    """Train ``learned`` in place."""
     order = endless(len(trunk.labels_N), generator)
     sparse = [module for module in model.modules() if isinstance(module, MoeBertSparseMlp)]
-    model.train()
-    losses = []
-    for step in range(1, phase.steps + 1):
+
+    def losses() -> tuple[Tensor, Tensor]:
         ids = list(itertools.islice(order, phase.batch_size))
         mask_BS = trunk.mask_NS[ids]
         is_token_T = mask_BS.flatten() != 0
-        with _bfloat16(), _router_logits(sparse) as routed:
+        with bfloat16(), _router_logits(sparse) as routed:
             logits_BC = classify(model, trunk.layers, trunk.hidden_NSH[ids], mask_BS).float()
         entropy = functional.cross_entropy(logits_BC, trunk.labels_N[ids])
         balance = sum(block.balance_loss for block in sparse if block.balance_loss is not None)
         expert_T = trunk.experts_N[ids].repeat_interleave(mask_BS.shape[1])[is_token_T]
         guide = sum(functional.cross_entropy(logits_TE[is_token_T].float(), expert_T) for logits_TE in routed)
-        descend(entropy + phase.balance * balance + phase.guide * guide, learned, optimizer, schedule)
-        losses.append(entropy.item())
-        if step % REPORT_EVERY == 0 or step == phase.steps:
-            report(f"step {step}/{phase.steps}: loss {np.mean(losses[-REPORT_EVERY:]):.3f}")
-    model.requires_grad_(True)
-    model.train(False)
+        return entropy + phase.balance * balance + phase.guide * guide, entropy
+
+    train(model, learned, losses, phase, report)

@@ -87,11 +87,19 @@ def write_corpus(directory: Path, texts: Mapping[str, Sequence[str]], recipe: Co
         texts: documents of every domain.
         recipe: how.
     """
-    split = {domain: split_documents(documents, recipe.held_out) for domain, documents in texts.items()}
-    sample = ["\n".join(train)[: recipe.tokenizer_characters] for train, _ in split.values()]
+    train = [split_documents(documents, recipe.held_out)[0] for documents in texts.values()]
+    sample = ["\n".join(documents)[: recipe.tokenizer_characters] for documents in train]
     tokenizer = train_tokenizer(sample, recipe.vocabulary)
     tokenizer.save(str(directory / TOKENIZER))
-    for domain, (train, test) in split.items():
+    write_blocks(directory, texts, tokenizer, recipe)
+
+
+def write_blocks(
+    directory: Path, texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, recipe: CorpusRecipe
+) -> None:
+    """What ``write_corpus`` writes for every domain, in the tokens of a given ``tokenizer``."""
+    for domain, documents in texts.items():
+        train, test = split_documents(documents, recipe.held_out)
         train_NS = _draw(to_blocks(tokenizer, train, recipe.block), recipe.train_blocks)
         test_NS = _draw(to_blocks(tokenizer, test, recipe.block), recipe.test_blocks)
         (directory / domain).mkdir()

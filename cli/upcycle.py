@@ -1,0 +1,37 @@
+"""Make a Mixtral of dense decoders: expert e of every layer is the feed-forward network of the e-th checkpoint.
+
+Of branches of one model, each trained on a domain of its own, that is Branch-Train-MiX; of one checkpoint, named as
+often as there are to be experts, sparse upcycling, which computes what the dense model does. Routers are random, and
+to be trained.
+
+Example: moe-edge upcycle base/ novels/ speeches/ code/ --top-k 2 -o mixtral/
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import console
+from cli.options import AsJson, Output
+
+
+def upcycle(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Dense Llama or Mistral checkpoints of one shape.")],
+    output: Output,
+    top_k: Annotated[int, typer.Option(help="K, how many experts each token selects.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the routers.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint directory."""
+    from models.upcycle import upcycle as run
+    from moe_spec.identity import checkpoint_sha256, checkpoint_weights
+
+    with console.status(f"mixing {len(checkpoints)} checkpoints"):
+        run(checkpoints, top_k, output, seed)
+    size = sum(path.stat().st_size for path in checkpoint_weights(output))
+    console.result(
+        f"{output}: {len(checkpoints)} experts a layer, K={top_k}, {size:,} bytes of weights",
+        {"output": str(output), "model_sha256": checkpoint_sha256(output), "weight_bytes": size},
+        as_json,
+    )
