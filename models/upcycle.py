@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
 from models.checkpoints import load_model, save_model
@@ -70,11 +70,13 @@ def mix(branches: Sequence[PreTrainedModel], top_k: int) -> MixtralForCausalLM:
         _require_same_shapes(weights[0], other, index)
     config = _config(branches[0].config, len(branches), top_k)
     with init.no_init_weights():
-        model = MixtralForCausalLM(config).to(branches[0].dtype)
+        model: MixtralForCausalLM = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=branches[0].dtype
+        )
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             _fill(tensor, name, weights, config.initializer_range)
-    torch.nn.Module.eval(model)
+    model.train(False)
     return model
 
 

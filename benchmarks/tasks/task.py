@@ -49,9 +49,14 @@ class Task:
     @property
     def training_seconds(self) -> float:
         """What training the checkpoint took, on one thread."""
-        path = self.checkpoint / RECIPE
-        remake = f"remove {self.checkpoint}; it is made again"
-        return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take("training_seconds", float)
+        return training_seconds(self.checkpoint)
+
+
+def training_seconds(checkpoint: Path) -> float:
+    """What training it took, as the recipe.json beside it says."""
+    path = checkpoint / RECIPE
+    remake = f"remove {checkpoint}; it is made again"
+    return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take("training_seconds", float)
 
 
 @functools.lru_cache(maxsize=3)

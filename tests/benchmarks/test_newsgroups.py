@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
 from benchmarks.tasks import newsgroups
-from benchmarks.tasks.branches import Phase, classify, mix, run_trunk, train_all_but_experts, train_experts
+from benchmarks.tasks.branches import classify, mix, run_trunk, train_all_but_experts, train_experts
 from benchmarks.tasks.metrics import ACCURACY
 from benchmarks.tasks.newsgroups import CLASSES, DOMAINS, METRIC, PostsRecipe, posts, read_posts, train
 from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Phase
 from models.checkpoints import load_model
 from models.moe_bert.upcycle import upcycle
 from models.moe_layers import find_moe_layers
