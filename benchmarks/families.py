@@ -168,7 +168,7 @@ def prune_files(case: Case) -> None:
 def export_checkpoint(case: Case) -> None:
     """Checked against torch by `export` itself."""
     if not case.exported.exists():
-        export(case.checkpoint, case.exported, RUNNER)
+        export(case.checkpoint, case.exported, RUNNER, cache=False)
 
 
 def prune_graph(case: Case) -> None:

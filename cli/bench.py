@@ -24,6 +24,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the first that is timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Length of dynamic axes other than the batch.")] = 32,
+    past: Annotated[int, typer.Option(min=0, help="Tokens in the cache of decoders that have one.")] = 0,
     data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,6 +45,7 @@ def bench(
             warmup=warmup,
             threads=threads,
             length=length,
+            past=past,
             data=task,
         )
     table = Table(box=rich.box.SIMPLE)

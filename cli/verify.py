@@ -6,7 +6,9 @@ that graph is made on the fly. Without --data both see random feeds at three sha
 Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
 """
 
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,8 +101,17 @@ def _summary(report: "ParityReport") -> str:
     if report.accuracy is not None:
         summary += f", accuracy {report.accuracy.candidate:.1%} (reference {report.accuracy.reference:.1%})"
     layers = [_layer(layer) for layer in report.layers or ()]
-    outputs = [_output(output) for output in report.outputs]
+    outputs = [_output(output) for output in _worst_of_cache(report.outputs)]
     return "\n".join([summary, *layers, *outputs, *(f"  note: {note}" for note in report.notes)])
+
+
+def _worst_of_cache(outputs: Sequence["OutputParity"]) -> "list[OutputParity]":
+    """A cache is an output for each tensor of each layer: one of them is shown."""
+    from moe_spec.decoder import PRESENT
+
+    kept = [output for output in outputs if output.name.startswith(PRESENT)]
+    shown = [output for output in outputs if output not in kept]
+    return shown + sorted(kept, key=lambda output: math.inf if output.max_rel is None else output.max_rel)[-1:]
 
 
 def _layer(layer: "LayerParity") -> str:

@@ -1,22 +1,29 @@
 """Trust nothing of a trace: count the experts, run shapes that were not traced, compare with torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from transformers import PreTrainedModel
 
 from exporter.tasks import Task
 from exporter.trace import run_torch
 from models.moe_layers import MoELayer
+from moe_spec.dataset import MASK
+from moe_spec.decoder import BATCH, PAST_LENGTH, SEQUENCE, TOTAL_LENGTH
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.experts_op import DOMAIN
 from moe_spec.record import Json
-from moe_spec.runner import Runner, error_between
+from moe_spec.runner import Arrays, Feeds, Runner, error_between
 
 SHAPES = ((1, 1), (3, 7), (2, 12))
 """(batch, sequence) that were not traced; the first is a single token or example."""
+
+SHAPES_WITH_CACHE = ((1, 1, 0), (1, 1, 6), (3, 7, 0), (2, 12, 5))
+"""(batch, sequence, tokens in the cache) of a decoder with one; where there are several examples, one is padded."""
 
 TOLERANCE = 1e-5
 """Of the float32 outputs, relative to the largest magnitude of the output."""
@@ -43,28 +50,80 @@ def check_experts(proto: onnx.ModelProto, layers: Sequence[MoELayer]) -> None:
             )
 
 
-def check_parity(model: PreTrainedModel, task: Task, path: Path, runner: Runner) -> list[Json]:
-    """Run ``path`` at `SHAPES` and compare each output with torch; the errors, for the manifest.
+def check_axes(proto: onnx.ModelProto, task: Task) -> None:
+    """Every axis that should be dynamic must be.
 
     Raises:
-        VerificationError: an axis came out static, or an output differs by more than `TOLERANCE`.
+        VerificationError: one is not.
+    """
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    for name, axes in task.axes.items():
+        for axis, length in axes.items():
+            if name in shapes and not shapes[name][axis].dim_param:
+                raise VerificationError(
+                    f"axis {axis} ({length}) of input {name} came out static: it is {shapes[name][axis].dim_value}"
+                )
+
+
+def check_parity(model: PreTrainedModel, task: Task, path: Path, runner: Runner) -> list[Json]:
+    """Run ``path`` at shapes that were not traced and compare each output with torch; the errors, for the manifest.
+
+    Raises:
+        VerificationError: the graph does not run at one of them, an axis came out static, or an output differs by more
+            than `TOLERANCE`. What a padded token gives is compared nowhere.
     """
     rng = np.random.default_rng(1)
-    batches = [task.example(model.config, batch, sequence, rng) for batch, sequence in SHAPES]
-    results = runner.run(path, batches)
-    report: list[Json] = []
-    for shape, feeds, got in zip(SHAPES, batches, results, strict=True):
-        for name, expected in run_torch(model, task, feeds).items():
-            if got[name].shape != expected.shape:
-                raise VerificationError(
-                    f"an axis came out static: output {name} has shape {got[name].shape} for batch and sequence "
-                    f"{shape}, torch gives {expected.shape}"
-                )
-            largest, relative = error_between(expected, got[name])
-            report.append({"shape": list(shape), "output": name, "max_abs": largest, "max_rel": relative})
-            if relative > TOLERANCE:
-                raise VerificationError(
-                    f"output {name} differs from torch by {relative:.2e} of its range at batch and sequence {shape}, "
-                    f"allowed is {TOLERANCE:.0e}"
-                )
-    return report
+    shapes: Sequence[tuple[int, ...]] = SHAPES_WITH_CACHE if task.states else SHAPES
+    batches = [task.example(model.config, *shape[:2], rng, *shape[2:]) for shape in shapes]
+    try:
+        results = runner.run(path, batches)
+    except UserError as error:
+        raise VerificationError(f"the graph does not run at shapes that were not traced: {error.what}") from error
+    return [
+        entry
+        for shape, feeds, got in zip(shapes, batches, results, strict=True)
+        for entry in _compare(task, shape, feeds, run_torch(model, task, feeds), got)
+    ]
+
+
+def _compare(task: Task, shape: Sequence[int], feeds: Feeds, expected: Arrays, got: Arrays) -> Iterator[Json]:
+    said = f"batch and sequence {tuple(shape[:2])}" + (f" with {shape[2]} tokens in the cache" if shape[2:] else "")
+    for name, wanted in expected.items():
+        if got[name].shape != wanted.shape:
+            raise VerificationError(
+                f"{_static_axis(shape, wanted.shape, got[name].shape)} of output {name} came out static: it has shape "
+                f"{got[name].shape} for {said}, torch gives {wanted.shape}"
+            )
+        axis = _token_axis(task, name)
+        both = (wanted, got[name])
+        largest, relative = error_between(
+            *(both if axis is None else (_seen(each, axis, feeds[MASK]) for each in both))
+        )
+        yield {"shape": list(shape), "output": name, "max_abs": largest, "max_rel": relative}
+        if relative > TOLERANCE:
+            raise VerificationError(
+                f"output {name} differs from torch by {relative:.2e} of its range at {said}, allowed is {TOLERANCE:.0e}"
+            )
+
+
+def _static_axis(shape: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> str:
+    """The first axis that differs, and what it should have counted."""
+    batch, sequence, past = (*shape, 0)[:3]
+    names = {sequence: SEQUENCE, past + sequence: TOTAL_LENGTH if past else SEQUENCE, batch: BATCH}
+    axis = next((axis for axis, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other), len(got))
+    return f"axis {axis} ({names.get(expected[axis], 'unknown')})"
+
+
+def _token_axis(task: Task, output: str) -> int | None:
+    """The axis of a decoder's output that counts tokens, if one does."""
+    if output in task.outputs:
+        return 1 if task.states else None
+    (state,) = (state for state in task.states if state.present == output)
+    return state.shape.index(PAST_LENGTH) if PAST_LENGTH in state.shape else None
+
+
+def _seen(array: npt.NDArray[Any], axis: int, mask_BT: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N, ...): what belongs to the tokens that are no padding."""
+    by_token = np.moveaxis(array, axis, 1)
+    seen: npt.NDArray[Any] = by_token[mask_BT[:, -by_token.shape[1] :] != 0]
+    return seen

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 from transformers import PreTrainedModel
 
-from exporter.check import check_experts, check_parity
-from exporter.tasks import task_of
+from exporter.check import check_axes, check_experts, check_parity
+from exporter.tasks import task_of, with_cache
 from exporter.trace import trace
 from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
@@ -36,15 +36,18 @@ def export(
     opset: int = OPSET,
     plan: PruningPlan | None = None,
     prepare: Callable[[PreTrainedModel], None] | None = None,
+    task: str | None = None,
+    cache: bool = True,
 ) -> Manifest:
     """Export ``checkpoint`` in float32 to the new directory ``out`` and check it against torch.
 
     ``prepare`` changes the model in memory before it is traced, as ``pruning.apply_plan`` does for ``plan``; ``runner``
-    runs the result.
+    runs the result. ``task`` is one of `tasks.TASKS`, by default what the architecture is made for. Decoders get a
+    ``cache`` between calls (`moe_spec.decoder`).
 
     Raises:
-        UserError: no checkpoint, an unknown family or task, a plan for another model, or one that was not applied, or
-            an output that exists.
+        UserError: no checkpoint, an unknown family or task, a decoder without a cache that can be an input, a plan for
+            another model, or one that was not applied, or an output that exists.
         VerificationError: the exported graph does not compute what torch computes.
     """
     refuse_existing(out)
@@ -54,15 +57,18 @@ def export(
     model = load_model(checkpoint)
     if prepare is not None:
         prepare(model)
-    task = task_of(type(model).__name__)
+    called = task_of(type(model).__name__, task)
+    if cache:
+        called = with_cache(called, model)
     layers = find_moe_layers(model)
     blocks = tuple(_block(layer, plan) for layer in layers)
     noded = [layer for layer in layers if not layer.expert_choice]  # experts that choose are batched products
-    proto = trace(model, task, noded, opset)
+    proto = trace(model, called, noded, opset)
     check_experts(proto, noded)
+    check_axes(proto, called)
     with new_directory(out) as staging:
         _save(proto, staging / MODEL)
-        parity = check_parity(model, task, staging / MODEL, runner)
+        parity = check_parity(model, called, staging / MODEL, runner)
         model.config.save_pretrained(staging)
         copy_companions(checkpoint, staging)
         manifest = Manifest(

@@ -11,11 +11,13 @@ import onnx
 import torch
 from transformers import PreTrainedModel
 
+from exporter.cache import cache_of, tensors_in
 from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
 from exporter.tasks import Task
 from exporter.upstream import translatable
 from models.moe_layers import MoELayer
+from moe_spec.decoder import TOTAL_LENGTH
 from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN, ExpertsOp
 from moe_spec.runner import Arrays, Feeds
@@ -27,18 +29,28 @@ _PREFIX = "wrapped."
 
 
 class _Call(torch.nn.Module):
-    """Calls a transformers model by input name and returns a tuple, as the tracer wants it."""
+    """Calls a transformers model by input name and returns a tuple, as the tracer wants it; a cache becomes tensors."""
 
     def __init__(self, model: PreTrainedModel, task: Task) -> None:
         super().__init__()
         self.wrapped = model
-        self._names = tuple(task.axes)
-        self._outputs = task.outputs
-        self._options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+        self._task = task
+        if task.headless and model.base_model is model and not type(model).__name__.endswith("Model"):
+            raise UserError(
+                f"{type(model).__name__} has no part without its head",
+                hint="export it without --task",
+            )
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.wrapped(**dict(zip(self._names, inputs, strict=True)), **self._options)
-        return tuple(outputs[name] for name in self._outputs)
+        task, config = self._task, self.wrapped.config
+        given = dict(zip(task.axes, inputs, strict=True))
+        past = [given.pop(state.past) for state in task.states]
+        cache = cache_of(config, task.states, past) if past else None
+        called = self.wrapped.base_model if task.headless else self.wrapped
+        options = {"use_cache": False} if hasattr(config.get_text_config(), "use_cache") else {}
+        outputs = called(**given, **(options if cache is None else {"past_key_values": cache, "use_cache": True}))
+        present = () if cache is None else (tensor for *_, tensor in tensors_in(cache))
+        return (*(outputs[name] for name in task.outputs), *present)
 
 
 def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
@@ -46,7 +58,7 @@ def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
     inputs = [torch.from_numpy(feeds[name]) for name in task.axes]
     with torch.inference_mode(), experts_implementation(model, "eager"):
         outputs = _Call(model, task)(*inputs)
-    return {name: value.numpy() for name, value in zip(task.outputs, outputs, strict=True)}
+    return {name: value.numpy() for name, value in zip(task.all_outputs, outputs, strict=True)}
 
 
 def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> onnx.ModelProto:
@@ -77,13 +89,14 @@ def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
             dynamo=True,
             dynamic_shapes=(tuple(dict(axes) for axes in task.axes.values()),),
             input_names=list(task.axes),
-            output_names=list(task.outputs),
+            output_names=list(task.all_outputs),
             opset_version=opset,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
     _restore_names(proto)
+    _name_lengths(proto)
     return proto
 
 
@@ -130,6 +143,14 @@ def _restore_names(proto: onnx.ModelProto) -> None:
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]
     proto.producer_name, proto.producer_version = "moe-edge", importlib.metadata.version("moe-edge")
+
+
+def _name_lengths(proto: onnx.ModelProto) -> None:
+    """The tracer adds lengths up in any order; the inputs have one."""
+    for value in proto.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if set(dim.dim_param.split(" + ")) == set(TOTAL_LENGTH.split(" + ")):
+                dim.dim_param = TOTAL_LENGTH
 
 
 def _define_experts(proto: onnx.ModelProto, variants: Mapping[str, ExpertsOp], opset: int) -> None:

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
+from graph_passes.describe import io_of
 from graph_passes.walk import SHAPE_ONLY, is_weight, sink
+from moe_spec.decoder import POSITIONS, axis_lengths, has_cache
 from moe_spec.errors import UserError
 
 MOST_ELEMENTS = 1 << 28
@@ -23,6 +25,9 @@ IMAGES = 4
 
 Feeds = dict[str, npt.NDArray[Any]]
 
+Size = tuple[int, int, int]
+"""The first dynamic axis, any further one, and the tokens in the cache of a decoder that has one."""
+
 
 def random_batches(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[Feeds]:
     """Inputs at three sizes: a single token or example, an odd count, and more tokens than experts times K."""
@@ -30,38 +35,45 @@ def random_batches(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[Feeds]:
     return [random_feeds(graph, size, rng) for size in _sizes(graph, blocks)]
 
 
-def _sizes(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[tuple[int, int]]:
-    """(first, further) dynamic sizes."""
+def _sizes(graph: gs.Graph, blocks: Sequence[MoEBlock]) -> list[Size]:
+    """Of decoders with a cache: one that goes on, one that begins, and both at once."""
     wanted = 1 + max((block.num_experts * block.router.top_k for block in blocks), default=0)
     dynamic = {dim or f"{tensor.name}.{axis}" for tensor in graph.inputs for axis, dim in _dynamic(tensor)}
     if len(dynamic) > 1:
-        return [(1, 1), (3, 7), (max(2, -(-wanted // LENGTH)), LENGTH)]
+        return [(1, 1, 4), (3, 7, 0), (max(2, -(-wanted // LENGTH)), LENGTH, 5)]
     if any(len(tensor.shape) >= IMAGES for tensor in graph.inputs):
-        return [(1, 1), (3, 1), (2, 1)]
-    return [(1, 1), (7, 1), (max(LENGTH, wanted), 1)]
+        return [(1, 1, 0), (3, 1, 0), (2, 1, 0)]
+    return [(1, 1, 0), (7, 1, 0), (max(LENGTH, wanted), 1, 0)]
 
 
 def _dynamic(tensor: gs.Tensor) -> list[tuple[int, str | None]]:
     return [(axis, dim) for axis, dim in enumerate(tensor.shape) if not isinstance(dim, int)]
 
 
-def random_feeds(graph: gs.Graph, size: tuple[int, int], rng: np.random.Generator) -> Feeds:
+def random_feeds(graph: gs.Graph, size: Size, rng: np.random.Generator) -> Feeds:
     """One array an input. Dynamic axes of one name get one size; the first to be met gets ``size[0]``.
+
+    A decoder with a cache gets ``size[2]`` tokens in it, which its mask is for too.
 
     Floats are standard normal. Integers that index a constant table (an embedding) stay inside it; masks are ones and
     positions count up.
     """
-    names: dict[str, int] = {}
-    return {tensor.name: _values(tensor, _shape(tensor, names, size), rng) for tensor in graph.inputs}
+    inputs, _ = io_of(graph)
+    cached = has_cache(inputs)
+    names = axis_lengths(inputs, *size) if cached else {}
+    feeds = {tensor.name: _values(tensor, _shape(tensor, names, size), rng) for tensor in graph.inputs}
+    if cached and POSITIONS in feeds:
+        feeds[POSITIONS] += feeds[POSITIONS].dtype.type(size[2])
+    return feeds
 
 
-def _shape(tensor: gs.Tensor, names: dict[str, int], size: tuple[int, int]) -> tuple[int, ...]:
+def _shape(tensor: gs.Tensor, names: dict[str, int], size: Size) -> tuple[int, ...]:
     dims = []
     for axis, dim in enumerate(tensor.shape):
         if isinstance(dim, int):
             dims.append(dim)
         else:
-            key = dim or f"{tensor.name}.{axis}"
+            key = dim or f"{tensor.name}_{axis}"
             dims.append(names.setdefault(key, size[0] if not names else size[1]))
     if not 0 <= math.prod(dims) <= MOST_ELEMENTS or min(dims, default=0) < 0:
         raise UserError(

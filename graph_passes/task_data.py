@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import MASK, Dataset
+from moe_spec.decoder import complete
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Feeds
@@ -19,6 +20,8 @@ _KINDS = {"f": "f", "i": "biu", "u": "biu", "b": "b"}
 def fit_data(data: Dataset, inputs: Sequence[TensorSpec], where: str) -> Dataset:
     """``data`` as a graph with ``inputs`` takes it: in its number formats, and all tokens valid where no mask is given.
 
+    A decoder with a cache starts with an empty one.
+
     Raises:
         UserError: an array is missing, unknown, or of another kind or shape; ``where`` names their file.
     """
@@ -28,7 +31,7 @@ def fit_data(data: Dataset, inputs: Sequence[TensorSpec], where: str) -> Dataset
             raise UserError(
                 f"{where} holds the array {name!r}, which the model does not take", hint=did_you_mean(name, known)
             )
-    feeds = dict(data.feeds)
+    feeds = complete(inputs, data.feeds)
     for spec in inputs:
         if spec.name == MASK and MASK not in feeds:
             feeds[MASK] = _all_valid(spec, inputs, data.feeds)
@@ -54,7 +57,7 @@ def _as_input(spec: TensorSpec, feeds: Feeds, where: str) -> npt.NDArray[Any]:
             f"[{', '.join(map(str, spec.shape))}]",
             hint="store them as the model takes them, or store uint8 `images`",
         )
-    return array.astype(dtype)
+    return array.astype(dtype, copy=False)
 
 
 def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, where: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_spec.dataset import Dataset
+from moe_spec.decoder import complete
 from moe_spec.errors import UserError
 from moe_spec.runner import Feeds
 from runtime.backend import Session
@@ -50,6 +51,7 @@ def bench(
     warmup: int = 3,
     threads: int = 1,
     length: int = 32,
+    past: int = 0,
     data: Dataset | None = None,
 ) -> list[BenchRow]:
     """Time models against each other, turn by turn, so that what else the machine does hits all alike.
@@ -61,6 +63,7 @@ def bench(
         warmup: runs before the first that is timed.
         threads: that one operator may use on a CPU; 0 for one a core.
         length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
+        past: tokens in the cache of decoders that have one; with a ``length`` of 1 it is a step of decoding.
         data: examples to feed; by default random ones (``feeds.RandomFeeds``).
 
     Returns:
@@ -74,12 +77,13 @@ def bench(
     with _opened(models, threads) as sessions:
         for size in batch_sizes:
             feeds = [
-                _feeds(model, session, size, length, data) for model, session in zip(models, sessions, strict=True)
+                _feeds(model, session, size, length, past, data)
+                for model, session in zip(models, sessions, strict=True)
             ]
             times = _times(sessions, feeds, repeats, warmup)
             rows += [_row(model, size, of_model) for model, of_model in zip(models, times, strict=True)]
     measured = (
-        dataclasses.replace(row, memory_bytes=peak_memory(Path(row.model), row.batch_size, length, threads))
+        dataclasses.replace(row, memory_bytes=peak_memory(Path(row.model), row.batch_size, length, past, threads))
         for row in rows
     )
     order = [str(model) for model in models]
@@ -97,7 +101,7 @@ def median_latencies(
     _check_counts(models, [batch_size], repeats)
     with _opened(models, threads) as sessions:
         feeds = [
-            _feeds(model, session, batch_size, length, None) for model, session in zip(models, sessions, strict=True)
+            _feeds(model, session, batch_size, length, 0, None) for model, session in zip(models, sessions, strict=True)
         ]
         return [float(np.median(times)) for times in _times(sessions, feeds, repeats, warmup)]
 
@@ -125,7 +129,7 @@ def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: i
         )
 
 
-def _feeds(model: Path, session: Session, size: int, length: int, data: Dataset | None) -> Feeds:
+def _feeds(model: Path, session: Session, size: int, length: int, past: int, data: Dataset | None) -> Feeds:
     for spec in session.inputs:
         if spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] != size:
             raise UserError(
@@ -133,10 +137,10 @@ def _feeds(model: Path, session: Session, size: int, length: int, data: Dataset 
                 hint=f"bench it at its own batch size: --batch-size {spec.shape[0]}",
             )
     if data is None:
-        return RandomFeeds.of(session.inputs, model).draw(size, length, seed=0)
+        return RandomFeeds.of(session.inputs, model).draw(size, length, seed=0, past=past)
     if len(data) < size:
         raise UserError(f"the data holds {len(data)} examples, asked for {size} at once", hint="give more data")
-    return data.first(size).feeds
+    return complete(session.inputs, data.first(size).feeds)
 
 
 def _row(model: Path, size: int, times: Sequence[float]) -> BenchRow:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_spec.dataset import MASK
+from moe_spec.decoder import IDS, PAST, POSITIONS, axis_lengths, has_cache
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Feeds
 
-RANDOM_SHAPES = ((1, 1), (2, 7), (5, 4))
-"""Lengths of the leading and of the other dynamic axes; the first is a single example of a single token."""
+RANDOM_SHAPES = ((1, 1, 3), (2, 7, 0), (5, 4, 6))
+"""Lengths of the leading and of the other dynamic axes, the first a single example of a single token; and how many
+tokens are in the cache of a decoder that has one."""
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
@@ -42,6 +45,29 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
                     f"{where}: axis {dim!r} is {lengths[dim][0]} in {lengths[dim][1]}, but {length} in {name}",
                     hint="give all inputs the same number of examples and the same lengths",
                 )
+    _check_mask(inputs, feeds, where)
+
+
+def _check_mask(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
+    """The mask of a decoder with a cache is for the tokens in the cache and the new ones."""
+    if not has_cache(inputs) or not {MASK, IDS} <= feeds.keys():
+        return
+    batch, sequence = feeds[IDS].shape
+    past = next(_past_lengths(inputs, feeds), 0)
+    if feeds[MASK].shape != (batch, past + sequence):
+        raise UserError(
+            f"{where}: {MASK} is {list(feeds[MASK].shape)}, expected {[batch, past + sequence]}: {past} tokens are in "
+            f"the cache, {sequence} are new",
+            hint="give the mask of all tokens so far",
+        )
+
+
+def _past_lengths(inputs: Sequence[TensorSpec], feeds: Feeds) -> Iterator[int]:
+    """Of the axes that count the tokens in a cache."""
+    for spec in inputs:
+        if spec.name.startswith(PAST):
+            shape = zip(spec.shape[1:], feeds[spec.name].shape[1:], strict=True)
+            yield from (length for dim, length in shape if isinstance(dim, str))
 
 
 def select_outputs(outputs: Sequence[TensorSpec], wanted: Sequence[str] | None, where: str) -> list[str]:
@@ -76,8 +102,8 @@ def _mend(spec: TensorSpec, array: npt.NDArray[Any]) -> str:
 class RandomFeeds:
     """Inputs drawn at random.
 
-    Floats are standard normal, flags True. Integers depend on the name: a mask is all ones, positions count up,
-    token types are 0, and other ids are uniform below ``vocabulary``.
+    Floats are standard normal, flags True. Integers depend on the name: a mask is all ones, positions count up (from
+    where the cache of a decoder ends), token types are 0, and other ids are uniform below ``vocabulary``.
 
     Attributes:
         inputs: of the model.
@@ -96,18 +122,23 @@ class RandomFeeds:
 
     def three_shapes(self) -> Iterator[Feeds]:
         """Feeds at each of ``RANDOM_SHAPES``."""
-        for index, (leading, other) in enumerate(RANDOM_SHAPES):
-            yield self.draw(leading, other, self.seed + index)
+        for index, (leading, other, past) in enumerate(RANDOM_SHAPES):
+            yield self.draw(leading, other, self.seed + index, past)
 
-    def draw(self, leading: int, other: int, seed: int) -> Feeds:
-        """Feeds whose dynamic axes are ``leading`` long where they lead an input, and ``other`` elsewhere."""
-        leads = {spec.shape[0] for spec in self.inputs if spec.shape}
+    def draw(self, leading: int, other: int, seed: int, past: int = 0) -> Feeds:
+        """Feeds whose dynamic axes are ``leading`` long where they lead an input, and ``other`` elsewhere.
+
+        The cache of a decoder that has one holds ``past`` tokens.
+        """
         random = np.random.default_rng(seed)
-
-        def lengths(spec: TensorSpec) -> tuple[int, ...]:
-            return tuple(dim if isinstance(dim, int) else leading if dim in leads else other for dim in spec.shape)
-
-        return {spec.name: self._array(random, spec, lengths(spec)) for spec in self.inputs}
+        lengths = axis_lengths(self.inputs, leading, other, past)
+        feeds = {}
+        for spec in self.inputs:
+            shape = tuple(dim if isinstance(dim, int) else lengths[dim] for dim in spec.shape)
+            feeds[spec.name] = self._array(random, spec, shape)
+        if has_cache(self.inputs) and POSITIONS in feeds:
+            feeds[POSITIONS] += feeds[POSITIONS].dtype.type(past)
+        return feeds
 
     def _array(self, random: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         dtype = np.dtype(spec.dtype)

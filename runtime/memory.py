@@ -16,19 +16,21 @@ from runtime.feeds import RandomFeeds
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def peak_memory(model: Path, leading: int, other: int, threads: int) -> int | None:
+def peak_memory(model: Path, leading: int, other: int, past: int, threads: int) -> int | None:
     """Bytes that opening ``model`` and running it once add to the peak of a process; None where that is not counted.
 
     Args:
         model: engine directory, model directory or .onnx file.
         leading: length of leading dynamic axes.
         other: length of other dynamic axes.
+        past: tokens in the cache of a decoder that has one.
         threads: that one operator may use; 0 for one a core.
 
     Raises:
         UserError: the process failed.
     """
-    request = json.dumps({"model": str(model.resolve()), "leading": leading, "other": other, "threads": threads})
+    draw = {"leading": leading, "other": other, "past": past, "seed": 0}
+    request = json.dumps({"model": str(model.resolve()), "draw": draw, "threads": threads})
     command = [sys.executable, "-P", "-m", "runtime.memory", request]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # noqa: S603 - our own module
     try:
@@ -52,7 +54,7 @@ def _measure(request: dict[str, Any]) -> int | None:
     before = _peak()
     with open_session(Path(request["model"]), request["threads"]) as session:
         feeds = RandomFeeds.of(session.inputs, Path(request["model"]))
-        session.run(feeds.draw(request["leading"], request["other"], seed=0))
+        session.run(feeds.draw(**request["draw"]))
         return _peak() - before
 
 

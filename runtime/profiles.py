@@ -7,12 +7,14 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+from moe_spec.decoder import axis_lengths
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
 
 BATCH_RANGE = (1, 8, 64)
 OTHER_RANGE = (1, 32, 128)
-"""What the default profile lets a leading and any other dynamic axis be: least, best, most."""
+PAST_RANGE = (0, 128, 512)
+"""What the default profile lets a leading axis be, any other, and the tokens in a cache: least, best, most."""
 
 _SYNTAX = "give NAME:DIMxDIM,... as trtexec does, e.g. --minShapes=x:1x3x8,y:1"
 _SHAPE = re.compile(r"\d+(x\d+)*")
@@ -81,18 +83,17 @@ def dynamic(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
 def default_profile(inputs: Sequence[TensorSpec]) -> Profile:
     """``BATCH_RANGE`` for axes that lead an input, ``OTHER_RANGE`` for the rest; one range for all axes of one name.
 
+    What counts the tokens in a decoder's cache has ``PAST_RANGE``, and its mask is as long as both together.
+
     >>> default_profile([TensorSpec("ids", "int64", ("batch", "sequence"))])["ids"]
     ShapeRange(min=(1, 1), opt=(8, 32), max=(64, 128))
     """
-    leading = {spec.shape[0] for spec in inputs if spec.shape}
+    ranges = [axis_lengths(inputs, *which) for which in zip(BATCH_RANGE, OTHER_RANGE, PAST_RANGE, strict=True)]
 
-    def lengths(spec: TensorSpec, which: int) -> Shape:
-        ranges = (BATCH_RANGE if dim in leading else OTHER_RANGE for dim in spec.shape)
-        return tuple(
-            dim if isinstance(dim, int) else bounds[which] for dim, bounds in zip(spec.shape, ranges, strict=True)
-        )
+    def shape(spec: TensorSpec, lengths: Mapping[str, int]) -> Shape:
+        return tuple(dim if isinstance(dim, int) else lengths[dim] for dim in spec.shape)
 
-    return {spec.name: ShapeRange(*(lengths(spec, which) for which in range(3))) for spec in dynamic(inputs)}
+    return {spec.name: ShapeRange(*(shape(spec, lengths) for lengths in ranges)) for spec in dynamic(inputs)}
 
 
 def check_profile(profile: Profile, inputs: Sequence[TensorSpec]) -> None:

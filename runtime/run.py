@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import load_dataset
+from moe_spec.decoder import PRESENT, complete
 from moe_spec.errors import UserError
 from moe_spec.files import new_file, refuse_existing
 from moe_spec.images import FILE_NAME as PREPROCESSOR
@@ -66,9 +67,10 @@ def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size
     with open_session(model) as session:
         names: list[str] = []
         batches: list[Arrays] = []
+        wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]
         for found, feeds in _batches(_directory(model), inputs, batch_size):
             names += found
-            batches.append(session.run(feeds))
+            batches.append(session.run(complete(session.inputs, feeds), wanted))
     outputs = _concatenate(batches)
     labels = _labels(_directory(model))
     logits = outputs.get(LOGITS)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import Dataset
+from moe_spec.decoder import complete
 from moe_spec.runner import Arrays, Feeds
 from runtime.feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.parity import Flags, compare_routing
@@ -22,7 +23,7 @@ from runtime.tally import AccuracyTally, LayerTally, OutputTally
 from runtime.tolerances import TOLERANCES, Tolerance
 from runtime.verdict import first_wrong_layer, why_it_failed
 
-_RANDOM = f"random feeds at the shapes {', '.join(f'{leading}x{other}' for leading, other in RANDOM_SHAPES)}"
+_RANDOM = f"random feeds at the shapes {', '.join(f'{leading}x{other}' for leading, other, _ in RANDOM_SHAPES)}"
 _NO_ROUTERS = "the candidate is an engine, which shows no routers: no flips were looked for, all examples were compared"
 
 
@@ -69,7 +70,8 @@ def _batches(reference: Side, data: Dataset | None, size: int) -> Iterator[tuple
         yield from ((feeds, None) for feeds in random.three_shapes())
         return
     for index, feeds in enumerate(data.batches(size)):
-        yield feeds, None if data.labels is None else data.labels[index * size : (index + 1) * size]
+        labels = None if data.labels is None else data.labels[index * size : (index + 1) * size]
+        yield complete(reference.session.inputs, feeds), labels
 
 
 class _Comparison:

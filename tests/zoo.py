@@ -12,6 +12,7 @@ from exporter.tasks import task_of
 from exporter.trace import to_onnx
 from models.checkpoints import load_model
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from tests.decoders import DECODERS, save_tokenizer
 from tests.families.configs import tiny
 from tests.foreign.foreign import Foreign
 from tests.foreign.table import FOREIGN
@@ -30,9 +31,18 @@ class Zoo:
         return self._once(f"{name}.checkpoint", lambda path: tiny(name).save_pretrained(path))
 
     def exported(self, name: str) -> Path:
-        """The same, exported by us: one experts node a layer."""
+        """The same, exported by us: one experts node a layer, no cache."""
         checkpoint = self.checkpoint(name)
-        return self._once(f"{name}.exported", lambda path: export(checkpoint, path, RUNNER))
+        return self._once(f"{name}.exported", lambda path: export(checkpoint, path, RUNNER, cache=False))
+
+    def cached(self, name: str) -> Path:
+        """The decoder ``name`` of `tests.decoders`, exported with its cache, as decoders are by default."""
+        checkpoint = self.decoder(name)
+        return self._once(f"{name}.cached", lambda path: export(checkpoint, path, RUNNER))
+
+    def decoder(self, name: str) -> Path:
+        """Checkpoint directory of that decoder, with a tokenizer's files beside it."""
+        return self._once(f"{name}.decoder", lambda path: _save_decoder(name, path))
 
     def batched_mm(self, name: str) -> Path:
         """The same as plain torch.onnx exports transformers' batched_mm experts: a foreign ONNX file."""
@@ -51,6 +61,11 @@ class Zoo:
             if not path.exists():
                 make(path)
         return path
+
+
+def _save_decoder(name: str, path: Path) -> None:
+    DECODERS[name]().save_pretrained(path)
+    save_tokenizer(path)
 
 
 def _export_batched_mm(checkpoint: Path, path: Path) -> None:

@@ -4,12 +4,12 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.check import SHAPES, check_experts, check_parity
-from exporter.tasks import task_of
+from exporter.check import SHAPES, SHAPES_WITH_CACHE, check_axes, check_experts, check_parity
+from exporter.tasks import PADDED, task_of, with_cache
 from models.checkpoints import load_model, load_skeleton
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError, VerificationError
-from moe_spec.manifest import MODEL
+from moe_spec.manifest import MODEL, Manifest
 from tests.zoo import RUNNER
 
 REPORT = "this is a fault of the export, not of your model: please report it with the model's config.json"
@@ -63,7 +63,7 @@ class Altered:
 
     def run(self, model, batches, outputs=None):
         results = RUNNER.run(model, batches, outputs)
-        return [{name: self._alter(array) for name, array in result.items()} for result in results]
+        return [{name: self._alter(name, array) for name, array in result.items()} for result in results]
 
 
 def parity(zoo, runner, name="vmoe"):
@@ -78,7 +78,8 @@ def test_the_errors_at_every_shape_are_reported(zoo):
 
 
 @pytest.mark.parametrize(
-    ("alter", "error"), [(lambda array: array * np.float32(1.001), "1.00e-03"), (lambda array: array * np.nan, "inf")]
+    ("alter", "error"),
+    [(lambda _, array: array * np.float32(1.001), "1.00e-03"), (lambda _, array: array * np.nan, "inf")],
 )
 def test_a_wrong_output_is_a_failed_verification(alter, error, zoo):
     with pytest.raises(VerificationError) as failure:
@@ -90,7 +91,71 @@ def test_a_wrong_output_is_a_failed_verification(alter, error, zoo):
 
 def test_a_static_axis_is_a_failed_verification(zoo):
     with pytest.raises(VerificationError) as failure:
-        parity(zoo, Altered(lambda array: array[:2]))
+        parity(zoo, Altered(lambda _, array: array[:2]))
     assert str(failure.value) == (
-        "an axis came out static: output logits has shape (2, 10) for batch and sequence (3, 7), torch gives (3, 10)"
+        "axis 0 (batch_size) of output logits came out static: it has shape (2, 10) for batch and sequence (3, 7), "
+        "torch gives (3, 10)"
     )
+
+
+def cached_parity(zoo, runner):
+    model = load_model(zoo.decoder("mixtral"))
+    task = with_cache(task_of("MixtralForCausalLM"), model)
+    return check_parity(model, task, zoo.cached("mixtral") / MODEL, runner)
+
+
+def test_a_cache_is_compared_with_and_without_tokens_in_it(zoo):
+    entries = Manifest.load(zoo.cached("mixtral")).details["parity_with_torch"]
+    presents = [f"present.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    assert [(tuple(entry["shape"]), entry["output"]) for entry in entries] == [
+        (shape, output) for shape in SHAPES_WITH_CACHE for output in ("logits", *presents)
+    ]
+    assert max(entry["max_rel"] for entry in entries) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (
+            lambda name, array: array * 2 if name == "present.1.key" else array,
+            "output present.1.key differs from torch by 1.00e+00 of its range at batch and sequence (1, 1) with 0 "
+            "tokens in the cache, allowed is 1e-05",
+        ),
+        (
+            lambda name, array: array[:, :, :7] if name == "present.0.value" else array,
+            "axis 2 (past_sequence_length + sequence_length) of output present.0.value came out static: it has shape "
+            "(2, 2, 7, 8) for batch and sequence (2, 12) with 5 tokens in the cache, torch gives (2, 2, 17, 8)",
+        ),
+    ],
+)
+def test_a_wrong_cache_is_a_failed_verification(alter, message, zoo):
+    with pytest.raises(VerificationError) as failure:
+        cached_parity(zoo, Altered(alter))
+    assert str(failure.value) == message
+
+
+def test_what_padding_gives_is_not_compared(zoo):
+    def spoil(name, array):
+        if name == "logits" and array.shape[:2] == (3, 7):
+            array[0, :PADDED] = np.nan
+        return array
+
+    assert cached_parity(zoo, Altered(spoil))
+
+
+def test_a_graph_that_fails_at_another_shape_is_a_failed_verification(zoo):
+    def fail(name, array):
+        raise UserError("Reshape", hint="")
+
+    with pytest.raises(VerificationError, match=r"^the graph does not run at shapes that were not traced: Reshape$"):
+        cached_parity(zoo, Altered(fail))
+
+
+def test_a_static_input_is_named(proto):
+    task = task_of("VMoeForImageClassification")
+    check_axes(proto, task)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    with pytest.raises(
+        VerificationError, match=r"^axis 0 \(batch_size\) of input pixel_values came out static: it is 2$"
+    ):
+        check_axes(proto, task)

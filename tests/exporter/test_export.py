@@ -12,7 +12,7 @@ from exporter.export import INLINE_BYTES, OPSET, TOOLS, export
 from exporter.tasks import task_of
 from exporter.trace import run_torch, trace
 from graph_passes.describe import inspect_model
-from models.checkpoints import load_model, save_model
+from models.checkpoints import load_model
 from models.families import family
 from models.moe_layers import find_moe_layers
 from models.vmoe.configuration import VMoeConfig
@@ -25,7 +25,7 @@ from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
 from tests.cli.helpers import leftovers
-from tests.models_table import EXPERTS, TINY, TOP_K, VOCABULARY
+from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, VOCABULARY
 from tests.zoo import RUNNER
 
 DECODERS = sorted(set(TINY) - {"vmoe", "moe_bert"})
@@ -197,9 +197,16 @@ def test_a_plan_that_was_not_applied_is_refused(zoo, tmp_path):
     assert leftovers(tmp_path) == set()
 
 
-def test_a_model_without_a_task_is_refused(tmp_path):
-    save_model(TINY["mixtral"]().model, tmp_path / "checkpoint")
+def test_features_are_exported_without_the_head(zoo, tmp_path):
+    manifest = export(zoo.checkpoint("mixtral"), tmp_path / "out", RUNNER, task="feature-extraction")
+    assert manifest.outputs == (TensorSpec("last_hidden_state", "float32", (*TEXT_AXES, HIDDEN)),)
+    assert [block.name for block in manifest.blocks] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    graph = onnx.load(tmp_path / "out" / MODEL, load_external_data=False).graph
+    assert "lm_head.weight" not in {tensor.name for tensor in graph.initializer}
+
+
+def test_a_model_that_is_all_head_has_no_features(zoo, tmp_path):
     with pytest.raises(UserError) as refusal:
-        export(tmp_path / "checkpoint", tmp_path / "out", RUNNER)
-    assert refusal.value.what == "MixtralModel is none of the model kinds that are exported"
-    assert leftovers(tmp_path) == {"checkpoint"}
+        export(zoo.checkpoint("vmoe"), tmp_path / "out", RUNNER, task="feature-extraction")
+    assert refusal.value.what == "VMoeForImageClassification has no part without its head"
+    assert leftovers(tmp_path) == set()

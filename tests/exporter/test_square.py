@@ -93,7 +93,7 @@ def plan_behind(checkpoint: Path) -> PruningPlan:
 
 
 def export_pruned(checkpoint: Path, plan: PruningPlan, out: Path) -> Manifest:
-    return export(checkpoint, out, RUNNER, plan=plan, prepare=functools.partial(apply_plan, plan=plan))
+    return export(checkpoint, out, RUNNER, plan=plan, prepare=functools.partial(apply_plan, plan=plan), cache=False)
 
 
 @pytest.fixture(scope="module")

@@ -27,3 +27,12 @@ def test_the_largest_input_has_more_tokens_than_experts_times_k(tmp_path, spec, 
 def test_images_are_as_many_as_before(zoo):
     graph = load_graph(zoo.exported("vmoe") / "model.onnx")
     assert [feeds["pixel_values"].shape[0] for feeds in random_batches(graph, ())] == [1, 3, 2]
+
+
+def test_a_decoder_goes_on_and_begins_and_both(zoo):
+    graph = load_graph(zoo.cached("mixtral") / "model.onnx")
+    batches = random_batches(graph, ())
+    assert [feeds["input_ids"].shape for feeds in batches] == [(1, 1), (3, 7), (2, 31)]
+    assert [feeds["attention_mask"].shape for feeds in batches] == [(1, 5), (3, 7), (2, 36)]
+    assert [feeds["past_key_values.1.value"].shape[2] for feeds in batches] == [4, 0, 5]
+    assert [feeds["position_ids"][0, 0] for feeds in batches] == [4, 0, 5]

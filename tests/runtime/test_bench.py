@@ -55,7 +55,7 @@ def test_any_clock_will_do():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts the peak")
 def test_a_larger_batch_takes_more_memory(model):
-    small, large = (peak_memory(model, leading=size, other=64, threads=1) for size in (1, 4000))
+    small, large = (peak_memory(model, leading=size, other=64, past=0, threads=1) for size in (1, 4000))
     assert small is not None
     assert large is not None
     assert 0 < small < large
@@ -111,4 +111,4 @@ def test_a_model_with_a_fixed_batch_is_not_asked_for_another(tmp_path):
 
 def test_the_memory_of_a_model_that_cannot_run_is_an_error(model):
     with pytest.raises(UserError, match=r"memory of .*/no cannot be measured: .*does not exist"):
-        peak_memory(model / "no", leading=1, other=1, threads=1)
+        peak_memory(model / "no", leading=1, other=1, past=0, threads=1)

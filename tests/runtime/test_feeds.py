@@ -10,6 +10,13 @@ from runtime.feeds import RandomFeeds, check_feeds
 IDS = TensorSpec("input_ids", "int64", ("batch", "length"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "length"))
 POSITIONS = TensorSpec("position_ids", "int64", ("batch", "length"))
+DECODER = (
+    IDS,
+    TensorSpec("attention_mask", "int64", ("batch", "length so far")),
+    POSITIONS,
+    TensorSpec("past_key_values.0.key", "float32", ("batch", 2, "kept", 8)),
+    TensorSpec("past_key_values.1.conv_state", "float32", ("batch", 4, 3)),
+)
 IMAGE = TensorSpec("pixel_values", "float32", ("batch", 1, 4, 4))
 
 
@@ -24,6 +31,26 @@ def test_random_feeds_fit_the_inputs_at_three_shapes_the_first_a_single_token(tm
     assert (feeds[1]["attention_mask"] == 1).all()
     assert feeds[1]["position_ids"].tolist() == [list(range(7))] * 2
     assert feeds[1]["pixel_values"].std() > 0.5
+
+
+def test_random_feeds_go_on_from_what_is_in_the_cache(tmp_path):
+    feeds = list(RandomFeeds.of(DECODER, tmp_path).three_shapes())
+    for each in feeds:
+        check_feeds(DECODER, each, "model")
+    assert [each["attention_mask"].shape for each in feeds] == [(1, 4), (2, 7), (5, 10)]
+    assert [each["past_key_values.0.key"].shape for each in feeds] == [(1, 2, 3, 8), (2, 2, 0, 8), (5, 2, 6, 8)]
+    assert [each["position_ids"][-1].tolist() for each in feeds] == [[3], [*range(7)], [6, 7, 8, 9]]
+
+
+def test_a_mask_for_other_tokens_than_there_are_is_refused(tmp_path):
+    feeds = dict(RandomFeeds.of(DECODER, tmp_path).draw(2, 4, seed=0, past=3))
+    feeds["attention_mask"] = feeds["attention_mask"][:, 3:]
+    message = (
+        "model: attention_mask is [2, 4], expected [2, 7]: 3 tokens are in the cache, 4 are new\n"
+        "hint: give the mask of all tokens so far"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_feeds(DECODER, feeds, "model")
 
 
 def test_random_feeds_are_the_same_every_time(tmp_path):

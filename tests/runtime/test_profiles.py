@@ -39,6 +39,15 @@ def test_the_default_profile_fits_and_knows_the_batch_by_its_name():
     assert "fixed" not in profile
 
 
+def test_the_default_profile_of_a_decoder_begins_with_an_empty_cache():
+    ids = TensorSpec("input_ids", "int64", ("batch", "new"))
+    mask = TensorSpec("attention_mask", "int64", ("batch", "kept + new"))
+    key = TensorSpec("past_key_values.0.key", "float32", ("batch", 2, "kept", 8))
+    profile = default_profile((ids, mask, key))
+    assert profile["past_key_values.0.key"] == ShapeRange((1, 2, 0, 8), (8, 2, 128, 8), (64, 2, 512, 8))
+    assert profile["attention_mask"] == ShapeRange((1, 1), (8, 160), (64, 640))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

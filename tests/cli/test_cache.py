@@ -1,0 +1,96 @@
+"""A decoder with its cache goes the whole way: exported, pruned, proven, verified, timed, calibrated and built."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from moe_spec.manifest import Manifest, TensorSpec
+from moe_spec.statistics import Statistics
+from tests.cli.helpers import done, invoke, leftovers
+
+TRAVELLERS = {"chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
+
+
+@pytest.fixture(scope="module")
+def pruned(zoo, tmp_path_factory):
+    """A directory with task data, and half of the experts of a Mixtral."""
+    root = tmp_path_factory.mktemp("cache")
+    random = np.random.default_rng(0)
+    np.savez(root / "data.npz", input_ids=random.integers(4, 128, (6, 9)))
+    done("plan", zoo.cached("mixtral") / "model.onnx", "--experts", "0,2,5,7", "-o", root / "plan.json")
+    optimize = ("optimize", zoo.cached("mixtral"), "--plan", root / "plan.json", "--target", "rtx-ada")
+    done(*optimize, "-o", root / "optimized")
+    return root
+
+
+def test_the_graph_takes_and_gives_the_cache(zoo, pruned):
+    kept = [f"{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    for directory in (zoo.cached("mixtral"), pruned / "optimized"):
+        manifest = Manifest.load(directory)
+        assert manifest.inputs == (
+            TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
+            TensorSpec("attention_mask", "int64", (BATCH, f"{PAST} + {SEQUENCE}")),
+            TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),
+            *(TensorSpec(f"past_key_values.{name}", "float32", (BATCH, 2, PAST, 8)) for name in kept),
+        )
+        assert manifest.outputs == (
+            TensorSpec("logits", "float32", (BATCH, SEQUENCE, 128)),
+            *(TensorSpec(f"present.{name}", "float32", (BATCH, 2, f"{PAST} + {SEQUENCE}", 8)) for name in kept),
+        )
+
+
+def test_the_proof_goes_on_from_a_cache_and_begins_without(pruned):
+    entries = Manifest.load(pruned / "optimized").details["oracle"]
+    assert {entry["shapes"]["past_key_values.0.key"][2] for entry in entries} == {0, 4, 5}
+    assert {entry["output"] for entry in entries} >= {"logits", "present.0.key", "present.1.value"}
+
+
+@pytest.mark.parametrize("data", [(), ("--data", "data.npz")])
+def test_it_is_verified_and_the_cache_has_one_line(data, zoo, pruned, monkeypatch):
+    monkeypatch.chdir(pruned)
+    lines = done("verify", "optimized", "--reference", zoo.cached("mixtral"), *data).splitlines()
+    assert lines[0].startswith("PASS")
+    assert lines[3].startswith("  logits: ")
+    assert re.match(r"  present\.1\.(key|value): differs by .*, cosine -, KL -", lines[4])
+    assert len(lines) == 5
+
+
+def test_it_is_calibrated_as_its_checkpoint_is(zoo, pruned):
+    for name, model in (("onnx", zoo.cached("mixtral")), ("torch", zoo.decoder("mixtral"))):
+        done("calibrate", model, "--data", pruned / "data.npz", "-o", pruned / f"{name}.safetensors")
+    mine, theirs = (Statistics.load(pruned / f"{name}.safetensors") for name in ("onnx", "torch"))
+    for ours, other in zip(mine.layers, theirs.layers, strict=True):
+        np.testing.assert_allclose(ours["gate"], other["gate"], rtol=1e-4)
+        assert ours.token_count == other.token_count == 54
+
+
+def test_a_step_of_decoding_is_timed(pruned):
+    steps = ("--batch-size", 1, "--length", 1, "--past", 16, "--repeats", 1, "--json")
+    (row,) = json.loads(done("bench", pruned / "optimized", *steps))["rows"]
+    assert row["median_ms"] > 0
+
+
+def test_outputs_of_a_run_are_those_of_the_task(pruned):
+    text = done("run", pruned / "optimized", "--input", pruned / "data.npz")
+    assert text == "6 examples: logits [6, 9, 128]\n"
+
+
+def test_an_engine_is_built_for_an_empty_cache_and_a_full_one(pruned):
+    pytest.importorskip("tensorrt_rtx")
+    done("build", pruned / "optimized", "--target", "rtx-ada", "-o", pruned / "engine")
+    profile = Manifest.load(pruned / "engine").details["profile"]["past_key_values.0.key"]
+    assert (profile["min"], profile["max"]) == ([1, 2, 0, 8], [64, 2, 512, 8])
+    for stage in ("optimized", "engine"):
+        assert leftovers(pruned / stage) >= TRAVELLERS
+
+
+def test_what_has_no_cache_for_inputs_says_how_to_go_on(zoo, tmp_path):
+    message = (
+        "error: MixtralForCausalLM is made for text-generation, not for image-classification\n"
+        "hint: --task text-generation, or --task feature-extraction for what is below its head\n"
+    )
+    arguments = ("export", zoo.decoder("mixtral"), "--task", "image-classification", "-o", tmp_path / "out")
+    assert invoke(*arguments) == (1, "", message)
