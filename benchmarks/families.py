@@ -57,17 +57,12 @@ RUNNER = OnnxRuntimeRunner(threads=1)
 TOOLS = ("onnx", "tensorrt-rtx", "torch", "transformers")
 
 UNKNOWN: Mapping[str, str] = {
-    "dbrx": "not behind transformers' experts interface: one 2-D weight holds the rows of all experts",
     "diffusion_gemma": "denoises blocks of text: its decoder takes a canvas beside ids, and an encoder has experts too",
     "doge": "an expert is one row of two embeddings, found by product keys: there is no FFN to drop",
     "inkling_mm_model": "its router has rows for shared experts too, which take part in the weights of the others",
-    "jetmoe": "not behind transformers' experts interface, and its attention has experts too",
-    "llama4": "not behind transformers' experts interface: every expert runs, on tokens that the router scaled",
     "longcat_flash": "not behind transformers' experts interface, and some of its experts give back their input",
     "nemo_speechlm": "takes speech; its language model is a nemotron_h",
     "nllb-moe": "transformers 5.23 sends every token to the experts 0 and 1, whatever the router says",
-    "step3p7": "not behind transformers' experts interface: it clamps gates after their activation",
-    "switch_transformers": "not behind transformers' experts interface: its router gives a mask of limited capacity",
     "vitpose_backbone": "no router: the data set that an image is from chooses the expert",
     "zaya": "its router has one class more than there are experts, for tokens that skip them",
 }
@@ -141,8 +136,9 @@ def outputs_of(model: PreTrainedModel, feeds: Feeds) -> Arrays:
 def read(case: Case) -> None:
     """E and K of every layer."""
     model = load_model(case.checkpoint)
-    row, config = family(case.model_type), model.config.get_text_config()
-    expected = (getattr(config, row.experts_key), getattr(config, row.top_k_key))
+    row = family(case.model_type)
+    config = row.counts(model.config)
+    expected = (getattr(config, row.experts_key), getattr(config, row.top_k_key) if row.top_k_key else 1)
     for layer in find_moe_layers(model):
         if (layer.num_experts, layer.top_k) != expected:
             raise UnprovenError(f"E and K of layer {layer.name} are {(layer.num_experts, layer.top_k)}, not {expected}")

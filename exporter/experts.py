@@ -72,6 +72,7 @@ def describe(experts: torch.nn.Module) -> ExpertsOp:
         interleaved=bool(experts.has_gate and not experts.is_concatenated),
         transposed=bool(experts.is_transposed),
         biased=bool(experts.has_bias),
+        gates_input=getattr(experts, "gates_input", False),
     )
 
 

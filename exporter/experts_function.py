@@ -24,13 +24,23 @@ GATES = """
     weights_column = Unsqueeze(weights, axis2)
     hit_weight = Mul(hit_number, weights_column)
     gates_TE = ReduceSum<keepdims=0>(hit_weight, axis1)
+    gates_ET = Transpose<perm=[1, 0]>(gates_TE)
+    gates = Unsqueeze(gates_ET, axis2)
+    hidden_1TH = Unsqueeze(hidden, axis0)
+"""
+
+GATED_INPUT = """
+    hidden_like_gates = CastLike(hidden_1TH, weights)
+    scaled_ETH = Mul(hidden_like_gates, gates)
+    x = CastLike(scaled_ETH, hidden)
+"""
+
+GATED_OUTPUT = """
+    outputs_like_gates = CastLike(outputs_ETH, weights)
+    gated_ETH = Mul(outputs_like_gates, gates)
 """
 
 OUT = """
-    gates_ET = Transpose<perm=[1, 0]>(gates_TE)
-    gates = Unsqueeze(gates_ET, axis2)
-    outputs_like_gates = CastLike(outputs_ETH, weights)
-    gated_ETH = Mul(outputs_like_gates, gates)
     sum_TH = ReduceSum<keepdims=0>(gated_ETH, axis0)
     out = CastLike(sum_TH, hidden)
 """
@@ -39,7 +49,9 @@ OUT = """
 def function_of(op: ExpertsOp, opset: int) -> onnx.FunctionProto:
     """The ONNX function that node ``op.op_type`` stands for."""
     inputs = ["hidden", "ids", "weights", "up", "down", *(["up_bias", "down_bias"] if op.biased else [])]
-    body = "".join((GATES, _projections(op), OUT))
+    on_input = (GATED_INPUT, "gated_ETH = Identity(outputs_ETH)")
+    before, after = on_input if op.gates_input else ("x = Identity(hidden_1TH)", GATED_OUTPUT)
+    body = "\n    ".join((GATES, before, _projections(op), after, OUT))
     text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
     {op.op_type} ({", ".join(inputs)}) => (out)
     {{ {body} }}"""
@@ -47,9 +59,8 @@ def function_of(op: ExpertsOp, opset: int) -> onnx.FunctionProto:
 
 
 def _projections(op: ExpertsOp) -> str:
-    """Hidden (T, H) to outputs_ETH, every expert on every token."""
-    lines = ["hidden_1TH = Unsqueeze(hidden, axis0)"]
-    lines += _linear("projected", "hidden_1TH", "up", op)
+    """``x`` (1, T, H), or (E, T, H), to outputs_ETH, every expert on every token."""
+    lines = _linear("projected", "x", "up", op)
     lines += _split(op) if op.gated else ["value = Identity(projected)"]
     lines += _clamp(op) + _act(op)
     lines += _linear("outputs_ETH", "middle", "down", op)

@@ -22,6 +22,9 @@ PADDED = 2
 TRACED_PAST = 3
 """Tokens in the cache of the example that is traced."""
 
+DECODED = "decoder_sequence_length"
+"""Tokens that the decoder of an encoder-decoder reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -54,6 +57,11 @@ def _text(config: PreTrainedConfig, batch: int, sequence: int, rng: np.random.Ge
     return {IDS: ids, MASK: np.ones_like(ids)}
 
 
+def _text_pair(config: PreTrainedConfig, batch: int, sequence: int, rng: np.random.Generator) -> Feeds:
+    decoded = _text(config, batch, sequence // 2 + 1, rng)[IDS]
+    return {**_text(config, batch, sequence, rng), "decoder_input_ids": decoded}
+
+
 def _image(config: PreTrainedConfig, batch: int, _: int, rng: np.random.Generator) -> Feeds:
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -62,6 +70,7 @@ def _image(config: PreTrainedConfig, batch: int, _: int, rng: np.random.Generato
 
 
 _TEXT_AXES = {IDS: {0: BATCH, 1: SEQUENCE}, MASK: {0: BATCH, 1: SEQUENCE}}
+_PAIR_AXES = {**_TEXT_AXES, "decoder_input_ids": {0: BATCH, 1: DECODED}}
 _FEATURES = "last_hidden_state"
 
 FEATURE_EXTRACTION = "feature-extraction"
@@ -69,6 +78,7 @@ FEATURE_EXTRACTION = "feature-extraction"
 TASKS: Mapping[str, Task] = {
     FEATURE_EXTRACTION: Task(_TEXT_AXES, (_FEATURES,), _text, headless=True),
     "image-classification": Task({"pixel_values": {0: BATCH}}, ("logits",), _image),
+    "text2text-generation": Task(_PAIR_AXES, ("logits",), _text_pair),
     "text-classification": Task(_TEXT_AXES, ("logits",), _text),
     "text-generation": Task(_TEXT_AXES, ("logits",), _text, generates=True),
     "token-classification": Task(_TEXT_AXES, ("logits",), _text),
@@ -76,6 +86,7 @@ TASKS: Mapping[str, Task] = {
 """By the name that `--task` takes, which is Hugging Face's."""
 
 MADE_FOR: Mapping[str, str] = {
+    "SwitchTransformersForConditionalGeneration": "text2text-generation",
     "ForCausalLM": "text-generation",
     "ForConditionalGeneration": "text-generation",
     "ForImageClassification": "image-classification",

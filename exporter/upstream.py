@@ -1,29 +1,42 @@
 """The one place for transformers' code that torch.onnx cannot translate, each with what computes the same."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.llama4 import modeling_llama4
+
+HEADS: tuple[tuple[Any, int], ...] = ((modeling_deepseek_v2, 1), (modeling_llama4, 2))
+"""Modules that turn queries and keys as complex numbers, and the axis on which these have their heads."""
 
 
 @contextlib.contextmanager
 def translatable() -> Iterator[None]:
-    """Within the block DeepSeek-V2 turns queries and keys in real numbers, because ONNX hardly knows complex ones."""
-    module: Any = modeling_deepseek_v2
-    before = module.apply_rotary_emb
-    module.apply_rotary_emb = _turned
+    """Within the block queries and keys are turned in real numbers, because ONNX hardly knows complex ones."""
+    before = [(module, module.apply_rotary_emb) for module, _ in HEADS]
+    for module, axis in HEADS:
+        module.apply_rotary_emb = functools.partial(_turned, axis)
     try:
         yield
     finally:
-        module.apply_rotary_emb = before
+        for module, turn in before:
+            module.apply_rotary_emb = turn
 
 
-def _turned(queries: Tensor, keys: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels 2 i and 2 i + 1 of ``(B, heads, S, D)`` times ``turns`` (B, S, D / 2), which are complex."""
-    cos, sin = torch.view_as_real(turns).unsqueeze(1).unbind(-1)
+def _turned(heads: int, queries: Tensor, keys: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels 2 i and 2 i + 1, of all heads, times ``turns`` (B, S, D / 2), which are complex.
+
+    Args:
+        heads: the axis of heads among (B, S, D) with it.
+        queries: (B, heads, S, D) or (B, S, heads, D).
+        keys: likewise.
+        turns: complex.
+    """
+    cos, sin = torch.view_as_real(turns).unsqueeze(heads).unbind(-1)
 
     def turned(x: Tensor) -> Tensor:
         real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from models import moe_bert, vmoe
+from models.adapters import adapted
 from models.families import family
 from models.stored_names import parameter_names
 from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
@@ -22,6 +23,7 @@ from moe_spec.record import parse_object
 
 AUTO_CLASSES: Mapping[str, type] = {
     "Mistral4ForCausalLM": transformers.AutoModelForImageTextToText,  # where transformers has it
+    "SwitchTransformersForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     "ForCausalLM": transformers.AutoModelForCausalLM,
     "ForConditionalGeneration": transformers.AutoModelForImageTextToText,
     "ForImageClassification": transformers.AutoModelForImageClassification,
@@ -58,7 +60,7 @@ def load_model(
     """
     config = load_config(directory, known)
     stored_tensors(directory)  # every file is complete
-    with quiet(), _explained(directory):
+    with quiet(), _explained(directory), adapted(config.model_type):
         model: PreTrainedModel
         model, report = _auto_class(config).from_pretrained(
             directory,
@@ -80,7 +82,7 @@ def load_model(
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write config.json and safetensors weights, in the layout that the family's checkpoints have."""
-    with quiet():
+    with quiet(), adapted(model.config.model_type):
         model.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors keeps it to its owner
@@ -106,7 +108,7 @@ def load_skeleton(directory: Path) -> PreTrainedModel:
         UserError: no checkpoint, pickled or quantised weights, or an unknown family.
     """
     config = load_config(directory)
-    with quiet(), _explained(directory), torch.device("meta"):
+    with quiet(), _explained(directory), adapted(config.model_type), torch.device("meta"):
         skeleton: PreTrainedModel = _auto_class(config).from_config(config)
     return skeleton
 
@@ -121,7 +123,7 @@ def load_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     config = load_config(directory)
-    with quiet(), _explained(directory), init_empty_weights(include_buffers=False):
+    with quiet(), _explained(directory), adapted(config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
     model.train(False)
     return model

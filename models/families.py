@@ -26,7 +26,10 @@ class Family:
         model_type: ``model_type`` in config.json.
         text_type: the same for its language model alone, where transformers has that by itself.
         experts_key: the config's name for E.
-        top_k_key: the config's name for K.
+        top_k_key: the config's name for K; empty where it has none.
+        counts_in: the config's part that has both, if not the config itself.
+        attention_experts: whether the attention has experts too, as many as ``experts_key`` says: a checkpoint cannot
+            have fewer in the MLPs alone.
         router: attribute of the MoE block that holds the router, whose ``forward`` gives logits (T, E), weights (T, K)
             and expert ids (T, K), and more in some families.
         router_tensors: the router's parameters and buffers with a value or row for each expert: (E, ...) or (1, E);
@@ -47,6 +50,8 @@ class Family:
     text_type: str | None = None
     experts_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
+    counts_in: str | None = None
+    attention_experts: bool = False
     router: str = "gate"
     router_tensors: tuple[str, ...] = ("weight",)
     block_tensors: tuple[str, ...] = ()
@@ -69,11 +74,17 @@ class Family:
         """Names below the block of everything but experts that has a row for each expert; the router's weight first."""
         return (*(f"{self.router}.{name}" for name in self.router_tensors), *self.block_tensors)
 
+    def counts(self, config: Any) -> Any:
+        """The part of a transformers config that has E and K."""
+        text = config.get_text_config()
+        return text if self.counts_in is None else getattr(text, self.counts_in)
+
     def set_config_counts(self, config: Any, experts: int, top_k: int, groups: Groups | None) -> None:
         """Write E, K and the groups into a transformers config, or into that of its language model."""
-        config = config.get_text_config()
+        config = self.counts(config)
         setattr(config, self.experts_key, experts)
-        setattr(config, self.top_k_key, top_k)
+        if self.top_k_key:
+            setattr(config, self.top_k_key, top_k)
         if groups is not None:
             for key, value in zip(GROUP_KEYS, (groups.count, groups.selected), strict=True):
                 setattr(config, key, value)
@@ -90,6 +101,13 @@ _ROWS = (
     Family("bailing_hybrid", top_k_key="num_experts_per_token", router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("beam", router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("cohere2_moe", score_key="expert_selection_fn"),
+    Family(
+        "dbrx",
+        experts_key="moe_num_experts",
+        top_k_key="moe_top_k",
+        counts_in="ffn_config",
+        router="router",
+    ),
     Family("deepseek_ocr2", experts_key=_ROUTED, scored_by=1),
     Family("deepseek_v2", experts_key=_ROUTED, scored_by=1),
     Family("deepseek_v3", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid", scored_by=2),
@@ -136,10 +154,12 @@ _ROWS = (
     Family("hy_v4", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("inkling2", "inkling2_text", experts_key=_ROUTED, router_tensors=_BIASED, score_key="scoring_func"),
     Family("jamba", router="router"),
+    Family("jetmoe", experts_key=_LOCAL, attention_experts=True, router="router"),
     Family("kimi_linear", top_k_key="num_experts_per_token", router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("kolibri1", experts_key=_LOCAL, router_tensors=_BIASED, score="sigmoid"),
     Family("laguna", router_tensors=_BIASED, score="sigmoid"),
     Family("lfm2_moe", block_tensors=("expert_bias",), score="sigmoid"),
+    Family("llama4", "llama4_text", experts_key=_LOCAL, router="router", score="sigmoid"),
     Family("mellum", experts_key=_LOCAL),
     Family("mimo_v2_flash", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid", scored_by=2),
     Family("minimax", experts_key=_LOCAL),
@@ -168,6 +188,8 @@ _ROWS = (
     Family("qwen3_vl_moe", "qwen3_vl_moe_text", experts_key=_LOCAL),
     Family("qwen4_exp", "qwen4_exp_text"),
     Family("solar_open", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid", scored_by=2),
+    Family("step3p7", experts_key=_ROUTED, router_tensors=_BIASED, score="sigmoid"),
+    Family("switch_transformers", top_k_key="", router="router", fixed_top_k=True),
     Family("unlimited_ocr", experts_key=_ROUTED, scored_by=1),
     Family("vmoe", router="router"),
 )

@@ -81,6 +81,19 @@ def require_token_choice(layers: Iterable[MoELayer]) -> None:
             )
 
 
+def require_gated_outputs(layer: MoELayer, what: str) -> None:
+    """Refuse ``what``, which takes an expert's output for independent of its gate, where it is not.
+
+    Raises:
+        UserError: gates multiply what the experts of the layer read.
+    """
+    if getattr(layer.experts, "gates_input", False):
+        raise UserError(
+            f"in layer {layer.name} gates multiply what experts read instead of what they give, so {what}",
+            hint="drop experts with their rows of the router: --router rows, by a criterion of statistics",
+        )
+
+
 def set_top_k(model: PreTrainedModel, layer: MoELayer, top_k: int) -> None:
     """Let every token select ``top_k`` experts of ``layer``, a layer of ``model``; the model's config stays as it is.
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from models.adapters import conversions_of
 from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
 
@@ -22,7 +22,7 @@ def parameter_names(skeleton: PreTrainedModel, tensors: Mapping[str, StoredTenso
         UserError: stored tensors of ``directory`` leave a part of the model without values, or have too many for it.
     """
     parameters = skeleton.state_dict()
-    transforms = get_model_conversion_mapping(skeleton)
+    transforms = conversions_of(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     names = {}

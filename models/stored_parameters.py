@@ -9,10 +9,10 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from models.adapters import conversions_of
 from models.checkpoints import load_skeleton, quiet, stored_tensors
 from models.stored_names import parameter_names
 from moe_spec.errors import UserError
@@ -39,7 +39,7 @@ class StoredParameters(Mapping[str, Tensor]):
         self._directory, self._dtype = directory, dtype
         self._skeleton = load_skeleton(directory)
         self._tensors = stored_tensors(directory)
-        transforms: list[Any] = get_model_conversion_mapping(self._skeleton)
+        transforms: list[Any] = conversions_of(self._skeleton)
         self._loading = LoadStateDictConfig(weight_mapping=transforms)
         tied: Mapping[str, str] = self._skeleton.all_tied_weights_keys
         self._home = {name: tied.get(name, name) for name in self._skeleton.state_dict()}

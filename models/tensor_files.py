@@ -61,11 +61,14 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def has_rows(self, count: int) -> bool:
-        """Whether it has ``count`` rows: (count, ...), or (1, count)."""
-        return self.shape[:1] == (count,) or self.shape == (1, count)
+        """Whether it has ``count`` rows: (count, ...), (1, count), or (count F, H), where F rows make one (DBRX)."""
+        runs = len(self.shape) == 2 and self.shape[0] % count == 0
+        return self.shape[:1] == (count,) or self.shape == (1, count) or runs
 
     def rows(self, keep: Sequence[int], count: int | None = None) -> "StoredTensor":
         """``w (E, ...) -> w[keep] (Ek, ...)``, or ``w (1, E) -> w[:, keep] (1, Ek)``, of a tensor in one piece.
+
+        Of (E F, H) the F rows of each id stay together.
 
         Args:
             keep: ids of rows.
@@ -80,8 +83,9 @@ class StoredTensor:
         length, rest = divmod(whole.length, count)
         assert rest == 0, "a row of values below a byte ends within one"
         spans = tuple(Span(whole.path, whole.start + row * length, length) for row in keep)
-        shape = (len(keep), *self.shape[1:]) if self.shape[0] == count else (1, len(keep))
-        return StoredTensor(self.dtype, shape, spans)
+        if self.shape == (1, count):
+            return StoredTensor(self.dtype, (1, len(keep)), spans)
+        return StoredTensor(self.dtype, (len(keep) * (self.shape[0] // count), *self.shape[1:]), spans)
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -7,6 +7,7 @@ graph_passes takes its attributes at their word instead of guessing from pattern
 
 ``up`` holds the gate projection too where ``gated``. Weights lie as transformers has them: (E, out, in), or
 (E, in, out) where ``transposed``; gate and up are halves of the output axis, or alternate where ``interleaved``.
+An expert gives ``weight * f(hidden)``, or ``f(weight * hidden)`` where ``gates_input`` (Llama 4).
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ DOMAIN = "moe_edge"
 VERSION = 1
 OP_PREFIX = "Experts"
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+FLAGS = ("gated", "interleaved", "transposed", "biased", "gates_input")
 NO_LIMIT = 0.0
 
 _IN_A_NAME = str.maketrans({".": "p", "-": "m", "+": None})
@@ -51,6 +53,7 @@ class ExpertsOp:
     interleaved: bool
     transposed: bool
     biased: bool
+    gates_input: bool = False
 
     @property
     def op_type(self) -> str:
@@ -67,7 +70,7 @@ class ExpertsOp:
             for key, value in dataclasses.asdict(self.activation).items()
             if value != getattr(plain, key)
         ]
-        flags = [flag for flag in ("gated", "interleaved", "transposed", "biased") if getattr(self, flag)]
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
         return "_".join([OP_PREFIX, self.activation.kind, *numbers, *flags])
 
     def to_attributes(self) -> dict[str, Any]:
@@ -77,10 +80,7 @@ class ExpertsOp:
             "alpha": self.activation.alpha,
             "limit": self.activation.limit,
             "up_offset": self.activation.up_offset,
-            "gated": int(self.gated),
-            "interleaved": int(self.interleaved),
-            "transposed": int(self.transposed),
-            "biased": int(self.biased),
+            **{flag: int(getattr(self, flag)) for flag in FLAGS},
         }
 
     @classmethod
@@ -93,7 +93,8 @@ class ExpertsOp:
         try:
             kind = str(attributes["activation"])
             settings = (float(attributes[key]) for key in ("alpha", "limit", "up_offset"))
-            flags = {key: bool(attributes[key]) for key in ("gated", "interleaved", "transposed", "biased")}
+            older = {"gates_input": 0, **attributes}  # files from before it was thought of
+            flags = {flag: bool(older[flag]) for flag in FLAGS}
             activation = Activation(kind, *settings)
         except (KeyError, TypeError, ValueError) as error:
             what = f"has no attribute {error}" if isinstance(error, KeyError) else f"has a wrong attribute: {error}"

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
 from models.families import GROUP_COUNTS, Family, family
-from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, set_top_k
+from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, require_gated_outputs, set_top_k
 from models.stored_names import parameter_names
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
@@ -53,7 +53,7 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     names = parameter_names(skeleton, tensors, checkpoint)
     pruned = pruned_parameters(skeleton, plan)
     apply_plan(skeleton, plan)  # refusals come before a weight is read
-    _require_one_count(skeleton, plan, checkpoint)
+    _require_config_counts(skeleton, plan, checkpoint)
     kept = without_dropped(tensors, names, pruned, checkpoint)
     with new_directory(out) as staging:
         if plan.merges:
@@ -114,7 +114,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             _slice_experts(layer, layer_plan, row)
             lead_to(layer, layer_plan)
     shapes = _shapes(model)
-    if len(shapes) == 1 and not any(layer_plan.router in UNTOUCHED for layer_plan in plan.layers):
+    untouched = any(layer_plan.router in UNTOUCHED for layer_plan in plan.layers)
+    if len(shapes) == 1 and not untouched and not row.attention_experts:
         experts, top_k, one_group = shapes.pop()
         row.set_config_counts(model.config, experts, top_k, one_group)
         for name, value in (("num_experts", experts), ("num_experts_per_tok", top_k)):
@@ -129,6 +130,7 @@ def _find(layers: dict[str, MoELayer], plan: LayerPlan) -> MoELayer:
         )
     layer = layers[plan.name]
     if plan.router == REPLACE:
+        require_gated_outputs(layer, "no mean output takes an expert's place")
         plan.mean_outputs(layer.hidden_size)
     fits = plan.top_k == layer.top_k if plan.router in UNTOUCHED else plan.top_k <= layer.top_k
     if plan.experts != layer.num_experts or not fits:
@@ -213,7 +215,14 @@ def _shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
     return {(layer.num_experts, layer.top_k, layer.groups) for layer in find_moe_layers(model)}
 
 
-def _require_one_count(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
+def _require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
+    row = family(pruned.config.model_type)
+    if row.attention_experts and any(layer.dropped for layer in plan.layers):
+        raise UserError(
+            f"the attention of {row.model_type} has as many experts as its MLPs, and the config.json of {checkpoint} "
+            "one count for both",
+            hint="export with the plan instead: moe-edge export CHECKPOINT --plan plan.json",
+        )
     if len(_shapes(pruned)) > 1:
         counts = ", ".join(f"{layer.name}: {layer.num_experts} (K={layer.top_k})" for layer in find_moe_layers(pruned))
         raise UserError(

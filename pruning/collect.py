@@ -41,14 +41,13 @@ def collect(
         UserError: the model is of no known family, or has no MoE layer.
     """
     sums = {layer.name: LayerSums(layer, dense) for layer in find_moe_layers(model)}
-    valid_T: Tensor | None = None
+    batch: Mapping[str, Tensor] = {}
 
     def observe(layer: MoELayer, seen: Seen) -> None:
-        sums[layer.name].add(seen, valid_T)
+        sums[layer.name].add(seen, valid_tokens(batch, layer.name))
 
     with observed(model, observe):
         for batch in batches:
-            valid_T = valid_tokens(batch)
             run_backbone(model, batch)
     return tuple(layer_sums.statistics() for layer_sums in sums.values())
 

@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from moe_spec.dataset import MASK
 from moe_spec.errors import UserError, did_you_mean
 
-OPTIONAL_INPUTS = (MASK, "token_type_ids", "position_ids")
+DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
+"""What the decoder of an encoder-decoder reads."""
+
+OPTIONAL_INPUTS = (MASK, "token_type_ids", "position_ids", DECODER_IDS, DECODER_MASK)
 """What a data set may hold beside the model's main input."""
 
 
@@ -47,9 +50,13 @@ def tensors_of(
     return {name: _tensor(array, dtype).to(device) for name, array in feeds.items()}
 
 
-def valid_tokens(batch: Mapping[str, Any]) -> Tensor | None:
-    """(T,) bool: which tokens of a model's arguments are no padding; None where all count."""
-    mask_BS: Tensor | None = batch.get(MASK)
+def valid_tokens(batch: Mapping[str, Any], layer: str = "") -> Tensor | None:
+    """(T,) bool: which tokens of a model's arguments are no padding; None where all count.
+
+    Those of an encoder-decoder are the decoder's, but for a ``layer`` of the encoder.
+    """
+    decodes = DECODER_IDS in batch and not layer.startswith("encoder.")
+    mask_BS: Tensor | None = batch.get(DECODER_MASK if decodes else MASK)
     return None if mask_BS is None else mask_BS.flatten() != 0
 
 
@@ -82,8 +89,9 @@ def _check_ids(feeds: Mapping[str, npt.NDArray[Any]], vocabulary: int, where: st
             hint="tokenise with the tokenizer of this model",
         )
     for name, array in feeds.items():
-        if array.shape != ids.shape:
+        beside = DECODER_IDS if name.startswith("decoder_") and DECODER_IDS in feeds else "input_ids"
+        if array.shape != feeds[beside].shape:
             raise UserError(
-                f"{where}: {name} is {list(array.shape)}, but input_ids are {list(ids.shape)}",
+                f"{where}: {name} is {list(array.shape)}, but {beside} are {list(feeds[beside].shape)}",
                 hint=f"store one {name} entry a token",
             )

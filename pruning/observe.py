@@ -17,6 +17,8 @@ from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
 
+_TINY = torch.finfo(torch.float32).tiny
+
 _SLOTS = 1024
 """A call of the family's code costs as much as some hundred tokens; experts with fewer share one."""
 
@@ -28,7 +30,8 @@ class Run(NamedTuple):
         expert: its id.
         tokens_N: which of the T tokens they are.
         gates_N: the weights that multiply its outputs in the model.
-        outputs_NH: those outputs before they are multiplied.
+        outputs_NH: those outputs before they are multiplied; where gates multiply what experts read, what the model
+            adds divided by the gates.
     """
 
     expert: int
@@ -112,7 +115,11 @@ def _runs(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tenso
     for _, together in itertools.groupby(each, key=lambda expert: expert[1] // _SLOTS):
         part = list(together)
         start, end = part[0][1], part[-1][2]
-        outputs_SH = _outputs(experts, hidden_TH[tokens_S[start:end]], ids_S[start:end])
+        x_SH, gates_S1 = hidden_TH[tokens_S[start:end]], gates_S[start:end, None]
+        if getattr(experts, "gates_input", False):  # f(g x) is what the model adds: g times a g-th of it
+            outputs_SH = _outputs(experts, x_SH * gates_S1, ids_S[start:end]) / gates_S1.clamp(min=_TINY)
+        else:
+            outputs_SH = _outputs(experts, x_SH, ids_S[start:end])
         for expert, first, last in part:
             yield Run(expert, tokens_S[first:last], gates_S[first:last], outputs_SH[first - start : last - start])
 

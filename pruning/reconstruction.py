@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.families import Family, family
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, require_gated_outputs
 from moe_spec.errors import UserError
 from pruning.apply import slice_rows
 from pruning.collect import run_backbone
@@ -67,10 +67,12 @@ def search_model(
     Padding (``attention_mask`` 0) is not looked at, nor are tokens after the first `MAX_TOKENS`.
 
     Raises:
-        UserError: a layer keeps fewer than K experts, or routes in groups, which subsets would break.
+        UserError: a layer keeps fewer than K experts, routes in groups, which subsets would break, or has gates that
+            multiply what experts read.
     """
     layers, row = find_moe_layers(model), family(model.config.model_type)
-    for shape, count in zip(shapes_of(layers), counts, strict=True):
+    for layer, shape, count in zip(layers, shapes_of(layers), counts, strict=True):
+        require_gated_outputs(layer, "subsets cannot be told by outputs that are computed once")
         check_search(shape, count)
     seen, axes = _hidden_states(model, batches)
     with torch.no_grad():
@@ -156,9 +158,10 @@ def _hidden_states(
     layers = find_moe_layers(model)
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     axes: dict[str, int] = {}
-    valid_T: Tensor | None = None
+    batch: Mapping[str, Tensor] = {}
 
     def note(layer: MoELayer, seen: Seen) -> None:
+        valid_T = valid_tokens(batch, layer.name)
         parts[layer.name].append(seen.hidden_TH if valid_T is None else seen.hidden_TH[valid_T])
 
     def note_axes(name: str, _router: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -170,7 +173,6 @@ def _hidden_states(
             hook = functools.partial(note_axes, layer.name)
             stack.enter_context(layer.router.register_forward_pre_hook(hook))
         for batch in batches:
-            valid_T = valid_tokens(batch)
             run_backbone(model, batch)
             if sum(map(len, next(iter(parts.values())))) >= MAX_TOKENS:
                 break

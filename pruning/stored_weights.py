@@ -65,8 +65,10 @@ class StoredWeights:
                     yield from ((int(number[0]), piece) for piece in _pieces(file.get_tensor(stored)))
                     continue
                 rows_E = file.get_slice(stored)
+                length = self._tensors[stored].shape[0] // layer.num_experts  # rows of an expert: 1, or F of (E F, H)
                 for expert in range(layer.num_experts):
-                    yield from ((expert, piece) for piece in _pieces(rows_E[expert]))
+                    rows = rows_E[expert * length : (expert + 1) * length]
+                    yield from ((expert, piece) for piece in _pieces(rows))
 
     def _matrices(self, layer: MoELayer) -> list[str]:
         parameters = layer.experts.named_parameters(recurse=False)

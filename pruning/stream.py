@@ -13,8 +13,8 @@ from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
 
-EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-"""In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.gate_proj.weight``."""
+EXPERT_ID = re.compile(r"(?:(?<=\.experts\.)|(?<=\.experts\.expert_))\d+(?=\.)")
+"""In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.up_proj.weight`` or ``experts.expert_7.wi``."""
 
 
 def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str, LayerPlan]:

@@ -152,14 +152,20 @@ def auto_class(model: PreTrainedModel) -> Any:
 
 
 def example_inputs(model: PreTrainedModel, batch: int, sequence: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random inputs: pixel values (batch, C, S, S), or ids and a mask without padding, both (batch, sequence)."""
+    """Random inputs: pixel values (batch, C, S, S), or ids and a mask without padding, both (batch, sequence).
+
+    The decoder of an encoder-decoder gets about half as many ids.
+    """
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         config = model.config
         shape = (batch, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, sequence), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)[:, : sequence // 2 + 1]
+    return inputs
 
 
 def vmoe_expert_choice() -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock
+from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock
 from graph_passes.readers.layout import check_stacked, from_stacked, scope_in
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import DOMAIN, ExpertsOp
@@ -39,4 +39,5 @@ def read(node: gs.Node, name: str, weights: Weights) -> MoEBlock:
         router=router,
         experts=experts,
         keep=tuple(range(router.weight_EH.shape[0])),
+        weights_on=ON_INPUT if op.gates_input else ON_OUTPUT,
     )

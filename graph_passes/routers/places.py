@@ -249,5 +249,6 @@ def _shape_source(shape: gs.Tensor) -> gs.Tensor | None:
         if node is not None and node.op == "Shape":
             return node.inputs[0]
         if node is not None and node.op in SHAPES:
-            front.extend(node.inputs)
+            # of (batch, sequence) the second: a decoder may have its batch from the encoder's inputs
+            front.extend([*node.inputs[1:], node.inputs[0]] if node.op == "Concat" else node.inputs)
     return None

@@ -36,15 +36,16 @@ def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) ->
     """
     layers = find_moe_layers(model)
     require_token_choice(layers)
-    real: dict[str, Tensor | None] = {}
+    batch: dict[str, Any] = {}
 
     def before(_model: nn.Module, _arguments: Any, keywords: Mapping[str, Any]) -> None:
-        real["T"] = valid_tokens(keywords)
+        batch.clear()
+        batch.update(keywords)
 
     def after(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
         def hook(_router: nn.Module, _arguments: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
             # every router of `models.families` returns logits, gates and ids
-            real_T = real["T"]
+            real_T = valid_tokens(batch, name)
             observer(name, Routing(*(outputs if real_T is None else (output[real_T] for output in outputs))))
 
         return hook

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from models.adapters import adapted
 from models.families import Family, family
 from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, VOCABULARY, WIDTH, randomised
 
@@ -58,6 +59,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": _HYBRID,
     "beam": {},
     "cohere2_moe": {},
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0},
+        "d_model": HIDDEN,
+        "ffn_config": {"ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
+        "max_seq_len": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+    },
     "deepseek_ocr2": {},
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
     "deepseek_v32": {},
@@ -97,10 +106,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "expert_layer_period": 1,
         "use_mamba_kernels": False,
     },
+    "jetmoe": {"kv_channels": HIDDEN // 4, "num_key_value_heads": 2},
     "kimi_linear": _HYBRID,
     "kolibri1": {},
     "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"intermediate_size_mlp": WIDTH, "num_key_value_heads": 2},
     "mellum": {},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "minimax": {},
@@ -126,6 +137,19 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "indexer_n_heads": 2,
     },
     "solar_open": {},
+    "step3p7": {"layer_types": ["full_attention", "sliding_attention"], "share_expert_dim": WIDTH, "sliding_window": 8},
+    "switch_transformers": {
+        "d_ff": WIDTH,
+        "d_kv": HIDDEN // 4,
+        "d_model": HIDDEN,
+        "decoder_start_token_id": 0,
+        "expert_capacity": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_sparse_decoder_layers": 1,
+        "num_sparse_encoder_layers": 1,
+    },
     "unlimited_ocr": {},
 }
 """Of the families that tests.models_table has no model for."""
@@ -165,6 +189,15 @@ AROUND: Mapping[str, Mapping[str, Any]] = {
             "out_hidden_size": HIDDEN,
         },
     },
+    "step3p7": {
+        "vision_config": {
+            "hidden_size": 16,
+            "image_size": 28,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+        }
+    },
     "unlimited_ocr": {"vision_config": {"encoder_config": _ENCODER, "sam_config": _SAM}},
 }
 """What is around the language model of those that transformers has as a whole only."""
@@ -172,6 +205,7 @@ AROUND: Mapping[str, Mapping[str, Any]] = {
 AUTO = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     modeling_auto.MODEL_MAPPING,
 )
@@ -191,11 +225,13 @@ def tiny(model_type: str) -> PreTrainedModel:
         config = config_class(**{**_sizes(config_class, row), **CONFIGS[model_type]})
     model_class: Any = next(mapping[config_class] for mapping in AUTO if config_class in mapping)
     torch.manual_seed(0)
-    model: PreTrainedModel = model_class(config)
+    with adapted(model_type):
+        model: PreTrainedModel = model_class(config)
     return randomised(model)
 
 
 def _sizes(config_class: type[PreTrainedConfig], row: Family) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(config_class)}
     shared = {name: value for name, value in SIZES.items() if name in fields}
-    return {**shared, row.experts_key: EXPERTS, row.top_k_key: TOP_K}
+    counts = {row.experts_key: EXPERTS, row.top_k_key: TOP_K}
+    return {**shared, **{key: count for key, count in counts.items() if key and row.counts_in is None}}
