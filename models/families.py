@@ -39,6 +39,7 @@ class Family:
         score_key: the config's name for ``score``, where it has one.
         answers: probabilities, where the router gives those instead of logits.
         experts: attribute of the MoE block that holds the experts; each of its parameters has E on axis 0.
+        in_runs: whether files have the experts' weights as (E F, H), F rows of each.
         experts_count: attribute of router and experts that holds E.
         top_k_counts: names below the block of what holds K, where that is not ``top_k`` of router and block; what is in
             ``config`` all layers share.
@@ -59,6 +60,7 @@ class Family:
     score_key: str | None = None
     answers: Literal["logits", "probabilities"] = "logits"
     experts: str = "experts"
+    in_runs: bool = False
     experts_count: str = "num_experts"
     top_k_counts: tuple[str, ...] = ()
     fixed_top_k: bool = False
@@ -107,6 +109,7 @@ _ROWS = (
         top_k_key="moe_top_k",
         counts_in="ffn_config",
         router="router",
+        in_runs=True,
     ),
     Family("deepseek_ocr2", experts_key=_ROUTED, scored_by=1),
     Family("deepseek_v2", experts_key=_ROUTED, scored_by=1),

@@ -60,9 +60,9 @@ class StoredTensor:
         """How many values it has."""
         return math.prod(self.shape)
 
-    def has_rows(self, count: int) -> bool:
-        """Whether it has ``count`` rows: (count, ...), (1, count), or (count F, H), where F rows make one (DBRX)."""
-        runs = len(self.shape) == 2 and self.shape[0] % count == 0
+    def has_rows(self, count: int, *, in_runs: bool = False) -> bool:
+        """Whether it has ``count`` rows: (count, ...), or (1, count); with ``in_runs`` (count F, H), F of each."""
+        runs = in_runs and len(self.shape) == 2 and self.shape[0] % count == 0
         return self.shape[:1] == (count,) or self.shape == (1, count) or runs
 
     def rows(self, keep: Sequence[int], count: int | None = None) -> "StoredTensor":

@@ -54,7 +54,8 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     pruned = pruned_parameters(skeleton, plan)
     apply_plan(skeleton, plan)  # refusals come before a weight is read
     _require_config_counts(skeleton, plan, checkpoint)
-    kept = without_dropped(tensors, names, pruned, checkpoint)
+    in_runs = family(skeleton.config.model_type).in_runs
+    kept = without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
     with new_directory(out) as staging:
         if plan.merges:
             model = load_model(checkpoint, dtype=None)

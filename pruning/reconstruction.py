@@ -72,7 +72,7 @@ def search_model(
     """
     layers, row = find_moe_layers(model), family(model.config.model_type)
     for layer, shape, count in zip(layers, shapes_of(layers), counts, strict=True):
-        require_gated_outputs(layer, "subsets cannot be told by outputs that are computed once")
+        require_gated_outputs(layer, "subsets cannot be told by outputs")
         check_search(shape, count)
     seen, axes = _hidden_states(model, batches)
     with torch.no_grad():

@@ -48,7 +48,7 @@ class StoredWeights:
         self._family = family(skeleton.config.model_type)
         self.layers = find_moe_layers(skeleton)
         counts = {stored: layer.num_experts for layer in self.layers for stored in self._matrices(layer)}
-        require_experts(self._tensors, counts, checkpoint)
+        require_experts(self._tensors, counts, checkpoint, in_runs=self._family.in_runs)
 
     def router(self, layer: MoELayer) -> npt.NDArray[np.float64]:
         """The router's rows, (E, H)."""

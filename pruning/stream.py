@@ -33,6 +33,8 @@ def without_dropped(
     names: Mapping[str, str],
     pruned: Mapping[str, LayerPlan],
     checkpoint: Path,
+    *,
+    in_runs: bool = False,
 ) -> dict[str, StoredTensor]:
     """What is left of the stored tensors of ``checkpoint``; whatever is no router and no expert stays as it is.
 
@@ -44,12 +46,13 @@ def without_dropped(
         names: the parameter that each goes to.
         pruned: parameters that lose experts.
         checkpoint: named in errors.
+        in_runs: see ``Family``.
 
     Raises:
         UserError: experts are stored in neither way.
     """
     plans = {stored: pruned[name] for stored, name in names.items() if name in pruned}
-    require_experts(tensors, {stored: plan.experts for stored, plan in plans.items()}, checkpoint)
+    require_experts(tensors, {stored: plan.experts for stored, plan in plans.items()}, checkpoint, in_runs=in_runs)
     kept = {}
     for stored, tensor in tensors.items():
         plan, number = plans.get(stored), EXPERT_ID.search(stored)
@@ -63,13 +66,16 @@ def without_dropped(
     return kept
 
 
-def require_experts(tensors: Mapping[str, StoredTensor], experts: Mapping[str, int], checkpoint: Path) -> None:
+def require_experts(
+    tensors: Mapping[str, StoredTensor], experts: Mapping[str, int], checkpoint: Path, *, in_runs: bool = False
+) -> None:
     """All E experts are there, by their ids or as rows.
 
     Args:
         tensors: by their names in the files.
         experts: E of the layer that a stored tensor belongs to; of routers and experts only.
         checkpoint: named in errors.
+        in_runs: see ``Family``.
 
     Raises:
         UserError: experts are stored in neither way.
@@ -78,7 +84,7 @@ def require_experts(tensors: Mapping[str, StoredTensor], experts: Mapping[str, i
     for stored, count in experts.items():
         if number := EXPERT_ID.search(stored):
             ids[EXPERT_ID.sub("*", stored), count].append(int(number[0]))
-        elif not tensors[stored].has_rows(count):
+        elif not tensors[stored].has_rows(count, in_runs=in_runs):
             raise UserError(
                 f"{stored} in {checkpoint} has the shape {list(tensors[stored].shape)}, "
                 f"expected {count} experts on its first axis",

@@ -76,12 +76,12 @@ def run_node(op, feeds, tmp_path):
     return RUNNER.run(tmp_path / "node.onnx", [feeds])[0]["out"]
 
 
-def expected(op, feeds):
+def expected(op, feeds, top_k=TOP_K):
     """``out_t = sum_k w_tk f_{ids_tk}(hidden_t)`` in float64, one token and one slot at a time."""
     arrays = {name: array if name == "ids" else array.astype(np.float64) for name, array in feeds.items()}
     up, down = (arrays[name] if op.transposed else arrays[name].transpose(0, 2, 1) for name in ("up", "down"))
     out = np.zeros((TOKENS, HIDDEN))
-    for token, slot in itertools.product(range(TOKENS), range(TOP_K)):
+    for token, slot in itertools.product(range(TOKENS), range(top_k)):
         expert = arrays["ids"][token, slot]
         projected = arrays["hidden"][token] @ up[expert] + (arrays["up_bias"][expert] if op.biased else 0)
         result = between(op, projected) @ down[expert] + (arrays["down_bias"][expert] if op.biased else 0)
@@ -117,6 +117,18 @@ def test_the_function_scales_clamps_and_shifts(activation, layout, tmp_path):
     np.testing.assert_allclose(run_node(op, feeds, tmp_path), expected(op, feeds), rtol=1e-5, atol=1e-5)
 
 
+@every_layout
+def test_gates_on_the_input_are_what_the_experts_read(layout, tmp_path):
+    op = ExpertsOp(Activation("silu"), **layout, transposed=True, biased=False, gates_input=True)
+    feeds = feeds_of(op)
+    out = np.zeros((TOKENS, HIDDEN))
+    for slot in range(TOP_K):
+        ones = np.ones((TOKENS, 1), np.float32)
+        scaled = {"hidden": feeds["hidden"] * feeds["weights"][:, [slot]], "ids": feeds["ids"][:, [slot]]}
+        out += expected(op, feeds | scaled | {"weights": ones}, top_k=1)
+    np.testing.assert_allclose(run_node(op, feeds, tmp_path), out, rtol=1e-5, atol=1e-5)
+
+
 def test_an_expert_chosen_by_nobody_changes_nothing(tmp_path):
     op = ExpertsOp(Activation("silu"), gated=True, interleaved=False, transposed=True, biased=True)
     feeds = feeds_of(op)
@@ -130,8 +142,8 @@ def test_an_expert_chosen_by_nobody_changes_nothing(tmp_path):
 def test_every_variant_has_a_name_of_its_own():
     numbers = itertools.product((1.0, 7.0, 1.702), (NO_LIMIT, 1.0, 7.0), (0.0, 1.0, -1.0, 1e-05))
     activations = [Activation(kind, *values) for kind in ACTIVATIONS for values in numbers]
-    flags = list(itertools.product((False, True), repeat=4))
-    names = [ExpertsOp(activation, *four).op_type for activation in activations for four in flags]
+    flags = list(itertools.product((False, True), repeat=5))
+    names = [ExpertsOp(activation, *five).op_type for activation in activations for five in flags]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"Experts_\w+", name) for name in names)
     assert all(function_of(ExpertsOp(one, True, False, False, False), OPSET).name in names for one in activations)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoints import load_model
+from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, Merge, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import MEAN
+from moe_spec.plan import MEAN, REPLACE
 from pruning.apply import apply_plan, prune
 from pruning.collect import collect
 from pruning.finetuning.mask import ExpertMask
@@ -21,11 +21,13 @@ from tests.oracle import masked, plan_for
 
 PECULIAR = {
     "afmoe": "the block holds the selection bias, and the router a Linear",
+    "dbrx": "all experts in one matrix of the files; counts in a part of the config",
     "deepseek_v4": "the square root of a softplus; a final norm whose name transformers takes back",
     "ernie4_5_moe": "a selection bias of one row",
     "gemma4": "probabilities for logits, a scale an expert, and K in a config that all layers share",
     "hunyuan_v1_moe": "a Linear called wg",
     "lfm2_moe": "the block holds the selection bias",
+    "llama4": "gates multiply what experts read",
     "muse_spark": "a norm after each expert",
     "openai_privacy_filter": "the block multiplies by K",
     "phimoe": "sparsemixer",
@@ -46,7 +48,7 @@ def outputs(model):
 @peculiar
 def test_a_pruned_checkpoint_is_the_model_whose_dropped_experts_cannot_be_selected(tmp_path, name):
     model = tiny(name)
-    model.save_pretrained(tmp_path / "checkpoint")
+    save_model(model, tmp_path / "checkpoint")
     layers = keeping(model, (0, 2, 5, 7)).layers
     plan = PruningPlan(checkpoint_sha256(tmp_path / "checkpoint"), "by hand", layers)
     plan.save(tmp_path / "plan.json")
@@ -136,3 +138,45 @@ def test_a_layer_that_chooses_by_token_id_is_not_pruned():
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         apply_plan(model, plan)
+
+
+def test_a_switch_counts_what_encoder_and_decoder_choose_and_drops_what_overflows(tmp_path):
+    model = tiny("switch_transformers")
+    inputs = example_inputs(model, batch=3, sequence=7, seed=0)
+    inputs["attention_mask"][0, 4:] = 0
+    encoder, decoder = collect(model, [inputs])
+    assert (encoder["tokens"].sum(), encoder.token_count) == (18, 18)
+    assert (decoder["tokens"].sum(), decoder.token_count) == (12, 12)
+    assert encoder["gate"].sum() < encoder["probability"].sum()
+    gates_T1 = find_moe_layers(model)[0].router(torch.ones(2, 5, 32))[1]
+    assert ((gates_T1 > 0).view(2, 5) == torch.tensor([True, True, False, False, False])).all()
+
+
+def test_a_gated_input_gives_no_mean_output_and_no_search():
+    model = tiny("llama4")
+    reason = (
+        "in layer model.layers.0.feed_forward gates multiply what experts read instead of what they give, so {}\n"
+        "hint: drop experts with their rows of the router: --router rows, by a criterion of statistics"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(reason.format('subsets cannot be told by outputs'))}$"):
+        search_model(model, [example_inputs(model, batch=1, sequence=3, seed=0)], [7, 7])
+    first = LayerPlan("model.layers.0.feed_forward", EXPERTS, TOP_K, (0, 1, 2), router=REPLACE)
+    message = re.escape(reason.format("no mean output takes an expert's place"))
+    with pytest.raises(UserError, match=f"^{message}$"):
+        apply_plan(model, PruningPlan("", "by hand", (first,)))
+
+
+def test_experts_of_mlps_are_not_pruned_from_a_checkpoint_whose_attention_has_as_many(tmp_path):
+    model, checkpoint = tiny("jetmoe"), tmp_path / "checkpoint"
+    save_model(model, checkpoint)
+    layers = keeping(model, (0, 2, 5, 7)).layers
+    PruningPlan(checkpoint_sha256(checkpoint), "by hand", layers).save(tmp_path / "plan.json")
+    message = (
+        f"the attention of jetmoe has as many experts as its MLPs, and the config.json of {checkpoint} one count for "
+        "both\nhint: export with the plan instead: moe-edge export CHECKPOINT --plan plan.json"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        prune(checkpoint, tmp_path / "plan.json", tmp_path / "pruned")
+    apply_plan(model, keeping(model, (0, 2, 5, 7)))
+    assert model.config.num_local_experts == EXPERTS
+    assert outputs(model).isfinite().all()
