@@ -1,16 +1,17 @@
 """A checkpoint to a model directory with one experts node a layer."""
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 from transformers import PreTrainedModel
 
+from exporter.bind import OnProgress, save
 from exporter.check import check_axes, check_experts, check_parity
+from exporter.sources import Prepare, open_model, prepared
 from exporter.tasks import task_of, with_cache
 from exporter.trace import trace
-from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
@@ -23,8 +24,6 @@ from moe_spec.runner import Runner
 OPSET = 20
 """The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
 
-INLINE_BYTES = 1024
-
 TOOLS = ("moe-edge", "torch", "transformers", "onnx", "onnxscript")
 
 
@@ -35,15 +34,25 @@ def export(
     *,
     opset: int = OPSET,
     plan: PruningPlan | None = None,
-    prepare: Callable[[PreTrainedModel], None] | None = None,
+    prepare: Prepare | None = None,
     task: str | None = None,
     cache: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Export ``checkpoint`` in float32 to the new directory ``out`` and check it against torch.
 
-    ``prepare`` changes the model in memory before it is traced, as ``pruning.apply_plan`` does for ``plan``; ``runner``
-    runs the result. ``task`` is one of `tasks.TASKS`, by default what the architecture is made for. Decoders get a
-    ``cache`` between calls (`moe_spec.decoder`).
+    It is traced without its weights, and of these only what is kept is read, a piece at a time.
+
+    Args:
+        checkpoint: config.json and safetensors weights.
+        out: a directory that does not exist.
+        runner: runs the result.
+        opset: of the graph.
+        plan: which experts stay.
+        prepare: changes the model before it is traced, as ``pruning.apply_plan`` does for ``plan``.
+        task: one of `tasks.TASKS`; by default what the architecture is made for.
+        cache: whether decoders keep keys and values between calls (`moe_spec.decoder`).
+        on_progress: told what is written next, and how many bytes of all are.
 
     Raises:
         UserError: no checkpoint, an unknown family or task, a decoder without a cache that can be an input, a plan for
@@ -54,30 +63,28 @@ def export(
     identity = checkpoint_sha256(checkpoint)
     if plan is not None:
         plan.require_model(identity, str(checkpoint))
-    model = load_model(checkpoint)
-    if prepare is not None:
-        prepare(model)
+    model, pieces = open_model(checkpoint, plan, prepare)
     called = task_of(type(model).__name__, task)
     if cache:
         called = with_cache(called, model)
     layers = find_moe_layers(model)
     blocks = tuple(_block(layer, plan) for layer in layers)
     noded = [layer for layer in layers if not layer.expert_choice]  # experts that choose are batched products
-    proto = trace(model, called, noded, opset)
-    check_experts(proto, noded)
-    check_axes(proto, called)
+    traced = trace(model, called, noded, opset)
+    check_experts(traced.proto, noded)
+    check_axes(traced.proto, called)
     with new_directory(out) as staging:
-        _save(proto, staging / MODEL)
-        parity = check_parity(model, called, staging / MODEL, runner)
+        hashes = save(traced, pieces, staging / MODEL, on_progress=on_progress)
+        parity = check_parity(_in_memory(model, checkpoint, prepare), called, staging / MODEL, runner)
         model.config.save_pretrained(staging)
         copy_companions(checkpoint, staging)
         manifest = Manifest(
             kind="exported",
             source_sha256=identity,
             parent_sha256=identity,
-            files=list_files(staging),
-            inputs=tuple(_spec(value) for value in proto.graph.input),
-            outputs=tuple(_spec(value) for value in proto.graph.output),
+            files=list_files(staging, hashes),
+            inputs=tuple(_spec(value) for value in traced.proto.graph.input),
+            outputs=tuple(_spec(value) for value in traced.proto.graph.output),
             blocks=blocks,
             model_sha256=identity if plan is None else _pruned_sha256(identity, plan, blocks),
             plan=plan,
@@ -95,13 +102,10 @@ def _pruned_sha256(source_sha256: str, plan: PruningPlan, blocks: Sequence[Block
     return pruned_sha256(source_sha256, {block.name: block.keep for block in blocks})
 
 
-def _save(proto: onnx.ModelProto, path: Path) -> None:
-    """Write the graph, and its weights beside it."""
-    data = path.with_name(f"{path.name}.data")
-    onnx.save(proto, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES)
-    if data.is_file():
-        data.chmod(0o644)  # onnx keeps it to its owner
-    onnx.checker.check_model(str(path))
+def _in_memory(model: PreTrainedModel, checkpoint: Path, prepare: Prepare | None) -> PreTrainedModel:
+    """``model`` with its weights, read as transformers reads them and not as they were bound."""
+    is_there = not any(parameter.is_meta for parameter in model.parameters())
+    return model if is_there else prepared(checkpoint, prepare)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -16,6 +16,7 @@ from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
 from exporter.tasks import Task
 from exporter.upstream import translatable
+from exporter.weightless import Traced, weightless, without_values
 from models.moe_layers import MoELayer
 from moe_spec.decoder import TOTAL_LENGTH
 from moe_spec.errors import UserError
@@ -61,25 +62,33 @@ def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
     return {name: value.numpy() for name, value in zip(task.all_outputs, outputs, strict=True)}
 
 
-def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> onnx.ModelProto:
-    """The model as ONNX, weights inside; functions define the experts nodes.
+def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> Traced:
+    """The model as ONNX, without the values of its weights, if it has any; functions define the experts nodes.
 
     Raises:
         UserError: experts that the node cannot express, or a model that torch cannot trace.
     """
     variants = {op.op_type: op for op in (describe(layer.experts) for layer in layers)}
-    with experts_implementation(model, IMPLEMENTATION):
-        proto = to_onnx(model, task, opset)
-    _define_experts(proto, variants, opset)
-    return proto
+    with experts_implementation(model, IMPLEMENTATION), weightless(model):
+        program = _export(model, task, opset, optimize=False)
+    traced = without_values(program, _PREFIX, model.state_dict().keys())
+    _restore_names(traced.proto)
+    _define_experts(traced.proto, variants, opset)
+    return traced
 
 
 def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
-    """The model as torch.onnx exports it with the experts implementation that it is set to.
+    """The model as torch.onnx exports it with the experts implementation that it is set to, weights inside.
 
     Raises:
         UserError: torch cannot trace the model.
     """
+    proto = _export(model, task, opset, optimize=True).model_proto
+    _restore_names(proto)
+    return proto
+
+
+def _export(model: PreTrainedModel, task: Task, opset: int, *, optimize: bool) -> torch.onnx.ONNXProgram:
     feeds = task.example(model.config, *TRACED, np.random.default_rng(0))
     inputs = tuple(torch.from_numpy(feeds[name]) for name in task.axes)
     with _quiet(), translatable(), _explained(type(model).__name__):
@@ -91,13 +100,11 @@ def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
             input_names=list(task.axes),
             output_names=list(task.all_outputs),
             opset_version=opset,
+            optimize=optimize,
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
-    _restore_names(proto)
-    _name_lengths(proto)
-    return proto
+    return program
 
 
 @contextlib.contextmanager
@@ -143,6 +150,7 @@ def _restore_names(proto: onnx.ModelProto) -> None:
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]
     proto.producer_name, proto.producer_version = "moe-edge", importlib.metadata.version("moe-edge")
+    _name_lengths(proto)
 
 
 def _name_lengths(proto: onnx.ModelProto) -> None:

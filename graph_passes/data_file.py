@@ -11,12 +11,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.stored import ExternalValues, packed_bytes
 from graph_passes.weights import Array, Weight, bits_of
-
-ALIGNMENT = 4096
-"""Offsets in the data file, so that runtimes can memory-map each weight."""
-
-INLINE_BYTES = 1024
-"""Smaller constants stay in the .onnx file: shapes, axes, scales."""
+from moe_spec.external_data import INLINE_BYTES, aligned
 
 CHUNK_BYTES = 1 << 18
 """Written at once: what stays in a core's cache between the copy out of the source and the copy into the file."""
@@ -35,7 +30,7 @@ class DataFile:
         if weight.nbytes < INLINE_BYTES:
             tensor._values = LazyValues(onnx.numpy_helper.from_array(np.array(weight.load(), order="C")))
         else:
-            offset = self._size + -self._size % ALIGNMENT
+            offset = aligned(self._size)
             tensor._values = ExternalValues(external(tensor.name, weight, self._path.name, offset), self._path.parent)
             self._parts.append((offset, weight))
             self._size = offset + weight.nbytes

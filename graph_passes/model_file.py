@@ -12,12 +12,13 @@ from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from graph_passes.checks import check_file
-from graph_passes.data_file import INLINE_BYTES, DataFile, external
+from graph_passes.data_file import DataFile, external
 from graph_passes.protos import every_graph
 from graph_passes.simplify import Simplified, simplify
 from graph_passes.stored import ExternalValues, LazyWeight, external_info, of_constant, place_in
 from graph_passes.walk import constants, every_node
 from moe_spec.errors import UserError
+from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import inside, require_file
 from moe_spec.manifest import MODEL
 

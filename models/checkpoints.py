@@ -125,6 +125,7 @@ def load_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = load_config(directory)
     with quiet(), _explained(directory), adapted(config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
+    model.tie_weights()
     model.train(False)
     return model
 

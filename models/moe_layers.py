@@ -65,6 +65,20 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
     return tuple(_layer(name, block, row, score) for name, block in blocks)
 
 
+def tensors_by_expert(model: PreTrainedModel) -> dict[str, MoELayer]:
+    """The parameters and buffers with a value or row for each expert, routers' and experts', and whose layer they are.
+
+    Raises:
+        UserError: see `find_moe_layers`.
+    """
+    row = family(model.config.model_type)
+    tensors = {}
+    for layer in find_moe_layers(model):
+        experts = (f"{row.experts}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
+        tensors.update({f"{layer.name}.{name}": layer for name in (*row.routing_tensors, *experts)})
+    return tensors
+
+
 def require_token_choice(layers: Iterable[MoELayer]) -> None:
     """Refuse to watch what tokens choose where none does.
 

@@ -1,5 +1,6 @@
 """What the tensors of a checkpoint's files are called in the model: one a layer, or one an expert and projection."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from models.adapters import conversions_of
 from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
+
+EXPERT_ID = re.compile(r"(?:(?<=\.experts\.)|(?<=\.experts\.expert_))\d+(?=\.)")
+"""In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.up_proj.weight`` or ``experts.expert_7.wi``."""
 
 
 def parameter_names(skeleton: PreTrainedModel, tensors: Mapping[str, StoredTensor], directory: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from models.checkpoints import load_skeleton, stored_tensors
 from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers
-from models.stored_names import parameter_names
-from pruning.stream import EXPERT_ID, require_experts
+from models.stored_names import EXPERT_ID, parameter_names
+from pruning.stream import require_experts
 
 _PIECE = 2**18
 """Elements that are made float64 at a time: 2 MiB."""

@@ -1,31 +1,22 @@
 """Stream: drop experts from files to files. Bytes of survivors are copied as they lie; no weight is ever in memory."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from models.families import family
-from models.moe_layers import find_moe_layers
+from models.moe_layers import tensors_by_expert
+from models.stored_names import EXPERT_ID
 from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
 
-EXPERT_ID = re.compile(r"(?:(?<=\.experts\.)|(?<=\.experts\.expert_))\d+(?=\.)")
-"""In the name of a tensor that holds one expert, e.g. ``mlp.experts.7.up_proj.weight`` or ``experts.expert_7.wi``."""
-
 
 def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str, LayerPlan]:
     """The router's and experts' parameters and buffers that lose experts, by name."""
-    row = family(skeleton.config.model_type)
-    pruned = {}
-    for layer in find_moe_layers(skeleton):
-        if layer_plan := plan.layer(layer.name):
-            experts = (f"{row.experts}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
-            pruned.update({f"{layer.name}.{name}": layer_plan for name in (*row.routing_tensors, *experts)})
-    return pruned
+    plans = {name: plan.layer(layer.name) for name, layer in tensors_by_expert(skeleton).items()}
+    return {name: layer_plan for name, layer_plan in plans.items() if layer_plan is not None}
 
 
 def without_dropped(

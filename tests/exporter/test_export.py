@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.export import INLINE_BYTES, OPSET, TOOLS, export
+from exporter.export import OPSET, TOOLS, export
 from exporter.tasks import task_of
 from exporter.trace import run_torch, trace
 from graph_passes.describe import inspect_model
@@ -19,6 +19,7 @@ from models.vmoe.configuration import VMoeConfig
 from models.vmoe.modeling import VMoeForImageClassification
 from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN
+from moe_spec.external_data import INLINE_BYTES
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL, Manifest, TensorSpec
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -132,8 +133,8 @@ def test_the_graph_does_not_grow_with_the_experts(zoo):
     small = load_model(zoo.checkpoint("vmoe"))
     config = VMoeConfig.from_dict(small.config.to_dict() | {"num_experts": 4 * EXPERTS})
     large = VMoeForImageClassification(config).eval()
-    proto = trace(large, task_of(type(large).__name__), find_moe_layers(large), OPSET)
-    assert [node.op_type for node in proto.graph.node] == [node.op_type for node in graph_of(zoo, "vmoe").node]
+    graph = trace(large, task_of(type(large).__name__), find_moe_layers(large), OPSET).proto.graph
+    assert [node.op_type for node in graph.node] == [node.op_type for node in graph_of(zoo, "vmoe").node]
 
 
 @every_model

@@ -5,6 +5,8 @@ import onnx
 import pytest
 import torch
 
+from exporter.bind import save
+from exporter.sources import pieces_of
 from exporter.tasks import task_of
 from exporter.trace import trace
 from graph_passes.optimize import optimize
@@ -22,7 +24,8 @@ def half(zoo, tmp_path_factory):
     model = load_model(zoo.checkpoint("mixtral"), torch.float16)
     layers = find_moe_layers(model)
     path = tmp_path_factory.mktemp("half") / "half.onnx"
-    onnx.save(trace(model, task_of(type(model).__name__), layers, 20), path)
+    traced = trace(model, task_of(type(model).__name__), layers, 20)
+    save(traced, pieces_of(model), path)
     plan = PruningPlan(onnx_sha256(path), "by hand", tuple(LayerPlan(row.name, 8, 2, (0, 2, 5)) for row in layers))
     return path, plan
 

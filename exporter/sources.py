@@ -1,0 +1,65 @@
+"""Where the values of a model's parameters come from: the files of a checkpoint, or a model that is in memory."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from exporter.bind import Pieces
+from models.checkpoints import load_empty, load_model
+from models.moe_layers import tensors_by_expert
+from models.stored_parameters import StoredParameters
+from moe_spec.plan import PruningPlan
+
+Prepare = Callable[[PreTrainedModel], None]
+"""Changes a model before it is exported, as ``pruning.apply_plan`` does."""
+
+
+def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | None) -> tuple[PreTrainedModel, Pieces]:
+    """The model to trace, and the values of its parameters.
+
+    Where nothing is changed, or experts are only dropped, the model has no values, and no more of the checkpoint is
+    read than what is left of it. Where ``prepare`` makes new values, as a plan that merges asks it to, they are those
+    of the model in memory.
+
+    Raises:
+        UserError: no checkpoint, an unknown family, or what ``prepare`` refuses.
+    """
+    if prepare is not None and (plan is None or plan.merges):
+        model = prepared(checkpoint, prepare)
+        return model, pieces_of(model)
+    model = load_empty(checkpoint, torch.float32)
+    stored = StoredParameters(checkpoint, torch.float32)
+    keeps = {} if plan is None else _kept(model, plan)
+    if prepare is not None:
+        prepare(model)
+    return model, lambda name, dtype: stored.pieces(name, keeps.get(name), dtype)
+
+
+def prepared(checkpoint: Path, prepare: Prepare | None) -> PreTrainedModel:
+    """The model in memory, in float32, read by transformers and changed by ``prepare``.
+
+    Raises:
+        UserError: see `load_model`, and what ``prepare`` refuses.
+    """
+    model = load_model(checkpoint)
+    if prepare is not None:
+        prepare(model)
+    return model
+
+
+def pieces_of(model: PreTrainedModel) -> Pieces:
+    """The values of a model that is in memory."""
+    values: Mapping[str, Tensor] = model.state_dict()
+
+    def pieces(name: str, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        yield values[name] if dtype is None else values[name].to(dtype)
+
+    return pieces
+
+
+def _kept(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Sequence[int]]:
+    plans = {name: plan.layer(layer.name) for name, layer in tensors_by_expert(model).items()}
+    return {name: layer_plan.keep for name, layer_plan in plans.items() if layer_plan is not None}
