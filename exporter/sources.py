@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from exporter.bind import Pieces
 from models.checkpoints import load_empty, load_model
 from models.moe_layers import tensors_by_expert
+from models.stored_names import is_cut
 from models.stored_parameters import StoredParameters
 from moe_spec.plan import PruningPlan
 
@@ -21,16 +22,16 @@ def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | No
     """The model to trace, and the values of its parameters.
 
     Where nothing is changed, or experts are only dropped, the model has no values, and no more of the checkpoint is
-    read than what is left of it. Where ``prepare`` makes new values, as a plan that merges asks it to, they are those
-    of the model in memory.
+    read than what is left of it. Where ``prepare`` makes new values, as a plan that merges asks it to, or where the
+    loader cuts what is stored, they are those of the model in memory.
 
     Raises:
         UserError: no checkpoint, an unknown family, or what ``prepare`` refuses.
     """
-    if prepare is not None and (plan is None or plan.merges):
+    model = load_empty(checkpoint, torch.float32)
+    if is_cut(model) or (prepare is not None and (plan is None or plan.merges)):
         model = prepared(checkpoint, prepare)
         return model, pieces_of(model)
-    model = load_empty(checkpoint, torch.float32)
     stored = StoredParameters(checkpoint, torch.float32)
     keeps = {} if plan is None else _kept(model, plan)
     if prepare is not None:

@@ -40,6 +40,17 @@ def parameter_names(skeleton: PreTrainedModel, tensors: Mapping[str, StoredTenso
     return names
 
 
+def is_cut(model: PreTrainedModel) -> bool:
+    """Whether transformers' loader cuts some stored tensor into several parameters, which `parameter_names` cannot say.
+
+    Unlimited-OCR's vision tower is stored with queries, keys and values as one.
+    """
+    transforms = get_model_conversion_mapping(model)
+    return any(
+        isinstance(transform, WeightConverter) and len(transform.target_patterns) > 1 for transform in transforms
+    )
+
+
 def _require_full(
     skeleton: PreTrainedModel, tensors: Mapping[str, StoredTensor], names: Mapping[str, str], directory: Path
 ) -> None:

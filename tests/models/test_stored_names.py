@@ -3,9 +3,10 @@ import json
 import pytest
 
 from models.checkpoints import load_skeleton, save_model, stored_tensors
-from models.stored_names import parameter_names
+from models.stored_names import is_cut, parameter_names
 from models.tensor_files import Span, StoredTensor
 from moe_spec import UserError
+from tests.families.configs import tiny
 from tests.models_table import TINY
 
 STORED = {
@@ -64,3 +65,7 @@ def test_too_many_values_are_refused(tmp_path):
         f"{tmp_path} has 26,112 values for 'model.layers.0.mlp.experts.gate_up_proj', its config.json asks for 24,576",
         "config.json and the weights must describe the same model; get the checkpoint again",
     )
+
+
+def test_a_stored_tensor_that_is_cut_into_several_parameters_is_known_by_its_family():
+    assert [name for name in ("mixtral", "gpt_oss", "unlimited_ocr") if is_cut(tiny(name))] == ["unlimited_ocr"]

@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory):
     """Of every layout one in bfloat16, in shards."""
     root = tmp_path_factory.mktemp("checkpoints")
     for name in LAYOUTS:
-        save_model(tiny(name).to(torch.bfloat16), root / name)
+        save_model(tiny(name).bfloat16(), root / name)
         write_tensors(read_tensors(root / name / WEIGHTS), root / name, shard_bytes=20_000)
         (root / name / WEIGHTS).unlink()
     return root
@@ -77,7 +77,7 @@ def test_one_expert_is_read_at_a_time(name, checkpoints):
 
 def test_dropped_experts_are_never_read(checkpoints, tmp_path):
     expected = load_model(checkpoints / "olmoe").state_dict()
-    save_model(TINY["olmoe"]().to(torch.bfloat16), tmp_path)
+    save_model(TINY["olmoe"]().bfloat16(), tmp_path)
     write_tensors(read_tensors(tmp_path / WEIGHTS), tmp_path, shard_bytes=1)  # a file for each tensor
     (tmp_path / WEIGHTS).unlink()
     stored = StoredParameters(tmp_path, torch.float32)
