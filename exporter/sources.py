@@ -32,10 +32,12 @@ def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | No
     if is_cut(model) or (prepare is not None and (plan is None or plan.merges)):
         model = prepared(checkpoint, prepare)
         return model, pieces_of(model)
-    stored = StoredParameters(checkpoint, torch.float32)
-    keeps = {} if plan is None else _kept(model, plan)
+    stored, whole = StoredParameters(checkpoint, torch.float32), model.state_dict()
+    layers = {name: layer.name for name, layer in tensors_by_expert(model).items()}
     if prepare is not None:
         prepare(model)
+    narrowed = [name for name, left in model.state_dict().items() if left.shape != whole[name].shape]
+    keeps = {name: _keep(plan, layers[name]) for name in narrowed}
     return model, lambda name, dtype: stored.pieces(name, keeps.get(name), dtype)
 
 
@@ -61,6 +63,7 @@ def pieces_of(model: PreTrainedModel) -> Pieces:
     return pieces
 
 
-def _kept(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Sequence[int]]:
-    plans = {name: plan.layer(layer.name) for name, layer in tensors_by_expert(model).items()}
-    return {name: layer_plan.keep for name, layer_plan in plans.items() if layer_plan is not None}
+def _keep(plan: PruningPlan | None, layer: str) -> Sequence[int]:
+    planned = None if plan is None else plan.layer(layer)
+    assert planned is not None, f"layer {layer} was narrowed, and no plan says so"
+    return planned.keep
