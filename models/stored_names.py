@@ -45,7 +45,7 @@ def is_cut(model: PreTrainedModel) -> bool:
 
     Unlimited-OCR's vision tower is stored with queries, keys and values as one.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = conversions_of(model)
     return any(
         isinstance(transform, WeightConverter) and len(transform.target_patterns) > 1 for transform in transforms
     )
