@@ -200,7 +200,10 @@ _ROWS = (
 FAMILIES: Mapping[str, Family] = {row.model_type: row for row in _ROWS}
 """Every family, by model_type. A new one is a row here and a tiny config in tests/families/configs.py."""
 
-_BY_TYPE = {**FAMILIES, **{row.text_type: row for row in _ROWS if row.text_type is not None}}
+PLAIN = Family("plain_module", router="router", router_tensors=("weight", "bias"))
+"""Any torch module with `models.moe_block.SparseMoe` in it; routers without a bias get one of zeros."""
+
+_BY_TYPE = {**FAMILIES, PLAIN.model_type: PLAIN, **{row.text_type: row for row in _ROWS if row.text_type is not None}}
 
 
 def family(model_type: str) -> Family:
@@ -219,6 +222,7 @@ def family(model_type: str) -> Family:
         nearest = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"model_type {model_type!r} is no MoE family that moe-edge knows",
-            hint=f"{nearest}`moe-edge families` lists them; CONTRIBUTING.md says how to add one",
+            hint=f"{nearest}`moe-edge families` lists them; a module of any other is adapted in three lines of Python, "
+            "see models/plain.py; CONTRIBUTING.md says how to add a family",
         )
     return _BY_TYPE[model_type]

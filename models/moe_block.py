@@ -153,13 +153,20 @@ class StackedExperts(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """Router and experts in place of a foreign block, which takes and gives one tensor (..., H)."""
+    """Router and experts in place of a foreign block, which takes and gives one tensor (..., H).
+
+    A block that takes or gives more, or has shared experts, is a subclass with a ``forward`` of its own.
+    """
 
     def __init__(self, router: nn.Module, experts: StackedExperts) -> None:
         super().__init__()
         self.router, self.experts = router, experts
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Any:
+        """The experts' mix, of the shape of ``hidden``."""
+        return self.mixed(hidden)
+
+    def mixed(self, hidden: Tensor) -> Tensor:
         """The experts' mix, of the shape of ``hidden``."""
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         _, gates_TK, ids_TK = self.router(hidden_TH)

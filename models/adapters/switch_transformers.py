@@ -11,14 +11,23 @@ from torch.nn import functional
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, WeightTransform
 
 from models.moe_block import StackedExperts, TopKRouter
+from moe_spec.errors import UserError
 
 
 class SwitchRouter(TopKRouter):
-    """The best expert of each token; its gate is the expert's probability, or 0 where the expert is full."""
+    """The best expert of each token; its gate is the expert's probability, or 0 where the expert is full.
+
+    Raises:
+        UserError: routers with a bias.
+    """
 
     def __init__(self, router: Any) -> None:
-        bias_E = router.classifier.bias
-        super().__init__(router.classifier.weight, 1, bias_E=bias_E, renormalize=False)
+        if router.classifier.bias is not None:
+            raise UserError(
+                "the config's router_bias is true, but routers without a bias are known only",
+                hint="the published Switch Transformers have none",
+            )
+        super().__init__(router.classifier.weight, 1, renormalize=False)
         self.capacity: int = router.expert_capacity
 
     def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +64,6 @@ def conversions() -> list[WeightTransform]:
     """The files have one tensor an expert and projection."""
     return [
         WeightRenaming("mlp.router.classifier.weight", "mlp.router.weight"),
-        WeightRenaming("mlp.router.classifier.bias", "mlp.router.bias"),
         WeightConverter("mlp.experts.expert_*.wi.weight", "mlp.experts.up_proj", [MergeModulelist(dim=0)]),
         WeightConverter("mlp.experts.expert_*.wo.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
     ]

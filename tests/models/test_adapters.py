@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DbrxConfig, DbrxForCausalLM, Step3p7TextConfig
+from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
+    Step3p7TextConfig,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
@@ -95,6 +101,16 @@ def test_a_norm_that_is_no_sum_is_refused():
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"), adapted("dbrx"):
         DbrxForCausalLM(DbrxConfig(**config))
+
+
+def test_a_router_with_a_bias_is_refused():
+    config = tiny("switch_transformers").config.to_dict() | {"router_bias": True}
+    message = (
+        "the config's router_bias is true, but routers without a bias are known only\n"
+        "hint: the published Switch Transformers have none"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"), adapted("switch_transformers"):
+        SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**config))
 
 
 def test_experts_with_a_limit_clamp_as_transformers_own_do():
