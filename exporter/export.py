@@ -1,16 +1,17 @@
 """A checkpoint to a model directory with one experts node a layer."""
 
+import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
 from transformers import PreTrainedModel
 
-from exporter.bind import OnProgress, save
+from exporter.bind import OnProgress, Pieces, save
 from exporter.check import check_axes, check_experts, check_parity
 from exporter.sources import Prepare, open_model, prepared
-from exporter.tasks import task_of, with_cache
+from exporter.tasks import Task, task_of, with_cache
 from exporter.trace import trace
 from models.moe_layers import MoELayer, find_moe_layers
 from moe_spec.companions import copy_companions
@@ -25,6 +26,25 @@ OPSET = 20
 """The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
 
 TOOLS = ("moe-edge", "torch", "transformers", "onnx", "onnxscript")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What is exported.
+
+    Attributes:
+        model: may be without values.
+        task: how it is called.
+        pieces: its values.
+        sha256: identity of the model with all its experts.
+        reference: gives the model with its values, to compare with.
+    """
+
+    model: PreTrainedModel
+    task: Task
+    pieces: Pieces
+    sha256: str
+    reference: Callable[[], PreTrainedModel]
 
 
 def export(
@@ -67,6 +87,36 @@ def export(
     called = task_of(type(model).__name__, task)
     if cache:
         called = with_cache(called, model)
+    opened = Opened(model, called, pieces, identity, lambda: _in_memory(model, checkpoint, prepare))
+    return write(opened, out, runner, opset=opset, plan=plan, beside=checkpoint, on_progress=on_progress)
+
+
+def write(
+    opened: Opened,
+    out: Path,
+    runner: Runner,
+    *,
+    opset: int = OPSET,
+    plan: PruningPlan | None = None,
+    beside: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Trace what was opened, save it to the new directory ``out``, and check it against torch.
+
+    Args:
+        opened: the model, as ``plan`` has left it.
+        out: a directory that does not exist.
+        runner: runs the result.
+        opset: of the graph.
+        plan: which experts stayed.
+        beside: a directory whose tokenizers and preprocessors travel along.
+        on_progress: told what is written next, and how many bytes of all are.
+
+    Raises:
+        UserError: the model cannot be traced, a plan that was not applied, or an output that exists.
+        VerificationError: the exported graph does not compute what torch computes.
+    """
+    model, called, identity = opened.model, opened.task, opened.sha256
     layers = find_moe_layers(model)
     blocks = tuple(_block(layer, plan) for layer in layers)
     noded = [layer for layer in layers if not layer.expert_choice]  # experts that choose are batched products
@@ -74,10 +124,11 @@ def export(
     check_experts(traced.proto, noded)
     check_axes(traced.proto, called)
     with new_directory(out) as staging:
-        hashes = save(traced, pieces, staging / MODEL, on_progress=on_progress)
-        parity = check_parity(_in_memory(model, checkpoint, prepare), called, staging / MODEL, runner)
+        hashes = save(traced, opened.pieces, staging / MODEL, on_progress=on_progress)
+        parity = check_parity(opened.reference(), called, staging / MODEL, runner)
         model.config.save_pretrained(staging)
-        copy_companions(checkpoint, staging)
+        if beside is not None:
+            copy_companions(beside, staging)
         manifest = Manifest(
             kind="exported",
             source_sha256=identity,
