@@ -7,31 +7,31 @@ minutes; ``MOE_EDGE_CACHE`` says where that is kept. ``--quick`` tries it out on
 """
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, MixtralConfig
 
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
+from benchmarks.methods.cells import content
+from benchmarks.tasks.cache import cached, noted
 from benchmarks.tasks.corpus import DOMAINS
 from benchmarks.tasks.metrics import perplexity
-from benchmarks.tasks.smollm import GENERAL, QUICK, Models, Recipe, prepare
-from benchmarks.tasks.task import training_seconds
+from benchmarks.tasks.smollm import QUICK, Models, Recipe, prepare
 from benchmarks.tasks.training import Report
 from models.checkpoints import load_model
-from models.upcycle import mix, require_dense
+from models.upcycle import mix
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
 from moe_spec.plan import PruningPlan
+from moe_spec.record import Json
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.plan import PlanOptions, make_plan
@@ -45,9 +45,7 @@ PROMPTS = {
     "code": "def shortest_path(G, source, target):",
 }
 NEW_TOKENS = 32
-
-Plans = Mapping[tuple[str, int], PruningPlan]
-"""By the domain that a plan is for, and how many experts stay in each layer."""
+STATISTICS = "statistics.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,64 +59,79 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Lab:
-    """What everything is measured with.
+    """Measures; what is done is kept.
 
     Attributes:
         models: trained checkpoints and data.
-        moe: the model of all experts.
         report: told what is measured.
     """
 
     models: Models
-    moe: PreTrainedModel
     report: Report
 
-    def row(self, name: str, model: PreTrainedModel) -> Row:
-        """Measure ``model``."""
+    def row(self, name: str, path: Path, plan: PruningPlan | None = None) -> Row:
+        """Measure the checkpoint at ``path``, pruned by ``plan`` if there is one."""
         self.report(name)
-        return Row(name, model.num_parameters(), {domain: self.measure(model, domain) for domain in DOMAINS})
+        values = {domain: self.perplexity(path, domain, plan) for domain in DOMAINS}
+        return Row(name, load(path, plan).num_parameters(), values)
 
-    def measure(self, model: PreTrainedModel, domain: str) -> float:
-        """Perplexity on the test blocks."""
-        return perplexity(model, load_dataset(self.models.data / domain / "test.npz"), BATCH)
+    def perplexity(self, path: Path, domain: str, plan: PruningPlan | None = None) -> float:
+        """Of the same on one domain's test blocks."""
 
-    def pruned(self, plan: PruningPlan) -> PreTrainedModel:
-        """A copy of the model without what ``plan`` drops."""
-        model = copy.deepcopy(self.moe)
-        apply_plan(model, plan)
-        return model
+        def make(_directory: Path) -> Json:
+            blocks = load_dataset(self.models.data / domain / "test.npz")
+            return {"perplexity": perplexity(load(path, plan), blocks, BATCH)}
 
-    def statistics(self, directory: Path, domain: str) -> Path:
-        """Of the calibration blocks."""
-        out = directory / f"{domain}.safetensors"
-        calibrate(self.models.moe, self.models.data / domain / "calibration.npz", out, batch_size=BATCH)
-        return out
+        recipe = {"model": path.name, "plan": content(plan), "data": self.models.data.name, "domain": domain}
+        return noted(cached("smollm-perplexity", recipe, make), "perplexity")
 
-    def continuation(self, model: Any, prompt: str) -> str:
+    def plan(self, domain: str, keep: int) -> PruningPlan:
+        """By REAP on the domain's calibration blocks."""
+
+        def make(directory: Path) -> Json:
+            data = self.models.data / domain / "calibration.npz"
+            calibrate(self.models.moe, data, directory / STATISTICS, batch_size=BATCH)
+            return {}
+
+        recipe = {"model": self.models.moe.name, "data": self.models.data.name, "domain": domain}
+        statistics = cached("smollm-statistics", recipe, make) / STATISTICS
+        return make_plan(statistics, PlanOptions(keep, "reap", clamp_top_k=True))
+
+    def continuation(self, path: Path, prompt: str, plan: PruningPlan | None = None) -> str:
         """What greedy decoding makes of ``prompt``."""
-        tokenizer = AutoTokenizer.from_pretrained(self.models.moe, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         inputs = tokenizer(prompt, return_tensors="pt")
-        ids_BS = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids_BS = load(path, plan).generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         return str(tokenizer.decode(ids_BS[0], skip_special_tokens=True))
+
+
+def load(path: Path, plan: PruningPlan | None = None) -> Any:
+    """A checkpoint with or without experts as it is stored, and pruned if there is a plan; in eval mode."""
+    model = load_model(path, dtype=None, known=lambda _model_type: None)
+    if plan is not None:
+        apply_plan(model, plan)
+    if model.config.model_type == MixtralConfig.model_type:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def dense_rows(lab: Lab) -> Iterator[Row]:
     """The model as it was, each branch on what it learned, and the mixture."""
-    branches = {name: load_dense(path) for name, path in lab.models.branches.items()}
-    yield lab.row("SmolLM2, dense", branches[GENERAL])
-    own = {domain: lab.measure(branches[domain], domain) for domain in DOMAINS}
-    yield Row("its branch for the domain, dense", branches[GENERAL].num_parameters(), own)
-    yield lab.row(f"the MoE of {len(branches)} experts, K=2", lab.moe)
+    models = lab.models
+    dense = lab.row("SmolLM2, dense", models.dense)
+    own = {domain: lab.perplexity(models.branches[domain], domain) for domain in DOMAINS}
+    yield from (dense, Row("the branch of the domain, dense", dense.parameters, own))
+    yield lab.row(f"the MoE of {len(models.branches)} experts, K=2", models.moe)
 
 
-def pruned_rows(lab: Lab, plans: Plans) -> Iterator[Row]:
+def pruned_rows(lab: Lab) -> Iterator[Row]:
     """Pruned for each domain, and at random, by how many experts stay."""
+    moe = lab.models.moe
     for keep in KEEPS:
         for domain in DOMAINS:
-            plan = plans[domain, keep]
-            yield lab.row(f"{keep} kept for {domain}", lab.pruned(plan))
-        options = [PlanOptions(keep, "random", seed=seed, clamp_top_k=True) for seed in SEEDS]
-        rows = [lab.row(f"{keep} kept at random", lab.pruned(make_plan(lab.models.moe, one))) for one in options]
+            yield lab.row(f"{keep} kept for {domain}", moe, lab.plan(domain, keep))
+        plans = [make_plan(moe, PlanOptions(keep, "random", seed=seed, clamp_top_k=True)) for seed in SEEDS]
+        rows = [lab.row(f"{keep} kept at random", moe, plan) for plan in plans]
         means = {domain: float(np.mean([row.perplexities[domain] for row in rows])) for domain in DOMAINS}
         yield dataclasses.replace(rows[0], perplexities=means)
 
@@ -126,32 +139,17 @@ def pruned_rows(lab: Lab, plans: Plans) -> Iterator[Row]:
 @torch.inference_mode()
 def distance_of_copies(dense: Path, data: Path) -> float:
     """How far copies of ``dense`` as experts are from it, as a share of its largest logit, in float32."""
-    model = load_dense(dense, torch.float32)
+    model = load(dense).float()
     ids = torch.from_numpy(load_dataset(data / next(iter(DOMAINS)) / "test.npz").feeds["input_ids"][:1])
     expected = model(ids).logits
     return float((mix([model] * 4, 2)(ids).logits - expected).abs().max() / expected.abs().max())
 
 
-def load_dense(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """In eval mode; as it is stored if there is no ``dtype``."""
-    return load_model(path, dtype, require_dense)
-
-
 def document(recipe: Recipe, command: str, report: Report) -> str:
     """Train what is not there, measure, and say it all."""
     models = prepare(recipe, report)
-    moe = load_model(models.moe, dtype=None)
-    moe.set_experts_implementation("eager")
-    lab = Lab(models, moe, report)
-    with tempfile.TemporaryDirectory() as scratch:
-        statistics = {domain: lab.statistics(Path(scratch), domain) for domain in DOMAINS}
-        plans = {
-            (domain, keep): make_plan(statistics[domain], PlanOptions(keep, "reap", clamp_top_k=True))
-            for domain, keep in itertools.product(DOMAINS, KEEPS)
-        }
-    rows = [*dense_rows(lab), *pruned_rows(lab, plans)]
-    texts = "\n".join(_continuations(lab, plans))
-    distance = distance_of_copies(models.dense, models.data)
+    lab = Lab(models, report)
+    rows = [*dense_rows(lab), *pruned_rows(lab)]
     corpus = recipe.corpus
     return f"""# SmolLM2 with experts of three domains
 
@@ -162,42 +160,45 @@ def document(recipe: Recipe, command: str, report: Report) -> str:
 Perplexity on {corpus.test_blocks} held-out blocks of {corpus.block} tokens of each domain, in bfloat16; statistics are
 of {corpus.calibration_blocks} blocks of the domain. Random experts are the mean of {len(SEEDS)} seeds.
 {_training(models)}
-As long as all its experts are copies of the dense model's, the MoE differs from that by at most {distance:.0e} of its
-largest logit, in float32.
+As long as all its experts are copies of the dense model's, the MoE differs from that by at most
+{distance_of_copies(models.dense, models.data):.0e} of its largest logit, in float32.
 
 In how many of the {recipe.layers} layers each expert stays:
 
-{table(("pruned for", *models.branches), _experts_that_stay(plans, tuple(models.branches)))}
+{table(("pruned for", *models.branches), _experts_that_stay(lab))}
 
 Greedy continuations of {NEW_TOKENS} tokens:
 
-{texts}"""
-
-
-def _training(models: Models) -> str:
-    """What it took."""
-    of_branches = sum(training_seconds(models.branches[domain]) for domain in DOMAINS)
-    of_routers = training_seconds(models.moe)
-    return f"Training took one thread {of_branches:.0f} s for the branches, and {of_routers:.0f} s for the routers."
-
-
-def _experts_that_stay(plans: Plans, names: Sequence[str]) -> Iterator[Sequence[str]]:
-    for (domain, keep), plan in plans.items():
-        kept = list(itertools.chain(*(layer.keep for layer in plan.layers)))
-        yield [f"{domain}, {keep} kept", *map(str, np.bincount(kept, minlength=len(names)))]
-
-
-def _continuations(lab: Lab, plans: Plans) -> Iterator[str]:
-    """What each model makes of each domain's prompt, as a block of text."""
-    for domain, prompt in PROMPTS.items():
-        models = {"dense": load_dense(lab.models.dense), "all experts": lab.moe}
-        models |= {f"{keep} kept for {domain}": lab.pruned(plans[domain, keep]) for keep in KEEPS}
-        for name, model in models.items():
-            yield f"{domain}, {name}:\n\n```text\n{lab.continuation(model, prompt)}\n```\n"
+{"".join(_continuations(lab))}"""
 
 
 def _cells(row: Row) -> list[str]:
     return [row.name, f"{row.parameters / 1e6:.0f} M", *(f"{value:.1f}" for value in row.perplexities.values())]
+
+
+def _training(models: Models) -> str:
+    """What it took."""
+    of_branches = sum(noted(models.branches[domain], "training_seconds") for domain in DOMAINS)
+    of_routers = noted(models.moe, "training_seconds")
+    return f"Training took one thread {of_branches:.0f} s for the branches, and {of_routers:.0f} s for the routers."
+
+
+def _experts_that_stay(lab: Lab) -> Iterator[Sequence[str]]:
+    for domain, keep in itertools.product(DOMAINS, KEEPS):
+        kept = list(itertools.chain(*(layer.keep for layer in lab.plan(domain, keep).layers)))
+        counts = np.bincount(kept, minlength=len(lab.models.branches))
+        yield [f"{domain}, {keep} kept", *map(str, counts)]
+
+
+def _continuations(lab: Lab) -> Iterator[str]:
+    """What each model makes of each domain's prompt, as a block of text."""
+    models = lab.models
+    for domain, prompt in PROMPTS.items():
+        said = {"dense": lab.continuation(models.dense, prompt), "the MoE": lab.continuation(models.moe, prompt)}
+        for keep in KEEPS:
+            said[f"{keep} kept for {domain}"] = lab.continuation(models.moe, prompt, lab.plan(domain, keep))
+        for name, text in said.items():
+            yield f"{domain}, {name}:\n\n```text\n{text}\n```\n\n"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TIME_LIMIT_S = 300
+ROOT = Path(__file__).parents[1]
 
 _FENCED = re.compile(r"^```(\w.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
@@ -100,7 +101,7 @@ def _run(block: Block, directory: Path) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=directory,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

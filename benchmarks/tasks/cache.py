@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_spec.files import new_directory, sha256_text
-from moe_spec.record import Json, dump
+from moe_spec.record import Json, Record, dump, parse_object
 
 VARIABLE = "MOE_EDGE_CACHE"
 RECIPE = "recipe.json"
@@ -32,3 +32,9 @@ def cached(name: str, recipe: Json, make: Callable[[Path], Json]) -> Path:
             noted = make(staging)
             (staging / RECIPE).write_text(dump(recipe | noted) + "\n", encoding="utf-8")
     return directory
+
+
+def noted(directory: Path, name: str) -> float:
+    """A number that ``cached`` noted beside what it made."""
+    path, remake = directory / RECIPE, f"remove {directory}; it is made again"
+    return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take(name, float)

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from benchmarks.tasks.cache import cached
@@ -125,12 +125,13 @@ def dense(recipe: Recipe) -> Path:
     def make(directory: Path) -> Json:
         with quiet():
             whole = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
-            config = AutoConfig.from_pretrained(source, gguf_file=GGUF, num_hidden_layers=recipe.layers)
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-            tokenizer.save_pretrained(directory)
+            AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(directory)
+        config = whole.config.to_dict() | {"num_hidden_layers": recipe.layers, "quantization_config": None}
         weights = whole.state_dict()
-        # the one that was loaded is marked as quantised, and is not to be saved
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        # what was loaded is marked as quantised, and is not to be saved
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            LlamaConfig.from_dict(config), dtype=torch.bfloat16
+        )
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         save_model(model, directory)
         copy_companions(source, directory)  # the licence

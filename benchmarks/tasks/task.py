@@ -6,11 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from benchmarks.tasks.cache import RECIPE
+from benchmarks.tasks.cache import noted
 from benchmarks.tasks.metrics import Metric
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
-from moe_spec.record import Record, parse_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +48,7 @@ class Task:
     @property
     def training_seconds(self) -> float:
         """What training the checkpoint took, on one thread."""
-        return training_seconds(self.checkpoint)
-
-
-def training_seconds(checkpoint: Path) -> float:
-    """What training it took, as the recipe.json beside it says."""
-    path = checkpoint / RECIPE
-    remake = f"remove {checkpoint}; it is made again"
-    return Record(parse_object(path, path.read_bytes(), remake), str(path), remake).take("training_seconds", float)
+        return noted(self.checkpoint, "training_seconds")
 
 
 @functools.lru_cache(maxsize=3)
