@@ -3,7 +3,7 @@
     python -m benchmarks.smollm > benchmarks/smollm.md
 
 The first time it fetches the weights (``pip install "moe-edge[samples]"`` reads them) and the text, and trains for
-minutes; ``MOE_EDGE_CACHE`` says where that is kept. ``--quick`` tries it out on three layers, in seconds.
+minutes; ``MOE_EDGE_CACHE`` says where that is kept. ``--quick`` tries it out on two layers, in a minute.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.tasks.corpus import DOMAINS
 from benchmarks.tasks.metrics import perplexity
 from benchmarks.tasks.smollm import QUICK, Models, Recipe, prepare
 from benchmarks.tasks.training import Report
-from models.checkpoints import load_model
+from models.checkpoints import load_model, load_skeleton
 from models.upcycle import mix
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
@@ -37,6 +37,7 @@ from pruning.calibrate import calibrate
 from pruning.plan import PlanOptions, make_plan
 
 KEEPS = (2, 1)
+REAP, FREQUENCY = CRITERIA = ("reap", "frequency")
 SEEDS = range(2)
 BATCH = 4
 PROMPTS = {
@@ -73,7 +74,7 @@ class Lab:
         """Measure the checkpoint at ``path``, pruned by ``plan`` if there is one."""
         self.report(name)
         values = {domain: self.perplexity(path, domain, plan) for domain in DOMAINS}
-        return Row(name, load(path, plan).num_parameters(), values)
+        return Row(name, parameters(path, plan), values)
 
     def perplexity(self, path: Path, domain: str, plan: PruningPlan | None = None) -> float:
         """Of the same on one domain's test blocks."""
@@ -85,8 +86,8 @@ class Lab:
         recipe = {"model": path.name, "plan": content(plan), "data": self.models.data.name, "domain": domain}
         return noted(cached("smollm-perplexity", recipe, make), "perplexity")
 
-    def plan(self, domain: str, keep: int) -> PruningPlan:
-        """By REAP on the domain's calibration blocks."""
+    def plan(self, domain: str, keep: int, criterion: str = REAP) -> PruningPlan:
+        """By what the domain's calibration blocks tell."""
 
         def make(directory: Path) -> Json:
             data = self.models.data / domain / "calibration.npz"
@@ -95,7 +96,7 @@ class Lab:
 
         recipe = {"model": self.models.moe.name, "data": self.models.data.name, "domain": domain}
         statistics = cached("smollm-statistics", recipe, make) / STATISTICS
-        return make_plan(statistics, PlanOptions(keep, "reap", clamp_top_k=True))
+        return make_plan(statistics, PlanOptions(keep, criterion, clamp_top_k=True))
 
     def continuation(self, path: Path, prompt: str, plan: PruningPlan | None = None) -> str:
         """What greedy decoding makes of ``prompt``."""
@@ -115,6 +116,15 @@ def load(path: Path, plan: PruningPlan | None = None) -> Any:
     return model
 
 
+def parameters(path: Path, plan: PruningPlan | None) -> int:
+    """How many the checkpoint at ``path`` has, pruned if there is a plan."""
+    if plan is None:
+        return int(load(path).num_parameters())
+    skeleton = load_skeleton(path)
+    apply_plan(skeleton, plan)
+    return skeleton.num_parameters()
+
+
 def dense_rows(lab: Lab) -> Iterator[Row]:
     """The model as it was, each branch on what it learned, and the mixture."""
     models = lab.models
@@ -125,13 +135,15 @@ def dense_rows(lab: Lab) -> Iterator[Row]:
 
 
 def pruned_rows(lab: Lab) -> Iterator[Row]:
-    """Pruned for each domain, and at random, by how many experts stay."""
+    """Pruned for each domain, by each criterion and at random, by how many experts stay."""
     moe = lab.models.moe
     for keep in KEEPS:
         for domain in DOMAINS:
-            yield lab.row(f"{keep} kept for {domain}", moe, lab.plan(domain, keep))
+            yield lab.row(f"{keep} kept for {domain}, by REAP", moe, lab.plan(domain, keep))
+        own = {domain: lab.perplexity(moe, domain, lab.plan(domain, keep, FREQUENCY)) for domain in DOMAINS}
         plans = [make_plan(moe, PlanOptions(keep, "random", seed=seed, clamp_top_k=True)) for seed in SEEDS]
         rows = [lab.row(f"{keep} kept at random", moe, plan) for plan in plans]
+        yield Row(f"{keep} kept for the domain, by frequency", rows[0].parameters, own)
         means = {domain: float(np.mean([row.perplexities[domain] for row in rows])) for domain in DOMAINS}
         yield dataclasses.replace(rows[0], perplexities=means)
 
@@ -165,7 +177,7 @@ As long as all its experts are copies of the dense model's, the MoE differs from
 
 In how many of the {recipe.layers} layers each expert stays:
 
-{table(("pruned for", *models.branches), _experts_that_stay(lab))}
+{table(("pruned for", "by", *models.branches), _experts_that_stay(lab), left=2)}
 
 Greedy continuations of {NEW_TOKENS} tokens:
 
@@ -184,10 +196,10 @@ def _training(models: Models) -> str:
 
 
 def _experts_that_stay(lab: Lab) -> Iterator[Sequence[str]]:
-    for domain, keep in itertools.product(DOMAINS, KEEPS):
-        kept = list(itertools.chain(*(layer.keep for layer in lab.plan(domain, keep).layers)))
+    for keep, domain, criterion in itertools.product(KEEPS, DOMAINS, CRITERIA):
+        kept = list(itertools.chain(*(layer.keep for layer in lab.plan(domain, keep, criterion).layers)))
         counts = np.bincount(kept, minlength=len(lab.models.branches))
-        yield [f"{domain}, {keep} kept", *map(str, counts)]
+        yield [f"{domain}, {keep} kept", criterion, *map(str, counts)]
 
 
 def _continuations(lab: Lab) -> Iterator[str]:
@@ -204,7 +216,7 @@ def _continuations(lab: Lab) -> Iterator[str]:
 def main() -> None:
     """Measure and print the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="on three layers that say nothing")
+    parser.add_argument("--quick", action="store_true", help="on two layers that say nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     command = "python -m benchmarks.smollm" + (" --quick" if options.quick else "")

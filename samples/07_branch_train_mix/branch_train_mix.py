@@ -16,7 +16,7 @@ def report(line: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two steps on three of 30 layers, which say nothing")
+    parser.add_argument("--quick", action="store_true", help="two steps on two of 30 layers, which say nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = prepare(QUICK if options.quick else Recipe(), report)

@@ -93,7 +93,8 @@ def test_the_mixture_is_written_measured_pruned_and_talks(dense, data, monkeypat
     document = table.document(SMALL, "COMMAND", heard.append)
     assert [line for line in heard[:8] if "step" not in line] == [*DOMAINS, "routers"]
     rows = re.findall(r"^\| (.*) \| 0 M \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", document, re.MULTILINE)
-    kept = [f"{keep} kept {how}" for keep in (2, 1) for how in (*(f"for {domain}" for domain in DOMAINS), "at random")]
+    ways = [*(f"for {domain}, by REAP" for domain in DOMAINS), "for the domain, by frequency", "at random"]
+    kept = [f"{keep} kept {way}" for keep in (2, 1) for way in ways]
     assert [row[0] for row in rows] == [
         "SmolLM2, dense",
         "the branch of the domain, dense",
@@ -101,9 +102,9 @@ def test_the_mixture_is_written_measured_pruned_and_talks(dense, data, monkeypat
         *kept,
     ]
     assert len({row[1:] for row in rows}) > len(rows) / 2
-    stay = re.findall(r"^\| \w+, ([12]) kept \| (\d) \| (\d) \| (\d) \| (\d) \|$", document, re.MULTILINE)
+    stay = re.findall(r"^\| \w+, ([12]) kept \| \w+ \| (\d) \| (\d) \| (\d) \| (\d) \|$", document, re.MULTILINE)
     assert all(sum(map(int, counts)) == 2 * int(keep) for keep, *counts in stay)
-    assert len(stay) == 6
+    assert len(stay) == 12
     assert float(re.findall(r"differs from that by at most\n(\S+) of", document)[0]) < 1e-5
     assert document.count("```text\n") == 3 * 4
 
