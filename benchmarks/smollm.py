@@ -41,9 +41,9 @@ REAP, FREQUENCY = CRITERIA = ("reap", "frequency")
 SEEDS = range(2)
 BATCH = 4
 PROMPTS = {
-    "novel": "The old whale",
-    "speeches": "To the Congress of the United States:",
-    "code": "def shortest_path(G, source, target):",
+    "novel": "The captain looked at the sea and",
+    "speeches": "Our relations with foreign nations",
+    "code": 'def shortest_path(G, source, target):\n    """',
 }
 NEW_TOKENS = 32
 STATISTICS = "statistics.safetensors"

@@ -197,6 +197,9 @@ _ROWS = (
     Family("vmoe", router="router"),
 )
 
+DENSE = ("llama", "mistral")
+"""Decoders without experts that are read too, to be upcycled: Mixtral's layers are theirs, but for the experts."""
+
 FAMILIES: Mapping[str, Family] = {row.model_type: row for row in _ROWS}
 """Every family, by model_type. A new one is a row here and a tiny config in tests/families/configs.py."""
 

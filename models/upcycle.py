@@ -16,13 +16,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import initialization as init
 
 from models.checkpoints import load_model, save_model
+from models.families import DENSE
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
-
-DENSE = ("llama", "mistral")
-"""Decoders whose layers Mixtral's are, but for the experts."""
-
 
 def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0) -> Path:
     """Write a Mixtral whose expert ``e`` is the feed-forward network of ``checkpoints[e]``, in every layer.

@@ -1,8 +1,11 @@
 """A trace is not trusted: graphs that lost something, or that compute something else, are found out."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from exporter.check import SHAPES, SHAPES_WITH_CACHE, check_axes, check_experts, check_parity
 from exporter.tasks import PADDED, task_of, with_cache
@@ -10,6 +13,7 @@ from models.checkpoints import load_model, load_skeleton
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest
+from moe_spec.runner import Feeds
 from tests.zoo import RUNNER
 
 REPORT = "this is a fault of the export, not of your model: please report it with the model's config.json"
@@ -159,3 +163,22 @@ def test_a_static_input_is_named(proto):
         VerificationError, match=r"^axis 0 \(batch_size\) of input pixel_values came out static: it is 2$"
     ):
         check_axes(proto, task)
+
+
+def test_a_cache_holds_what_the_model_keeps_of_tokens(zoo):
+    """Not random numbers, which make a trained model magnify rounding."""
+    model: Any = load_model(zoo.decoder("mixtral"))
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.k_proj.weight)
+    fed: list[Feeds] = []
+
+    class Runner:
+        def run(self, path, batches, outputs=None):
+            fed.extend(batches)
+            return RUNNER.run(path, batches, outputs)
+
+    task = with_cache(task_of("MixtralForCausalLM"), model)
+    with pytest.raises(VerificationError):
+        check_parity(model, task, zoo.cached("mixtral") / MODEL, Runner())
+    assert [feeds["past_key_values.1.key"].shape[2] for feeds in fed] == [past for _, _, past in SHAPES_WITH_CACHE]
+    assert all(not feeds["past_key_values.1.key"].any() for feeds in fed)
+    assert all(feeds["past_key_values.1.value"].any() for feeds in fed if feeds["past_key_values.1.key"].size)

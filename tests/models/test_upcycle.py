@@ -9,8 +9,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from models.checkpoints import load_model, save_model
+from models.families import DENSE
 from models.moe_layers import find_moe_layers
-from models.upcycle import DENSE, mix, upcycle
+from models.upcycle import mix, upcycle
 from moe_spec import UserError
 from tests.models_table import HIDDEN, TINY, VOCABULARY, WIDTH
 
