@@ -21,6 +21,7 @@ from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 
+
 def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0) -> Path:
     """Write a Mixtral whose expert ``e`` is the feed-forward network of ``checkpoints[e]``, in every layer.
 
