@@ -7,8 +7,11 @@ import onnx
 import pytest
 import torch
 
+from exporter import check
 from exporter.check import SHAPES, SHAPES_WITH_CACHE, check_axes, check_experts, check_parity
+from exporter.rounding import run_in_double
 from exporter.tasks import PADDED, task_of, with_cache
+from exporter.trace import run_torch
 from models.checkpoints import load_model, load_skeleton
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError, VerificationError
@@ -171,14 +174,35 @@ def test_a_cache_holds_what_the_model_keeps_of_tokens(zoo):
     torch.nn.init.zeros_(model.model.layers[1].self_attn.k_proj.weight)
     fed: list[Feeds] = []
 
-    class Runner:
-        def run(self, path, batches, outputs=None):
+    class Recording(Altered):
+        def run(self, model, batches, outputs=None):
             fed.extend(batches)
-            return RUNNER.run(path, batches, outputs)
+            return super().run(model, batches, outputs)
 
     task = with_cache(task_of("MixtralForCausalLM"), model)
+    recording: Any = Recording(lambda _, array: array)
     with pytest.raises(VerificationError):
-        check_parity(model, task, zoo.cached("mixtral") / MODEL, Runner())
+        check_parity(model, task, zoo.cached("mixtral") / MODEL, recording)
     assert [feeds["past_key_values.1.key"].shape[2] for feeds in fed] == [past for _, _, past in SHAPES_WITH_CACHE]
     assert all(not feeds["past_key_values.1.key"].any() for feeds in fed)
     assert all(feeds["past_key_values.1.value"].any() for feeds in fed if feeds["past_key_values.1.key"].size)
+
+
+def test_what_rounding_explains_is_no_failure(zoo, monkeypatch):
+    """With no tolerance at all, the graph may still be about as far from float64 as torch itself is."""
+    monkeypatch.setattr(check, "TOLERANCE", 0.0)
+    assert max(entry["max_rel"] for entry in cached_parity(zoo, RUNNER)) > 0
+    with pytest.raises(VerificationError):
+        cached_parity(zoo, Altered(lambda _, array: array * np.float32(1.00001)))
+
+
+def test_a_model_that_was_in_double_is_as_before(zoo):
+    model = load_model(zoo.checkpoint("mixtral"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    task = task_of("MixtralForCausalLM")
+    feeds = task.example(model.config, 2, 5, np.random.default_rng(0))
+    exact, expected = run_in_double(model, task, feeds), run_torch(model, task, feeds)
+    assert exact["logits"].dtype == np.float64
+    np.testing.assert_allclose(expected["logits"], exact["logits"], atol=1e-5)
+    torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0)
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
