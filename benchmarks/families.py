@@ -4,12 +4,13 @@
 
 It writes the rows of these families, or of all, into models/support.json, and prints the whole table; all take a
 quarter of an hour. With ``--keep DIR`` checkpoints and exports stay there, and are taken from there the next time.
-With ``--stages`` only these are tried; the rest is "not tried" then, and not proven.
+With ``--stages`` only these are tried; of the rest the table says what it said before.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import sys
 import tempfile
@@ -24,12 +25,15 @@ from benchmarks import markdown
 from exporter.export import export
 from exporter.tasks import task_of
 from exporter.trace import run_torch
+from graph_passes.describe import inspect_model
 from graph_passes.optimize import optimize
 from models import support
 from models.checkpoints import load_model, save_model
 from models.families import FAMILIES, family
 from models.moe_layers import find_moe_layers
 from models.support import STAGES, Support
+from moe_spec.dataset import MASK
+from moe_spec.decoder import IDS, as_past, complete
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL
@@ -42,13 +46,15 @@ from runtime.build import build
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from runtime.targets import find_target
 from tests.families.configs import tiny
-from tests.models_table import EXPERTS, HIDDEN, TOP_K, example_inputs
+from tests.models_table import EXPERTS, HIDDEN, TOP_K, VOCABULARY, example_inputs
 from tests.oracle import masked
 
 KEEP = (0, 2, 5, 7)
 """Of eight experts, in every layer; two of each where there are two groups."""
 
 BATCH, SEQUENCE = 3, 7
+STEPS = (5, 1, 4)
+"""Tokens of three calls, which the cache connects."""
 MAX_ERROR = 1e-5
 """Of the outputs, relative to the largest."""
 
@@ -174,6 +180,46 @@ def prune_graph(case: Case) -> None:
     case.require_pruned(got)
 
 
+def decode(case: Case) -> None:
+    """`export` checks each call against torch; here it is one after the other against all at once, pruned too."""
+    architecture = type(tiny(case.model_type)).__name__
+    if not task_of(architecture).generates:
+        raise UnprovenError(f"{architecture} is no decoder that writes text")
+    cached = case.root / "cached"
+    export(case.checkpoint, cached, RUNNER)
+    require_same_in_steps(cached)
+    names = {block.name for block in inspect_model(cached).blocks}  # a layer that no reader takes stays as it is
+    layers = tuple(layer for layer in case.plan().layers if layer.name in names)
+    if layers:
+        plan = dataclasses.replace(case.plan(), layers=layers)
+        optimize(cached, case.root / "fewer-cached", RUNNER, plan=plan, form=FORM, allow_partial=True)
+        require_same_in_steps(case.root / "fewer-cached")
+
+
+def require_same_in_steps(model: Path) -> None:
+    """Several tokens, one, and several more give what all of them give at once; the first example is padded.
+
+    Raises:
+        UnprovenError: they give something else.
+    """
+    ids_BS = np.random.default_rng(2).integers(3, VOCABULARY, (BATCH, sum(STEPS)))
+    mask_BS = np.ones_like(ids_BS)
+    mask_BS[0, :2] = 0
+    with RUNNER.open(model) as session:
+        at_once = session.run(complete(session.inputs, {IDS: ids_BS, MASK: mask_BS}))["logits"]
+        past: Arrays = {}
+        steps = []
+        for start, stop in itertools.pairwise((0, *itertools.accumulate(STEPS))):
+            feeds = {IDS: ids_BS[:, start:stop], MASK: mask_BS[:, :stop], **past}
+            outputs = session.run(complete(session.inputs, feeds))
+            past = as_past(outputs)
+            steps.append(outputs["logits"])
+    seen = mask_BS != 0
+    _, error = error_between(at_once[seen], np.concatenate(steps, axis=1)[seen])
+    if error > MAX_ERROR:
+        raise UnprovenError(f"logits of one step after the other differ by {error:.1e} of their range from all at once")
+
+
 def build_engine(case: Case) -> None:
     """A layer whose router is not recognised stays as it was exported: TensorRT takes that too."""
     optimize(case.exported, case.root / FORM, RUNNER, form=FORM, allow_partial=True)
@@ -186,6 +232,7 @@ WORK: Mapping[str, tuple[Callable[[Case], None], str | None]] = {
     "pruned": (prune_files, "read"),
     "exported": (export_checkpoint, "read"),
     "pruned in ONNX": (prune_graph, "exported"),
+    "KV cache": (decode, "read"),
     "TensorRT-RTX": (build_engine, "exported"),
 }
 """What proves a stage, and the stage that has to work before."""
@@ -227,11 +274,14 @@ def prove(name: str, keep: Path | None = None, stages: Collection[str] = tuple(W
         return support_of(Case(name, kept, Path(scratch)), stages)
 
 
-def write(row: Support, path: Path) -> None:
-    """Put a row into the table; those of other families stay."""
+def write(row: Support, path: Path, stages: Collection[str] = tuple(WORK)) -> None:
+    """Put what ``row`` says of ``stages`` into the table; other stages and families stay."""
     table = json.loads(path.read_text(encoding="utf-8"))["families"] if path.exists() else {}
     table |= {name: Support(name, "", {"read": why}).to_json() for name, why in UNKNOWN.items()}
-    table[row.model_type] = row.to_json()
+    before = table.get(row.model_type, {"why_not": row.why_not})["why_not"]
+    said = {stage: (row.why_not if stage in stages else before).get(stage) for stage in WORK}
+    why_not = {stage: why for stage, why in said.items() if why is not None}
+    table[row.model_type] = dataclasses.replace(row, why_not=why_not).to_json()
     versions = {name: importlib.metadata.version(name) for name in TOOLS}
     document = {"tools": versions, "families": dict(sorted(table.items()))}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -276,7 +326,7 @@ def main() -> None:
     for name in arguments.families or FAMILIES:
         row = prove(name, arguments.keep, arguments.stages)
         print(f"{name}: {dict(row.why_not) or 'everything'}", file=sys.stderr)
-        write(row, Path(support.__file__).with_name(support.TABLE))
+        write(row, Path(support.__file__).with_name(support.TABLE), arguments.stages)
     print(report(support.families(), support.tools()))
 
 

@@ -29,6 +29,12 @@ def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
         out.print(summary, markup=False, soft_wrap=True)
 
 
+def piece(text: str) -> None:
+    """Part of a longer text, as soon as it is known."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def is_first() -> bool:
     """Whether this process is alone, or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"

@@ -33,10 +33,12 @@ VERBS = (
 
 EXTRAS = {
     "accelerate": "prune",
+    "jinja2": "text",
     "ml_dtypes": "optimize",
     "onnx": "optimize",
     "onnx_graphsurgeon": "optimize",
     "onnxscript": "export",
+    "tokenizers": "text",
     "torch": "export",
     "transformers": "export",
 }

@@ -1,10 +1,16 @@
-"""Run a model or an engine over .npz and image files.
+"""Run a model or an engine over .npz and image files, or let a decoder go on from prompts.
 
 A classifier (config.json with id2label) names the class of every example; other models need -o for their outputs.
 
+A decoder answers prompts, several at once: greedily, or as generation_config.json and the options say. A single answer
+is shown as it comes. Text needs the tokenizer's files beside the model, and `moe-edge[text]`.
+
 Example: moe-edge run optimized/ --input boot.png --input more.npz -o predictions.npz
+Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100
 """
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +18,7 @@ import typer
 
 from cli import console
 from cli.options import AsJson
+from moe_spec.errors import UserError
 
 if TYPE_CHECKING:
     from runtime.run import Predictions
@@ -21,15 +28,42 @@ _SHOWN = 20
 
 def run(
     model: Annotated[Path, typer.Argument(help="Engine directory, model directory or .onnx file.")],
-    inputs: Annotated[list[Path], typer.Option("--input", help=".npz, PNG or JPEG file; repeatable.")],
+    inputs: Annotated[list[Path] | None, typer.Option("--input", help=".npz, PNG or JPEG file; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz; it must not exist yet.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are said to the model, by its chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many follow a prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together have it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model or an engine over .npz and image files.
+    """Run a model or an engine over files, or let a decoder go on from prompts."""
+    if bool(inputs) == bool(prompts):
+        raise UserError(
+            "there is nothing to run" if not inputs else "files and prompts cannot be run at once",
+            hint="give files with --input, or texts with --prompt",
+        )
+    if inputs:
+        _predict(model, inputs, output, batch_size, as_json)
+        return
+    from runtime.answer import answer
 
-    Example: moe-edge run optimized/ --input boot.png --input more.npz -o predictions.npz
-    """
+    streams = len(prompts or ()) == 1 and not as_json
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with contextlib.nullcontext() if streams else console.status(f"running {model}"):
+        answers = answer(model, prompts or (), chat=chat, on_text=console.piece if streams else None, **sampling)
+    texts = "\n".join(f"{found.prompt!r}: {found.text}" for found in answers)
+    console.result("" if streams else texts, {"answers": [dataclasses.asdict(found) for found in answers]}, as_json)
+
+
+def _predict(model: Path, inputs: list[Path], output: Path | None, batch_size: int, as_json: bool) -> None:
     from runtime.run import run as predict
 
     with console.status(f"running {model}"):

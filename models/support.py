@@ -16,13 +16,10 @@ STAGES: Mapping[str, str] = {
     "pruned": "`prune` writes a checkpoint that computes what the original does with the dropped experts unselectable",
     "exported": "`export` gives a graph that computes what torch does, at three shapes that were not traced",
     "pruned in ONNX": "`optimize --plan` deletes experts of that graph, and it computes what the pruned model does",
-    "KV cache": "one graph for prompt and next tokens",
+    "KV cache": "a decoder's graph computes call after call what it computes at once, with all experts and with fewer",
     "TensorRT-RTX": "`optimize` and `build` give an engine",
 }
 """What can be done with a family, and when it counts as proven."""
-
-NOT_YET: Mapping[str, str] = {"KV cache": "decoders export without a cache"}
-"""Stages that no family has, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +38,7 @@ class Support:
 
     def reason(self, stage: str) -> str | None:
         """Why one of `STAGES` is not proven; None: it is."""
-        if "read" in self.why_not:
-            return self.why_not["read"]
-        return NOT_YET.get(stage, self.why_not.get(stage))
+        return self.why_not.get("read", self.why_not.get(stage))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the table."""

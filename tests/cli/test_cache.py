@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from models.checkpoints import save_model
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.statistics import Statistics
 from tests.cli.helpers import done, invoke, leftovers
+from tests.families.configs import tiny
 
 TRAVELLERS = {"chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
@@ -87,7 +89,17 @@ def test_an_engine_is_built_for_an_empty_cache_and_a_full_one(pruned):
         assert leftovers(pruned / stage) >= TRAVELLERS
 
 
-def test_what_has_no_cache_for_inputs_says_how_to_go_on(zoo, tmp_path):
+def test_a_cache_that_cannot_be_an_input_can_be_left_out(tmp_path):
+    save_model(tiny("deepseek_v4"), tmp_path / "checkpoint")
+    message = (
+        "error: the model has no cache that can be an input: layer 0 keeps a DeepseekV4HCACache, not one value for "
+        "each token\nhint: export it without: moe-edge export --no-cache\n"
+    )
+    assert invoke("export", tmp_path / "checkpoint", "-o", tmp_path / "out") == (1, "", message)
+    assert leftovers(tmp_path) == {"checkpoint"}
+
+
+def test_a_task_of_other_models_is_refused(zoo, tmp_path):
     message = (
         "error: MixtralForCausalLM is made for text-generation, not for image-classification\n"
         "hint: --task text-generation, or --task feature-extraction for what is below its head\n"

@@ -1,9 +1,11 @@
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 
-from tests.cli.helpers import invoke
+from tests.cli.helpers import done, invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny
 
@@ -57,3 +59,49 @@ def test_ctrl_c_leaves_no_output(model, tmp_path):
     with ctrl_c():
         code, out, _ = invoke("run", model, "--input", source, "--batch-size", 1, "-o", tmp_path / "out.npz")
     assert (code, out, sorted(tmp_path.iterdir())) == (130, "", before)
+
+
+def test_a_decoder_goes_on_from_a_prompt(zoo):
+    prompted = ("run", zoo.cached("mixtral"), "--prompt", "w5 w77 w9", "--max-new-tokens", 6)
+    text = done(*prompted)
+    assert re.fullmatch(r"(w\d+ ){5}w\d+\n", text)
+    (found,) = json.loads(done(*prompted, "--json"))["answers"]
+    assert (found["prompt"], found["text"], len(found["tokens"])) == ("w5 w77 w9", text.strip(), 6)
+    assert not found["ended"]
+
+
+def test_prompts_are_answered_together_each_by_itself(zoo):
+    texts = ("w5 w77 w9", "w8")
+    both = [argument for text in texts for argument in ("--prompt", text)]
+    lines = done("run", zoo.cached("mixtral"), *both, "--max-new-tokens", 6).splitlines()
+    alone = [done("run", zoo.cached("mixtral"), "--prompt", text, "--max-new-tokens", 6) for text in texts]
+    assert lines == [f"{text!r}: {answer.strip()}" for text, answer in zip(texts, alone, strict=True)]
+
+
+def test_a_chat_is_another_prompt(zoo):
+    options = ("--prompt", "w5 w77", "--max-new-tokens", 6)
+    plain, chat = (done("run", zoo.cached("mixtral"), *options, *more) for more in ((), ("--chat",)))
+    written_out = done("run", zoo.cached("mixtral"), "--prompt", "<s> w5 w77 w9", "--max-new-tokens", 6)
+    assert chat == written_out != plain
+
+
+def test_an_answer_ends_where_the_model_ends_it(zoo, tmp_path):
+    model = shutil.copytree(zoo.cached("mixtral"), tmp_path / "model")
+    options = ("run", model, "--prompt", "w5 w77 w9", "--max-new-tokens", 6, "--json")
+    (free,) = json.loads(done(*options))["answers"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": free["tokens"][2]}))
+    (ended,) = json.loads(done(*options))["answers"]
+    first = free["tokens"].index(free["tokens"][2]) + 1
+    assert (ended["tokens"], ended["ended"]) == (free["tokens"][:first], True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((), "there is nothing to run"),
+        (("--prompt", "w5", "--input", "a.npz"), "files and prompts cannot be run at once"),
+    ],
+)
+def test_files_or_prompts_are_needed(arguments, what, model):
+    message = f"error: {what}\nhint: give files with --input, or texts with --prompt\n"
+    assert invoke("run", model, *arguments) == (1, "", message)

@@ -1,0 +1,132 @@
+"""Tokens, one after the other: the same as transformers gives, from graphs with every kind of cache."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoints import load_model
+from moe_spec.errors import UserError
+from runtime.backends import open_session
+from runtime.generate import Sampling, choose, generate, pad_left
+from tests.decoders import DECODERS
+from tests.runtime import tiny
+
+PROMPTS = [[5, 17, 90, 33, 6, 71, 101, 8, 44, 9, 12], [64], [7, 7, 23, 99]]
+STEPS = 64
+
+
+def generated(directory, prompts, sampling):
+    """(B, steps)."""
+    with open_session(directory, threads=1) as session:
+        return np.stack(list(generate(session, prompts, sampling)), axis=1)
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_greedy_tokens_are_those_of_transformers(name, zoo):
+    model: Any = load_model(zoo.decoder(name))
+    ids, mask = map(torch.from_numpy, pad_left(PROMPTS, padding=0))
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].numpy()
+    found = generated(zoo.cached(name), PROMPTS, Sampling(max_new_tokens=STEPS))
+    assert found.shape == (3, STEPS)
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 10  # not the same few over and over
+
+
+def test_a_prompt_alone_goes_on_as_it_does_among_others(zoo):
+    together = generated(zoo.cached("mixtral"), PROMPTS, Sampling(max_new_tokens=9))
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert generated(zoo.cached("mixtral"), [prompt], Sampling(max_new_tokens=9))[0].tolist() == row.tolist()
+
+
+def test_a_model_without_a_cache_reads_everything_again(zoo):
+    sampling = Sampling(max_new_tokens=9)
+    mine, theirs = (generated(path("qwen3_moe"), PROMPTS[:1], sampling) for path in (zoo.exported, zoo.cached))
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_who_has_ended_gets_padding_until_all_have(zoo):
+    free = generated(zoo.cached("mixtral"), PROMPTS, Sampling(max_new_tokens=20))
+    stop = (int(free[0, 2]),)
+    ended = generated(zoo.cached("mixtral"), PROMPTS, Sampling(max_new_tokens=20, stop=stop, padding=1))
+    assert ended[0, :3].tolist() == free[0, :3].tolist()
+    assert set(ended[0, 3:].tolist()) <= {1}
+    for row, reference in zip(ended, free, strict=True):
+        until = [*np.flatnonzero(np.isin(reference, stop)), len(reference) - 1][0] + 1
+        assert row[:until].tolist() == reference[:until].tolist()[: len(row)]
+
+
+def test_a_seed_draws_the_same_again(zoo):
+    def drawn(seed):
+        sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=seed)
+        return generated(zoo.cached("mixtral"), PROMPTS, sampling).tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_only_the_nucleus_is_drawn_from_as_often_as_it_is_likely():
+    logits = np.log(np.array([[0.1, 0.5, 0.15, 0.25]]))
+    random = np.random.default_rng(0)
+    sampling = Sampling(temperature=1.0, top_p=0.7)
+    drawn = [int(choose(logits, sampling, random)[0]) for _ in range(3000)]
+    counts = np.bincount(drawn, minlength=4) / len(drawn)
+    np.testing.assert_allclose(counts, [0, 2 / 3, 0, 1 / 3], atol=0.03)
+
+
+def test_a_low_temperature_is_greedy():
+    logits = np.random.default_rng(0).standard_normal((5, 40))
+    cold = choose(logits, Sampling(temperature=1e-3), np.random.default_rng(1))
+    assert cold.tolist() == logits.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        (None, {}, Sampling()),
+        ('{"eos_token_id": 2}', {}, Sampling(stop=(2,), padding=2)),
+        ('{"eos_token_id": [2, 7], "pad_token_id": 0}', {}, Sampling(stop=(2, 7))),
+        ('{"temperature": 0.6, "top_p": 0.9}', {}, Sampling()),
+        ('{"do_sample": true, "top_p": 0.9}', {}, Sampling(temperature=1.0, top_p=0.9)),
+        ('{"do_sample": true, "temperature": 0.6}', {"temperature": 0.0, "seed": None}, Sampling()),
+        ('{"max_new_tokens": 9}', {"max_new_tokens": 3}, Sampling(max_new_tokens=3)),
+    ],
+)
+def test_generation_config_says_what_is_not_given(config, given, expected, tmp_path):
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(config)
+    assert Sampling.of(tmp_path, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more\nhint: give another max_new_tokens"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more\nhint: give another temperature"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0, at most 1\nhint: give another top_p"),
+        (
+            {"top_p": 0.5},
+            "temperature is 0.0, expected more than 0 where top_p is given\nhint: give another temperature",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[3], []]])
+def test_an_empty_prompt_is_refused(prompts, zoo):
+    with pytest.raises(UserError, match=r"^a prompt has no token\nhint: give every prompt at least one$"):
+        generated(zoo.cached("mixtral"), prompts, Sampling())
+
+
+def test_what_is_no_decoder_writes_nothing(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        generated(tiny.write(tmp_path / "model"), [[1]], Sampling())
+    assert (refusal.value.what, refusal.value.hint) == (
+        "the model takes x and gives logits: it generates no text",
+        "give a decoder, which takes input_ids and gives logits",
+    )
