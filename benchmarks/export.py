@@ -3,8 +3,8 @@
     python -m benchmarks.export > benchmarks/export.md
 
 It writes a checkpoint of 13.8 GB below the temporary directory (``TMPDIR``), twice as much more for a while, and
-removes them. ``--parts`` runs some of it, ``--layers`` makes that checkpoint smaller; with ``--quick`` models are small,
-and its numbers say nothing about large ones.
+removes them. ``--parts`` runs some of it, ``--layers`` makes that checkpoint smaller; with ``--quick`` models are
+small, and its numbers say nothing about large ones.
 """
 
 import argparse
