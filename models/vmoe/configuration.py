@@ -26,6 +26,11 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         num_experts: E, among which a token can choose. In an ensemble every member has as many of its own.
         num_experts_per_tok: K; 1 where experts choose, for a token then selects nothing.
         moe_every: every ``moe_every``-th block has experts; 2 means blocks 1, 3, 5, ... (zero-based).
+        moe_layers: the blocks with experts, where they are others.
+        patch_size: height and width of the patches of a stem of one convolution, as google-research/vmoe has it; None
+            is the stem of ``stem_channels``.
+        class_token: whether a token of its own is classified, instead of the mean.
+        pre_logits: whether a dense layer and a tanh stand before the classifier.
         ensemble_size: M, members of an ensemble E3 (https://arxiv.org/abs/2110.03360); 1 is no ensemble. The paper's E
             counts the experts of all members, which share them evenly: ``M * num_experts`` here.
         routing: `TOKEN_CHOICE` or `EXPERT_CHOICE`.
@@ -50,6 +55,10 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_every: int = 2
+    moe_layers: list[int] | None = None
+    patch_size: int | None = None
+    class_token: bool = False
+    pre_logits: bool = False
     ensemble_size: int = 1
     routing: str = TOKEN_CHOICE
     capacity_factor: float = 1.5
@@ -82,6 +91,8 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
 
         if self.ensemble_size < 1:
             raise ValueError(f"an ensemble has at least one member, not {self.ensemble_size}")
+        if self.ensemble_size > 1 and self.moe_layers is not None:
+            raise ValueError("an ensemble has experts in every moe_every-th block")
         if self.ensemble_size > 1 and self.moe_every > self.num_hidden_layers:
             raise ValueError(f"none of {self.num_hidden_layers} blocks has experts for {self.ensemble_size} members")
 
@@ -99,10 +110,12 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
     @property
     def num_patches(self) -> int:
         """Tokens of one image."""
+        if self.patch_size is not None:
+            return (self.image_size // self.patch_size) ** 2 + self.class_token
         side = self.image_size
         for _ in (*self.stem_channels, self.hidden_size):
             side = -(-side // 2)
-        return side**2
+        return side**2 + self.class_token
 
     def has_experts(self, block: int) -> bool:
         """Whether encoder block ``block`` (zero-based) has experts instead of a dense MLP.
@@ -110,4 +123,6 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         >>> [VMoeConfig(moe_every=2).has_experts(block) for block in range(4)]
         [False, True, False, True]
         """
+        if self.moe_layers is not None:
+            return block in self.moe_layers
         return block % self.moe_every == self.moe_every - 1

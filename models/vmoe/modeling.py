@@ -20,6 +20,7 @@ T = B * P, M members, C classes or capacity.
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -47,10 +48,8 @@ class VMoeStem(nn.Module):
 
     def __init__(self, config: VMoeConfig) -> None:
         super().__init__()
-        widths = [config.num_channels, *config.stem_channels, config.hidden_size]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1) for before, after in itertools.pairwise(widths)
-        )
+        self.convolutions = nn.ModuleList(_convolutions(config))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.class_token else None
         self.act_fn = ACT2FN[config.hidden_act]
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
 
@@ -60,7 +59,18 @@ class VMoeStem(nn.Module):
         for convolution in self.convolutions[1:]:
             hidden = convolution(self.act_fn(hidden))
         tokens_BPH: Tensor = hidden.flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            tokens_BPH = torch.cat((self.class_token.expand(len(tokens_BPH), -1, -1), tokens_BPH), dim=1)
         return tokens_BPH + self.position_embeddings
+
+
+def _convolutions(config: VMoeConfig) -> Iterator[nn.Conv2d]:
+    if config.patch_size is not None:
+        yield nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+        return
+    widths = [config.num_channels, *config.stem_channels, config.hidden_size]
+    for before, after in itertools.pairwise(widths):
+        yield nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)
 
 
 class VMoeSelfAttention(nn.Module):
@@ -278,6 +288,7 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
         self.stem = VMoeStem(config)
         self.layers = nn.ModuleList(VMoeLayer(config, block) for block in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_logits = nn.Linear(config.hidden_size, config.hidden_size) if config.pre_logits else None
         assert config.num_labels is not None  # PreTrainedConfig counts id2label
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -314,7 +325,11 @@ class VMoeForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-ca
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
         total = torch.stack(aux_losses).sum() if aux_losses else None
-        return self.classifier(self.layernorm(hidden_BPH).mean(dim=1)), total
+        hidden_BPH = self.layernorm(hidden_BPH)
+        pooled_BH = hidden_BPH[:, 0] if self.config.class_token else hidden_BPH.mean(dim=1)
+        if self.pre_logits is not None:
+            pooled_BH = self.pre_logits(pooled_BH).tanh()
+        return self.classifier(pooled_BH), total
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
