@@ -1,22 +1,28 @@
 """Our experts function for transformers' experts interface: one ONNX node a layer, nothing of the experts traced.
 
+Where the node cannot say what experts compute, they are traced as 3-D products with the family's own code between.
+
 https://huggingface.co/docs/transformers/experts_interface. Every class behind ``@use_experts_implementation`` hands its
 hidden states, ids and weights to the registered function, whatever the family, so each exports to the same form.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from moe_spec.errors import UserError
+from models.moe_layers import MoELayer
 from moe_spec.experts_op import DOMAIN, NO_LIMIT, VERSION, Activation, ExpertsOp
+from moe_spec.manifest import EXPERT_CHOICE
 
 IMPLEMENTATION = "moe_edge"
+
+NODE, STACKED = "experts", "stacked"
+"""Forms of exported layers, as graph_passes calls them."""
 
 ACTIVATIONS: Mapping[str, str] = {
     "GELU": "gelu",
@@ -58,16 +64,20 @@ GATES: Mapping[str, Gate] = {
 """Experts classes with ``_apply_gate``; one without ``act_fn`` uses silu."""
 
 
-def describe(experts: torch.nn.Module) -> ExpertsOp:
-    """The node variant that computes what ``experts`` computes.
+def form_of(layer: MoELayer) -> str:
+    """How a layer is exported: as one node, in plain ops where that cannot express its experts, or as they choose."""
+    if layer.expert_choice:
+        return EXPERT_CHOICE
+    return STACKED if describe(layer.experts) is None else NODE
 
-    Raises:
-        UserError: an activation, a gate or a norm that the node cannot express.
-    """
-    if experts.has_post_expert_norm:
-        raise _inexpressible(experts, "a norm after each expert")
+
+def describe(experts: torch.nn.Module) -> ExpertsOp | None:
+    """The node variant that computes what ``experts`` computes; None: it has no such activation, gate or norm."""
+    activation = _activation(experts)
+    if activation is None or experts.has_post_expert_norm:
+        return None
     return ExpertsOp(
-        activation=_activation(experts),
+        activation=activation,
         gated=bool(experts.has_gate),
         interleaved=bool(experts.has_gate and not experts.is_concatenated),
         transposed=bool(experts.is_transposed),
@@ -76,16 +86,13 @@ def describe(experts: torch.nn.Module) -> ExpertsOp:
     )
 
 
-def _activation(experts: torch.nn.Module) -> Activation:
-    gate = Gate()
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        if type(experts).__name__ not in GATES:
-            raise _inexpressible(experts, "a gate of its own")
-        gate = GATES[type(experts).__name__]
+def _activation(experts: torch.nn.Module) -> Activation | None:
+    default = getattr(type(experts), "_apply_gate", None) is _default_apply_gate
+    gate = Gate() if default else GATES.get(type(experts).__name__)
     act = getattr(experts, "act_fn", functional.silu)
     name = getattr(act, "__name__", type(act).__name__)
-    if name not in ACTIVATIONS:
-        raise _inexpressible(experts, f"activation {name}")
+    if gate is None or name not in ACTIVATIONS:
+        return None
     return Activation(
         ACTIVATIONS[name],
         alpha=getattr(experts, gate.alpha) if gate.alpha else 1.0,
@@ -94,20 +101,14 @@ def _activation(experts: torch.nn.Module) -> Activation:
     )
 
 
-def _inexpressible(experts: torch.nn.Module, what: str) -> UserError:
-    return UserError(
-        f"{type(experts).__name__} has {what}, which the exported experts node cannot express",
-        hint="export the model with transformers' batched_mm experts and prune the ONNX file with `moe-edge optimize`",
-    )
-
-
-def _experts_node(
+def _run(
     experts: torch.nn.Module, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
+    """What transformers calls instead of its own loop over experts."""
     op = describe(experts)
-    up = "gate_up_proj" if op.gated else "up_proj"
-    names = [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if op.biased else [])]
-    inputs = (hidden_TH, ids_TK, weights_TK, *(getattr(experts, name) for name in names))
+    if op is None:
+        return stacked(experts, hidden_TH, ids_TK, weights_TK)
+    inputs = (hidden_TH, ids_TK, weights_TK, *(getattr(experts, name) for name in _names(op.gated, op.biased)))
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{op.op_type}",
         inputs,
@@ -118,7 +119,36 @@ def _experts_node(
     )
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_node)
+def stacked(
+    experts: torch.nn.Module, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token, (T, H), times its gate: gate, activation and norm are the family's own code.
+
+    No shape depends on data, and the graph does not grow with the experts; `graph_passes` may not know what they do.
+    """
+    parameters: Any = experts  # what transformers' decorator promises
+    up, down, *biases = (getattr(parameters, name) for name in _names(parameters.has_gate, parameters.has_bias))
+    up_bias, down_bias = (bias[:, None] for bias in biases) if biases else (0, 0)
+    kernels = (up, down) if parameters.is_transposed else (up.mT, down.mT)
+    hit_TKE = ids_TK[..., None] == torch.arange(len(up), device=ids_TK.device)
+    gates_ET1 = (hit_TKE * weights_TK[..., None]).sum(dim=1).T[..., None]
+    on_input = getattr(experts, "gates_input", False)
+    middle_ETF = (hidden_TH * gates_ET1 if on_input else hidden_TH) @ kernels[0] + up_bias
+    middle_ETF = parameters._apply_gate(middle_ETF) if parameters.has_gate else parameters.act_fn(middle_ETF)
+    out_ETH = middle_ETF @ kernels[1] + down_bias
+    if parameters.has_post_expert_norm:
+        out_ETH = parameters.post_expert_norm(out_ETH)
+    mixed_TH: torch.Tensor = (out_ETH if on_input else out_ETH * gates_ET1).sum(dim=0)
+    return mixed_TH.to(hidden_TH.dtype)
+
+
+def _names(gated: bool, biased: bool) -> list[str]:
+    """Of the experts' parameters, in the order of the node's inputs."""
+    up = "gate_up_proj" if gated else "up_proj"
+    return [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if biased else [])]
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run)
 
 
 @contextlib.contextmanager

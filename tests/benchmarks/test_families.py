@@ -18,7 +18,7 @@ from tests.families.configs import tiny
 COMMITTED = {row.model_type: row for row in support.families()}
 
 
-@pytest.mark.parametrize("name", ["ernie4_5_moe", "muse_spark"])
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "vmoe"])
 def test_the_table_says_what_a_new_run_finds(name):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
     assert prove(name) == COMMITTED[name]

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig
+import torch
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
-from exporter.experts import describe, experts_implementation
+from exporter.experts import describe, experts_implementation, stacked
 from models.moe_layers import find_moe_layers
-from moe_spec.errors import UserError
 from moe_spec.experts_op import Activation, ExpertsOp
 from tests.families.configs import tiny
 from tests.models_table import TINY
@@ -33,6 +34,7 @@ DESCRIBED = {
     "moe_bert": MLP,
 }
 
+SIZES: Any = {"num_local_experts": 4, "hidden_size": 8, "intermediate_size": 8}
 CONFIG: Any = SimpleNamespace(
     n_routed_experts=4,
     num_local_experts=4,
@@ -66,25 +68,38 @@ def test_experts_are_described_by_what_they_compute(name):
     ],
 )
 def test_gates_of_their_own_are_described_too(name, activation):
-    assert {describe(layer.experts).activation for layer in find_moe_layers(tiny(name))} == {activation}
+    assert {op.activation for layer in find_moe_layers(tiny(name)) if (op := describe(layer.experts))} == {activation}
 
 
-@pytest.mark.parametrize(
-    ("experts", "reason"),
-    [
-        (lambda: MuseSparkExperts(CONFIG), "MuseSparkExperts has a norm after each expert"),
-        (lambda: Inkling2Experts(CONFIG), "Inkling2Experts has a gate of its own"),
-        (lambda: MixtralExperts(MixtralConfig(hidden_act="tanh")), "MixtralExperts has activation Tanh"),
-    ],
-    ids=["norm", "gate", "activation"],
-)
-def test_what_the_node_cannot_express_is_refused(experts, reason):
-    with pytest.raises(UserError) as refusal:
-        describe(experts())
-    assert refusal.value.what == f"{reason}, which the exported experts node cannot express"
-    assert refusal.value.hint == (
-        "export the model with transformers' batched_mm experts and prune the ONNX file with `moe-edge optimize`"
-    )
+INEXPRESSIBLE = {
+    "a norm after each expert": lambda: MuseSparkExperts(CONFIG),
+    "a gate of its own": lambda: Inkling2Experts(CONFIG),
+    "an unknown activation": lambda: MixtralExperts(MixtralConfig(**SIZES, hidden_act="tanh")),
+}
+OTHERS = {
+    "biases, interleaved, transposed": lambda: GptOssExperts(GptOssConfig(**SIZES)),
+    "no gate": lambda: TINY["vmoe"]().get_submodule("layers.1.mlp.experts"),
+}
+
+
+@pytest.mark.parametrize("experts", INEXPRESSIBLE.values(), ids=INEXPRESSIBLE)
+def test_what_the_node_cannot_express_is_no_node(experts):
+    assert describe(experts()) is None
+
+
+@pytest.mark.parametrize("make", [*INEXPRESSIBLE.values(), *OTHERS.values()], ids=[*INEXPRESSIBLE, *OTHERS])
+def test_stacked_products_are_what_the_family_computes_one_by_one(make):
+    experts, generator = make(), torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    experts.config._experts_implementation = "eager"
+    experts_count, hidden = experts.num_experts, experts.down_proj.shape[2 if experts.is_transposed else 1]
+    hidden_TH = torch.randn(5, hidden, generator=generator)
+    weights_TK, ids_TK = torch.rand(5, experts_count, generator=generator).topk(2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stacked(experts, hidden_TH, ids_TK, weights_TK), experts(hidden_TH, ids_TK, weights_TK)
+        )
 
 
 def test_a_model_gets_its_experts_implementation_back_whatever_happens():
