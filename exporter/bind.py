@@ -77,7 +77,7 @@ def save(
     proto.CopyFrom(traced.proto)
     weights = _in_order(proto.graph)
     _require_room(weights, inline_bytes)
-    done, total = 0, sum(map(nbytes, weights))
+    done, total = 0, bytes_of(traced)
     location = f"{path.name}.data"
     with path.with_name(location).open("wb") as file:
         data = _DataFile(file)
@@ -102,6 +102,11 @@ def nbytes(tensor: onnx.TensorProto) -> int:
     """Bytes of the values of a tensor, which it need not have."""
     itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return itemsize * int(math.prod(tensor.dims))
+
+
+def bytes_of(traced: Traced) -> int:
+    """Bytes of all weights of a graph."""
+    return sum(map(nbytes, traced.proto.graph.initializer))
 
 
 def _in_order(graph: onnx.GraphProto) -> list[onnx.TensorProto]:

@@ -2,29 +2,38 @@
 
 import dataclasses
 import importlib.metadata
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
+import torch
 from transformers import PreTrainedModel
 
-from exporter.bind import OnProgress, Pieces, save
+from exporter.bind import OnProgress, Pieces, bytes_of, save
 from exporter.check import check_axes, check_experts, check_parity
 from exporter.experts import NODE, form_of
 from exporter.sources import Prepare, open_model, prepared
 from exporter.tasks import Task, task_of, with_cache
 from exporter.trace import trace
+from exporter.weightless import Traced, weightless
+from models.checkpoints import stored_tensors
 from models.moe_layers import MoELayer, find_moe_layers
+from models.spread import memory_for_weights
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
+from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256, pruned_sha256
 from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
 from moe_spec.plan import ALIAS, PruningPlan
+from moe_spec.record import Json
 from moe_spec.runner import Runner
 
 OPSET = 20
 """The last one before ONNX moved what TensorRT and ORT parse everywhere: Gelu is in, Attention (23) is not."""
+
+FLOAT32_BYTES = 4
 
 TOOLS = ("moe-edge", "torch", "transformers", "onnx", "onnxscript")
 
@@ -38,7 +47,8 @@ class Opened:
         task: how it is called.
         pieces: its values.
         sha256: identity of the model with all its experts.
-        reference: gives the model with its values, to compare with.
+        reference: gives the model with its values, in float32, to compare with.
+        read: how many values ``reference`` reads into memory.
     """
 
     model: PreTrainedModel
@@ -46,6 +56,7 @@ class Opened:
     pieces: Pieces
     sha256: str
     reference: Callable[[], PreTrainedModel]
+    read: int = 0
 
 
 def export(
@@ -58,9 +69,12 @@ def export(
     prepare: Prepare | None = None,
     task: str | None = None,
     cache: bool = True,
+    dtype: torch.dtype = torch.float32,
+    inline_bytes: int = INLINE_BYTES,
+    max_memory: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Export ``checkpoint`` in float32 to the new directory ``out`` and check it against torch.
+    """Export ``checkpoint`` to the new directory ``out`` and check it against torch, where memory holds both.
 
     It is traced without its weights, and of these only what is kept is read, a piece at a time.
 
@@ -73,6 +87,10 @@ def export(
         prepare: changes the model before it is traced, as ``pruning.apply_plan`` does for ``plan``.
         task: one of `tasks.TASKS`; by default what the architecture is made for.
         cache: whether decoders keep keys and values between calls (`moe_spec.decoder`).
+        dtype: float32, float16 or bfloat16; routers stay float32.
+        inline_bytes: smaller weights lie in the .onnx file.
+        max_memory: bytes that the check against torch may take; None: what is free. Without it, the manifest says that
+            nothing was compared, and why.
         on_progress: told what is written next, and how many bytes of all are.
 
     Raises:
@@ -87,9 +105,22 @@ def export(
     model, pieces = open_model(checkpoint, plan, prepare)
     called = task_of(type(model).__name__, task)
     if cache:
-        called = with_cache(called, model)
-    opened = Opened(model, called, pieces, identity, lambda: _in_memory(model, checkpoint, prepare))
-    return write(opened, out, runner, opset=opset, plan=plan, beside=checkpoint, on_progress=on_progress)
+        with weightless(model, dtype):
+            called = with_cache(called, model)
+    read = sum(tensor.size for tensor in stored_tensors(checkpoint).values())
+    opened = Opened(model, called, pieces, identity, lambda: _in_memory(model, checkpoint, prepare), read)
+    return write(
+        opened,
+        out,
+        runner,
+        opset=opset,
+        plan=plan,
+        dtype=dtype,
+        inline_bytes=inline_bytes,
+        max_memory=max_memory,
+        beside=checkpoint,
+        on_progress=on_progress,
+    )
 
 
 def write(
@@ -99,6 +130,9 @@ def write(
     *,
     opset: int = OPSET,
     plan: PruningPlan | None = None,
+    dtype: torch.dtype = torch.float32,
+    inline_bytes: int = INLINE_BYTES,
+    max_memory: int | None = None,
     beside: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
@@ -110,6 +144,9 @@ def write(
         runner: runs the result.
         opset: of the graph.
         plan: which experts stayed.
+        dtype: see `export`.
+        inline_bytes: see `export`.
+        max_memory: see `export`.
         beside: a directory whose tokenizers and preprocessors travel along.
         on_progress: told what is written next, and how many bytes of all are.
 
@@ -119,14 +156,17 @@ def write(
     """
     model, called, identity = opened.model, opened.task, opened.sha256
     layers = find_moe_layers(model)
-    blocks = tuple(_block(layer, plan) for layer in layers)
+    blocks = tuple(block_of(layer, plan) for layer in layers)
     noded = [layer for layer in layers if form_of(layer) == NODE]
-    traced = trace(model, called, noded, opset)
+    traced = trace(model, called, noded, opset, dtype)
     check_experts(traced.proto, noded)
     check_axes(traced.proto, called)
     with new_directory(out) as staging:
-        hashes = save(traced, opened.pieces, staging / MODEL, on_progress=on_progress)
-        parity = check_parity(opened.reference(), called, staging / MODEL, runner)
+        hashes = save(traced, opened.pieces, staging / MODEL, inline_bytes=inline_bytes, on_progress=on_progress)
+        parity: list[Json] = []
+        too_large = _too_large(opened.read, traced, max_memory)
+        if too_large is None:
+            parity = check_parity(opened.reference(), called, staging / MODEL, runner, dtype)
         model.config.save_pretrained(staging)
         if beside is not None:
             copy_companions(beside, staging)
@@ -141,7 +181,13 @@ def write(
             model_sha256=identity if plan is None else _pruned_sha256(identity, plan, blocks),
             plan=plan,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
-            details={"opset": opset, "parity_with_torch": parity},
+            details={
+                "opset": opset,
+                "dtype": str(dtype).removeprefix("torch."),
+                "bound": {"weights": len(traced.parameters), "bytes": bytes_of(traced)},
+                "parity_with_torch": parity,
+                **({} if too_large is None else {"not_compared": too_large}),
+            },
         )
         manifest.save(staging)
     return manifest
@@ -160,6 +206,27 @@ def _in_memory(model: PreTrainedModel, checkpoint: Path, prepare: Prepare | None
     return model if is_there else prepared(checkpoint, prepare)
 
 
+def memory_to_compare(read: int, exported: int) -> int:
+    """Bytes of memory that a comparison with torch takes, for so many values that are read and that are in the graph.
+
+    The model of torch is there in float32, and the graph's weights three times: as a file that ONNX Runtime maps, as
+    its definition of experts transposes them, and as it packs matrices.
+
+    >>> memory_to_compare(1_000_000, 250_000)
+    7000000
+    """
+    return FLOAT32_BYTES * (read + 3 * exported)
+
+
+def _too_large(read: int, traced: Traced, max_memory: int | None) -> str | None:
+    """Why the export cannot be compared with torch here, if it cannot."""
+    graph = sum(math.prod(tensor.dims) for tensor in traced.proto.graph.initializer)
+    needed, there = memory_to_compare(read, graph), memory_for_weights() if max_memory is None else max_memory
+    if needed <= there:
+        return None
+    return f"torch and ONNX Runtime together need {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB may be used"
+
+
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
@@ -167,7 +234,12 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, dims)
 
 
-def _block(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
+def block_of(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
+    """A MoE layer as the manifest has it.
+
+    Raises:
+        UserError: ``plan`` was not applied to it.
+    """
     planned = None if plan is None else plan.layer(layer.name)
     if planned is not None and planned.router == ALIAS:
         planned = None  # merged experts are equal, and as many as ever

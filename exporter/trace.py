@@ -62,14 +62,23 @@ def run_torch(model: PreTrainedModel, task: Task, feeds: Feeds) -> Arrays:
     return {name: value.numpy() for name, value in zip(task.all_outputs, outputs, strict=True)}
 
 
-def trace(model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int) -> Traced:
+def trace(
+    model: PreTrainedModel, task: Task, layers: Sequence[MoELayer], opset: int, dtype: torch.dtype = torch.float32
+) -> Traced:
     """The model as ONNX, without the values of its weights, if it has any; functions define the experts nodes.
+
+    Args:
+        model: in float32.
+        task: what it takes and gives.
+        layers: those whose experts are a node.
+        opset: of the graph.
+        dtype: of the graph, but for routers.
 
     Raises:
         UserError: a model that torch cannot trace.
     """
     variants = {op.op_type: op for layer in layers if (op := describe(layer.experts)) is not None}
-    with experts_implementation(model, IMPLEMENTATION), weightless(model):
+    with experts_implementation(model, IMPLEMENTATION), weightless(model, dtype):
         program = _export(model, task, opset, optimize=False)
     traced = without_values(program, _PREFIX, model.state_dict().keys())
     _restore_names(traced.proto)
@@ -90,7 +99,12 @@ def to_onnx(model: PreTrainedModel, task: Task, opset: int) -> onnx.ModelProto:
 
 def _export(model: PreTrainedModel, task: Task, opset: int, *, optimize: bool) -> torch.onnx.ONNXProgram:
     feeds = task.example(model.config, *TRACED, np.random.default_rng(0))
-    inputs = tuple(torch.from_numpy(feeds[name]) for name in task.axes)
+    dtypes = {state.past: state.dtype for state in task.states}
+    tensors = {name: torch.from_numpy(feeds[name]) for name in task.axes}
+    inputs = tuple(
+        tensor.to(dtypes.get(name, model.dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    )
     with _quiet(), translatable(), _explained(type(model).__name__):
         program = torch.onnx.export(
             _Call(model, task).eval(),

@@ -13,8 +13,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from exporter.fold import empty_tensor, fold
+from models.moe_layers import find_moe_layers, tensors_of_routers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +35,21 @@ class Traced:
 
 
 @contextlib.contextmanager
-def weightless(model: nn.Module) -> Iterator[None]:
-    """Within the block the parameters and persistent buffers of ``model`` are fake.
+def weightless(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the parameters and persistent buffers of ``model`` are fake, and of ``dtype``.
 
-    Other buffers, such as the frequencies of rotary embeddings, keep their values: no checkpoint has them.
+    1. Other buffers, such as the frequencies of rotary embeddings, keep their values: no checkpoint has them.
+    2. Routers compute in float32, whatever ``dtype`` is: of scores that are rounded, others are the highest.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, Tensor] = {}  # tied weights stay one
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    wide = tensors_of_routers(model)
 
     def fake(tensor: Tensor) -> Tensor:
+        narrow = tensor.is_floating_point() and names.get(id(tensor)) not in wide
         with mode:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            empty = torch.empty(tensor.shape, dtype=dtype if narrow else tensor.dtype, device="cpu")
         is_parameter = isinstance(tensor, nn.Parameter)
         return fakes.setdefault(id(tensor), nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
 
@@ -54,13 +60,21 @@ def weightless(model: nn.Module) -> Iterator[None]:
         for name, tensor in tensors.items()
         if tensor is not None and name not in module._non_persistent_buffers_set
     ]
+    routers = [] if dtype == torch.float32 else [layer.router for layer in find_moe_layers(model)]
+    hooks = [router.register_forward_pre_hook(_in_float32) for router in routers]
     try:
         for tensors, name, tensor in held:
             tensors[name] = fake(tensor)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for tensors, name, tensor in held:
             tensors[name] = tensor
+
+
+def _in_float32(_router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
 def without_values(program: torch.onnx.ONNXProgram, prefix: str, names: Container[str]) -> Traced:

@@ -79,6 +79,19 @@ def tensors_by_expert(model: PreTrainedModel) -> dict[str, MoELayer]:
     return tensors
 
 
+def tensors_of_routers(model: PreTrainedModel) -> set[str]:
+    """The parameters and buffers that choose experts: those of routers, and those that blocks hold for them.
+
+    Raises:
+        UserError: see `find_moe_layers`.
+    """
+    row, names = family(model.config.model_type), model.state_dict().keys()
+    layers = find_moe_layers(model)
+    routers = tuple(f"{layer.name}.{row.router}." for layer in layers)
+    held = {f"{layer.name}.{name}" for layer in layers for name in row.block_tensors}
+    return {name for name in names if name.startswith(routers) or name in held}
+
+
 def require_token_choice(layers: Iterable[MoELayer]) -> None:
     """Refuse to watch what tokens choose where none does.
 

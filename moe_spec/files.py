@@ -1,6 +1,7 @@
 """Files that are either the old ones or the new ones, never half of one; and paths that stay where they belong."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_spec.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says of a disk that is full, of one's share of it, and of a file that is larger than any may be."""
 
 
 def sha256_file(path: Path) -> str:
@@ -69,7 +73,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A staging directory beside ``path`` that becomes ``path`` when the block ends well, and is removed when not.
 
     Raises:
-        UserError: ``path`` exists already.
+        UserError: ``path`` exists already, or the disk cannot hold what is written.
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +83,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield staging
         refuse_existing(path)
         staging.rename(path)
-    except BaseException:  # ctrl-C too: nothing half-written is left behind
+    except BaseException as error:  # ctrl-C too: nothing half-written is left behind
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"the disk of {path.parent} cannot hold {path.name}: {error.strerror}",
+                hint=f"{free / 1e9:.1f} GB are free there, nothing half-written is left; give another -o, or make room",
+            ) from error
         raise
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,53 @@ def test_pickled_weights_are_refused_unread(tmp_path):
     assert invoke("export", checkpoint, "-o", tmp_path / "out") == refusal(
         f"{checkpoint} holds pickled weights (pytorch_model.bin), which can run code when they are read",
         "convert them where you trust them: model.save_pretrained(DIR) writes safetensors",
+    )
+
+
+def test_shards_that_are_missing_cut_or_elsewhere_are_refused(zoo, tmp_path):
+    checkpoint = shutil.copytree(zoo.checkpoint("vmoe"), tmp_path / "checkpoint")
+    index, shard = checkpoint / "model.safetensors.index.json", checkpoint / "model-00001-of-00002.safetensors"
+    (checkpoint / "model.safetensors").rename(shard)
+    again = "get the checkpoint again, complete"
+    index.write_text(json.dumps({"weight_map": {"layers.1.mlp.router.weight": "lost.safetensors"}}))
+    assert invoke("export", checkpoint, "-o", tmp_path / "out") == refusal(
+        f"{checkpoint / 'lost.safetensors'} is missing, {index.name} names it", again
+    )
+    index.write_text(json.dumps({"weight_map": {"layers.1.mlp.router.weight": "../shard.safetensors"}}))
+    assert invoke("export", checkpoint, "-o", tmp_path / "out") == refusal(
+        f"{index} names the file '../shard.safetensors', which lies outside {checkpoint}",
+        "a model may only name files in its own directory; get the model from a source you trust",
+    )
+    index.write_text(json.dumps({"weight_map": {"layers.1.mlp.router.weight": shard.name}}))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, _, stderr = invoke("export", checkpoint, "-o", tmp_path / "out")
+    assert (code, stderr.startswith(f"error: {shard} is no complete safetensors file: ")) == (1, True)
+    assert stderr.endswith(f"hint: {again}\n")
+    assert leftovers(tmp_path) == {"checkpoint"}
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(zoo, tmp_path):
+    checkpoint = zoo.checkpoint("vmoe")
+    plan = plan_for(checkpoint, tmp_path / "plan.json")
+    options = ("--plan", plan, "--dtype", "fp16", "--max-memory", "1MB", "-o", tmp_path / "out", "--dry-run")
+    code, stdout, stderr = invoke("export", checkpoint, *options)
+    assert (code, stderr) == (0, "")
+    first, *layers, last = stdout.splitlines()
+    assert re.fullmatch(rf"{checkpoint}: [\d,]+ bytes of weights; [\d,]+ would be written", first)
+    assert layers == ["  layers.1.mlp: 8 experts, K=2", "  layers.3.mlp: 3 experts, K=2"]
+    assert re.fullmatch(r"comparing with torch needs [\d,]+ bytes of memory, 1,000,000 may be used", last)
+    assert leftovers(tmp_path) == {"plan.json"}
+
+
+def test_what_memory_does_not_hold_is_not_compared_and_one_line_says_so(zoo, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = invoke("export", zoo.checkpoint("vmoe"), "-o", out, "--max-memory", "0MB")
+    assert (code, stderr) == (0, "")
+    weights = Manifest.load(out).details["bound"]["weights"]
+    assert stdout == (
+        f"{out}: 2 MoE layers, opset 20, {weights} weights bound, experts counted\n"
+        "  note: not compared with torch: torch and ONNX Runtime together need 0.0 GB of memory, 0.0 GB may be used; "
+        "the same command on a larger machine does it\n"
     )
 
 

@@ -21,10 +21,10 @@ from tests.zoo import RUNNER
 @pytest.fixture(scope="module")
 def half(zoo, tmp_path_factory):
     """mixtral traced in fp16."""
-    model = load_model(zoo.checkpoint("mixtral"), torch.float16)
+    model = load_model(zoo.checkpoint("mixtral"))
     layers = find_moe_layers(model)
     path = tmp_path_factory.mktemp("half") / "half.onnx"
-    traced = trace(model, task_of(type(model).__name__), layers, 20)
+    traced = trace(model, task_of(type(model).__name__), layers, 20, torch.float16)
     save(traced, pieces_of(model), path)
     plan = PruningPlan(onnx_sha256(path), "by hand", tuple(LayerPlan(row.name, 8, 2, (0, 2, 5)) for row in layers))
     return path, plan
