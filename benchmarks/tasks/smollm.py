@@ -39,7 +39,7 @@ GENERAL = "general"
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BRANCH = Phase(steps=30, batch_size=4, learning_rate=5e-4)
-ROUTERS = Phase(steps=24, batch_size=1, learning_rate=5e-3, balance=0.01, guide=0.1)
+ROUTERS = Phase(steps=24, batch_size=1, learning_rate=5e-3, balance=0.01, guide=1.0)
 CORPUS = CorpusRecipe(block=256, train_blocks=900, calibration_blocks=16, test_blocks=32)
 """Its ``vocabulary`` does not count: the tokenizer is SmolLM2's."""
 
