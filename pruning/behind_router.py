@@ -59,3 +59,8 @@ def lead_to(layer: MoELayer, plan: LayerPlan) -> None:
         layer.experts.register_forward_pre_hook(replaced.before)
         layer.experts.register_forward_hook(replaced.after)
     layer.experts.register_forward_pre_hook(_Led(plan.keep, plan.experts))
+
+
+def is_led(layer: MoELayer) -> bool:
+    """Whether rows of the layer's router lead to no expert, because `lead_to` was called for it."""
+    return any(isinstance(hook, _Led) for hook in layer.experts._forward_pre_hooks.values())

@@ -9,6 +9,7 @@ from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
 from pruning.apply import apply_plan
+from pruning.behind_router import is_led
 from pruning.finetuning.examples import Inputs
 from pruning.finetuning.objectives import mean_entropy, task_loss
 from pruning.finetuning.options import Seer, name_of
@@ -44,8 +45,8 @@ def fine_tune(
 
     with watched(model, lambda name, routing: logits.update({name: routing.logits_TE})):
         losses = train(model, examples, objective, recipe, after_step=[lower], on_progress=on_progress)
-    if lowered:
-        kept = tuple(_all_experts(layer, min(lowered.values())) for layer in layers)
+    kept = tuple(_all_experts(layer, min(lowered.values())) for layer in layers if lowered and not is_led(layer))
+    if kept:  # for the counts in the config; what is behind full routers no config says
         apply_plan(model, PruningPlan("", name_of(options), kept))
     return losses
 

@@ -31,7 +31,8 @@ def test_every_weight_of_the_graph_is_the_one_that_transformers_loads(name, zoo)
         tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(zoo.exported(name) / MODEL).graph.initializer
     }
     transposed = {key.removesuffix(".transpose"): value.T for key, value in bound.items() if key.endswith(".transpose")}
-    read = transposed | {key: value for key, value in bound.items() if key in state}
+    vectors = {key.removesuffix(".reshape"): value.ravel() for key, value in bound.items() if key.endswith(".reshape")}
+    read = transposed | vectors | {key: value for key, value in bound.items() if key in state}
     assert set(read) == set(state)
     for key, value in read.items():
         np.testing.assert_array_equal(value, state[key], strict=True)
