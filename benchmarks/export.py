@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
 from benchmarks.command import Usage, moe_edge, python
 from benchmarks.large_checkpoints import Shape, save_large
 from benchmarks.machine import describe_machine
@@ -31,7 +33,21 @@ LAYERS = 16
 
 DEEP = Shape(layers=48, experts=128, hidden=256, width=128, heads=4, vocabulary=1024)
 MANY = tuple(Shape(layers=2, experts=E, hidden=256, width=128, heads=4, vocabulary=1024) for E in (8, 32, 128))
-MIDDLE = Shape(layers=8, experts=32, hidden=512, width=384, heads=8, vocabulary=4096)
+MIDDLE = {
+    "num_hidden_layers": 8,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "moe_intermediate_size": 320,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+}
+"""A Qwen3-MoE that transformers' exporter can hold."""
+
+SMALL = MIDDLE | {"num_hidden_layers": 1, "num_experts": 8, "hidden_size": 64, "vocab_size": 512}
 QUICK = Shape(layers=1, experts=8, top_k=2, hidden=64, width=32, heads=4, vocabulary=512)
 
 TRANSFORMERS = """
@@ -41,7 +57,8 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 warnings.simplefilter("ignore")
 source, target, experts = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-model.set_experts_implementation(experts)
+if experts != "default":
+    model.set_experts_implementation(experts)
 model.config.use_cache = False
 ids = torch.arange(10).reshape(2, 5)
 program = OnnxExporter().export(
@@ -85,25 +102,27 @@ in bfloat16, `export --dtype bf16`, with its cache. It hashes the model, traces 
 
 
 def others(quick: bool, _: int) -> str:
-    """A model that transformers' exporter can hold."""
-    shape = QUICK if quick else MIDDLE
+    """A Qwen3-MoE, written by torch, beside transformers' exporter."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "model"
-        save_large(shape, source)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(SMALL if quick else MIDDLE))
+        parameters = model.num_parameters()
+        model.save_pretrained(source)
         ours = moe_edge("export", source, "--no-cache", *UNCHECKED, "-o", Path(scratch) / "out")
         rows.append(("moe-edge export", _nodes(Path(scratch) / "out" / "model.onnx"), *_cells(ours), ""))
-        for experts in ("batched_mm", "grouped_mm"):
-            target = Path(scratch) / experts / "model.onnx"
+        for implementation in ("default", "batched_mm"):
+            target = Path(scratch) / implementation / "model.onnx"
             target.parent.mkdir()
-            used = python(TRANSFORMERS, source, target, experts)
+            used = python(TRANSFORMERS, source, target, implementation)
             ratio = f"{used.seconds / ours.seconds:.1f} x, {used.peak_bytes / ours.peak_bytes:.1f} x"
-            rows.append((f"transformers, {experts}", _nodes(target), *_cells(used), ratio))
+            rows.append((f"transformers, {implementation}", _nodes(target), *_cells(used), ratio))
+    config = model.config
     return f"""## Beside transformers' own exporter
 
-{_named(shape)}
-in float32, without a cache; `OnnxExporter` with the experts implementation named. At the right: wall time and peak
-memory over ours.
+A Qwen3-MoE of {config.num_hidden_layers} layers of {config.num_experts} experts,
+{parameters / 1e6:,.0f} M parameters, random, in float32, without a cache; `OnnxExporter` with the experts
+implementation named. At the right: wall time and peak memory over ours.
 
 {table(("exporter", "nodes", *COSTS, "over ours"), rows)}"""
 
