@@ -58,8 +58,9 @@ class Router:
     Attributes:
         weight_EH: (E, H).
         bias_E: (E,) added to the logits; -inf makes an expert unreachable.
-        selection_bias_E: (E,) added to the scores for the choice only.
-        score: ``softmax``, ``sigmoid`` or ``sparsemixer`` (https://arxiv.org/abs/2409.12136).
+        selection_bias_E: (E,) added to the scores, or to the logits with ``TOPK_FIRST``, for the choice only.
+        score: ``softmax``, ``sigmoid``, ``sqrtsoftplus`` (the root of a softplus), or ``sparsemixer``
+            (https://arxiv.org/abs/2409.12136).
         order: ``SCORE_FIRST`` or ``TOPK_FIRST``.
         top_k: K.
         renormalize: whether the K weights are divided by their sum plus ``eps``.
@@ -82,6 +83,7 @@ class Router:
         aliases: (row, other) where ``row`` leads to the expert of ``other``, one of ``leads_to``; gates add up.
         gathered: whether the graph's gates, or ids, are of the experts that these rows lead to only.
         unranked: so many of the last rows are not in the graph: experts that its ids do not reach, at -inf here.
+        scale_E: (E,) what the weight of each expert is multiplied with in the end, where that is its own (Gemma 4).
     """
 
     weight_EH: Weight
@@ -109,6 +111,7 @@ class Router:
     leads_to: tuple[int, ...] | None = None
     gathered: bool = False
     aliases: tuple[tuple[int, int], ...] = ()
+    scale_E: Weight | None = None
 
     @property
     def expert_of(self) -> tuple[int, ...]:
@@ -141,13 +144,15 @@ class Router:
         """The router in words, for people and manifests."""
         steps = [self.score, "top-k"] if self.order == SCORE_FIRST else ["top-k", self.score]
         if self.selection_bias_E is not None:
-            steps.insert(1, "selection bias")
+            steps.insert(1 if self.order == SCORE_FIRST else 0, "selection bias")
         if self.groups is not None:
             steps.insert(-1, f"{self.groups.selected} of {self.groups.count} groups")
         if self.capacity is not None:
             steps.append("capacity")
         if self.renormalize:
             steps.append("renormalised")
+        if self.scale_E is not None:
+            steps.append("scaled by expert")
         if self.leads_to is not None:
             leading = f"{len(self.leads_to) + len(self.aliases)} of {self.weight_EH.shape[0]} rows lead to "
             steps.append(leading + (f"one of {len(self.leads_to)} experts" if self.aliases else "an expert"))
@@ -246,7 +251,7 @@ class MoEBlock:
         """Bytes of the router's and the experts' weights, and of what stands in for experts."""
         router = self.router
         constants = None if self.constants is None else self.constants.outputs_DH
-        small = (router.weight_EH, router.bias_E, router.selection_bias_E, constants)
+        small = (router.weight_EH, router.bias_E, router.selection_bias_E, router.scale_E, constants)
         weights = [*self.experts.weights(), *(weight for weight in small if weight is not None)]
         return sum(weight.nbytes for weight in weights)
 

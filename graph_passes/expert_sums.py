@@ -37,7 +37,15 @@ def _sigmoid(logits_TE: Floats) -> Floats:
     return np.asarray(0.5 + 0.5 * np.tanh(0.5 * logits_TE))  # no exponential that could overflow
 
 
-SCORES: Mapping[str, Callable[[Floats], Floats]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+def _sqrtsoftplus(logits_TE: Floats) -> Floats:
+    return np.asarray(np.sqrt(np.logaddexp(0.0, logits_TE)))
+
+
+SCORES: Mapping[str, Callable[[Floats], Floats]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "sqrtsoftplus": _sqrtsoftplus,
+}
 """Of the kinds of routers that score all experts; a sparsemixer scores only the selected ones."""
 
 

@@ -118,6 +118,7 @@ def _prune_router(router: Router, plan: LayerPlan) -> Router:
         weight_EH=router.weight_EH.take(plan.keep),
         bias_E=_take(router.bias_E, plan.keep),
         selection_bias_E=_take(router.selection_bias_E, plan.keep),
+        scale_E=_take(router.scale_E, plan.keep),
         top_k=plan.top_k,
         group_of=tuple(router.group_of[expert] for expert in plan.keep) if router.groups else (),
     )

@@ -42,18 +42,19 @@ def _with_rows(router: Router, added: int) -> Router:
     rows, width = router.weight_EH.shape
     out_of_reach = np.full(added, -np.inf, np.float32)
 
-    def lengthened(vector: Weight | None) -> Weight:
+    def lengthened(vector: Weight | None, by: Array = out_of_reach) -> Weight:
         found = np.zeros(rows, np.float32) if vector is None else vector.load().astype(np.float32)
-        return from_array(np.concatenate([found, out_of_reach]))
+        return from_array(np.concatenate([found, by]))
 
     def padded(array: Array) -> Array:
         return np.concatenate([array, np.zeros((added, width), array.dtype)])
 
-    bias = router.selection_bias_E
+    bias, scales = router.selection_bias_E, router.scale_E
     return dataclasses.replace(
         router,
         weight_EH=router.weight_EH.map((rows + added, width), padded).cached(),
         bias_E=lengthened(router.bias_E),
         selection_bias_E=None if bias is None else lengthened(bias),
+        scale_E=None if scales is None else lengthened(scales, np.zeros(added, np.float32)),
         unranked=added,
     )

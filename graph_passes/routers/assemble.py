@@ -19,6 +19,7 @@ class Steps:
     Attributes:
         top_k: None where nothing is ranked, so that all experts are taken.
         selection_bias: as it lies in the graph.
+        scales: likewise.
         group_of: the group of each expert where the graph has a table; else they are runs of one length.
     """
 
@@ -34,6 +35,7 @@ class Steps:
     group_of: tuple[int, ...] = ()
     jitter_eps: float = 0.0
     capacity: Capacity | None = None
+    scales: gs.Constant | None = None
 
 
 def dropped(steps: Steps, capacity: Capacity | None, node: gs.Node) -> Steps:
@@ -70,7 +72,7 @@ def assemble(
         FormError: its projection is not a constant one, or what it adds does not fit.
     """
     linear = read_linear(steps.logits, weights_of)
-    experts, groups, bias = linear.weight_EH.shape[0], steps.groups, steps.selection_bias
+    experts, groups, bias, scales = linear.weight_EH.shape[0], steps.groups, steps.selection_bias, steps.scales
     return Router(
         weight_EH=linear.weight_EH,
         bias_E=linear.bias_E,
@@ -93,6 +95,7 @@ def assemble(
         scope=linear.scope,
         jitter_eps=steps.jitter_eps,
         capacity=_rooted(steps, linear.hidden),
+        scale_E=None if scales is None else weights_of.flat(scales, experts),
     )
 
 

@@ -10,6 +10,8 @@ Read backwards, the gates are scaled and renormalised (see `finish`) from::
     Softmax or Sigmoid of logits                                                    nothing is ranked: K = E
 """
 
+import dataclasses
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -21,7 +23,8 @@ from graph_passes.routers.places import capacity_of
 from graph_passes.routers.products import Product, factors
 from graph_passes.routers.ranking import read_ranking
 from graph_passes.routers.rounds import Round, round_steps
-from graph_passes.routers.scores import SCORES, read_scores
+from graph_passes.routers.scales import strip_row
+from graph_passes.routers.scores import read_scores, score_of
 from graph_passes.routers.slots import is_over_experts, restricted_steps, slot_steps
 from graph_passes.walk import produced_by, producer, source
 
@@ -32,18 +35,21 @@ def gate_steps(gates: gs.Tensor) -> tuple[Steps, Slots | None]:
     Raises:
         FormError: with the first thing that is no step of a known router.
     """
+    gates, scales = strip_row(gates)
     base, finish = read_finish(gates)
     node = producer(base)
     if node is None:
         raise FormError("the gates are not computed from logits", base)
     steps, slots = _read_base(node)
-    return finished(steps, finish, node), slots
+    steps = finished(steps, finish, node)
+    return steps if scales is None else dataclasses.replace(steps, scales=scales), slots
 
 
 def _read_base(node: gs.Node) -> tuple[Steps, Slots | None]:
-    if node.op in SCORES:
-        scattered = produced_by(source(node.inputs[0]), "ScatterElements")
-        return (_plain(node), None) if scattered is None else _scored_after_scatter(node, scattered)
+    scored = score_of(node.outputs[0])
+    if scored is not None:
+        scattered = produced_by(scored[1], "ScatterElements")
+        return (_plain(node), None) if scattered is None else _scored_after_scatter(scored[0], scattered)
     if node.op == "ScatterElements":
         ids = scattered_ids(node)
         if ids is None:
@@ -86,11 +92,11 @@ def _plain(node: gs.Node) -> Steps:
     return Steps(score, SCORE_FIRST, None, logits, choice=scores, ranked=scores)
 
 
-def _scored_after_scatter(node: gs.Node, scatter: gs.Node) -> tuple[Steps, Slots | None]:
+def _scored_after_scatter(score: str, scatter: gs.Node) -> tuple[Steps, Slots | None]:
     """The K best logits among -inf, then the score: what is not selected scores 0."""
     ids = scattered_ids(scatter, base=-np.inf)
     ranking = None if ids is None else read_ranking(ids)
     if ranking is None or source(scatter.inputs[2]) is not ranking.values:
         raise FormError("the scores are not of the best logits scattered into -inf", scatter)
     logits = source(ranking.ranked)
-    return Steps(SCORES[node.op], TOPK_FIRST, ranking.top_k, logits, ranking.ranked, ranking.ranked), None
+    return Steps(score, TOPK_FIRST, ranking.top_k, logits, ranking.ranked, ranking.ranked), None

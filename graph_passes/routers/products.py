@@ -13,6 +13,7 @@ from graph_passes.routers.constants import constant_value
 from graph_passes.routers.finish import over_later_axis
 from graph_passes.routers.hits import ids_of
 from graph_passes.routers.places import Limit, is_place, read_limit
+from graph_passes.routers.scales import is_scaled
 from graph_passes.walk import producer, source, split_constant
 
 DEEPEST = 10
@@ -59,8 +60,8 @@ def factors(tensor: gs.Tensor, depth: int = DEEPEST) -> Product:
     limit = read_limit(node)
     if limit is not None:
         return Product(ids=limit.implied_ids, limits=(limit,))
-    if node.op == "Mul" and split_constant(node) is not None:
-        return Product(values=(tensor,))  # scaled weights: `finish` reads that
+    if node.op == "Mul" and (split_constant(node) is not None or is_scaled(node)):
+        return Product(values=(tensor,))  # scaled weights: `finish` and `scales` read that
     if node.op == "Mul" or is_outer(node):
         return factors(node.inputs[0], depth - 1) * factors(node.inputs[1], depth - 1)
     if node.op == "Where" and constant_value(node.inputs[2]) == 0.0:

@@ -1,9 +1,11 @@
 """Read a router from the ids and weights of its K slots a token.
 
-Read backwards, the weights are scaled, renormalised (see `finish`) and dropped beyond a capacity (see `places`) from::
+Read backwards, the weights are scaled (see `scales`), renormalised (see `finish`) and dropped beyond a capacity (see
+`places`) from::
 
     values of TopK(score(logits))               softmax or sigmoid, then top-k
     score(values of TopK(logits))               top-k, then softmax or sigmoid
+    score(GatherElements(logits, ids))          where a bias on the logits decides the ids
     GatherElements(score(logits), ids)          where a selection bias or groups decide the ids
     ReduceMax(score(logits))                    top-1 by ArgMax, Switch Transformer (https://arxiv.org/abs/2101.03961)
 
@@ -23,7 +25,8 @@ from graph_passes.routers.places import capacity_of
 from graph_passes.routers.products import factors
 from graph_passes.routers.ranking import Ranking, read_ranking
 from graph_passes.routers.rounds import Round, round_steps
-from graph_passes.routers.scores import SCORES, read_scores, read_selection_bias
+from graph_passes.routers.scales import strip_scales
+from graph_passes.routers.scores import read_scores, read_selection_bias, score_of
 from graph_passes.routers.sparsemixer import is_sparsemixer, sparsemixer_steps
 from graph_passes.walk import produced_by, producer, source
 
@@ -34,6 +37,12 @@ def slot_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:
     Raises:
         FormError: with the first thing that is no step of a known router.
     """
+    weights, scales = strip_scales(ids, weights)
+    steps = _unscaled_steps(ids, weights)
+    return steps if scales is None else dataclasses.replace(steps, scales=scales)
+
+
+def _unscaled_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:
     base, finish = read_finish(weights)
     node = producer(base)
     if node is None:
@@ -71,11 +80,24 @@ def _joined_steps(ids: gs.Node, weights: gs.Node) -> Steps:
 def _ranked_steps(ids: gs.Tensor, base: gs.Tensor, finish: Finish) -> Steps:
     ranking, node = read_ranking(ids), producer(base)
     assert node is not None
-    if node.op in SCORES and ranking.values is not None and source(node.inputs[0]) is ranking.values:
+    scored = score_of(base)
+    if scored is not None and scored[1] is ranking.values:
         grouping = read_groups(ranking.ranked)
-        steps = _steps(ranking.ranked, grouping, ranking.top_k, finish, SCORES[node.op], source(grouping.choice))
+        steps = _steps(ranking.ranked, grouping, ranking.top_k, finish, scored[0], source(grouping.choice))
         return dataclasses.replace(steps, order=TOPK_FIRST)
+    gathered = None if scored is None else produced_by(scored[1], "GatherElements")
+    if scored is not None and gathered is not None and source(gathered.inputs[1]) is ranking.ids:
+        return _biased_steps(ranking, source(gathered.inputs[0]), scored[0], finish)
     return restricted_steps(ranking.ranked, _scores_behind(node, ranking), ranking.top_k, finish)
+
+
+def _biased_steps(ranking: Ranking, logits: gs.Tensor, score: str, finish: Finish) -> Steps:
+    """The best logits plus a bias, scored without it (Kolibri)."""
+    grouping = read_groups(ranking.ranked)
+    bias = read_selection_bias(grouping.choice, logits)
+    check_fill(grouping, bias)
+    steps = _steps(ranking.ranked, grouping, ranking.top_k, finish, score, logits)
+    return dataclasses.replace(steps, order=TOPK_FIRST, selection_bias=bias)
 
 
 def _scores_behind(node: gs.Node, ranking: Ranking) -> gs.Tensor:
@@ -123,5 +145,10 @@ def _steps(ranked: gs.Tensor, grouping: Grouping, top_k: int, finish: Finish, sc
 
 def is_over_experts(scores: gs.Tensor, ids: gs.Tensor) -> bool:
     """Whether ``scores`` are those of all experts, rather than of the best logits behind ``ids``."""
-    function = produced_by(source(scores), *SCORES)
-    return function is not None and source(function.inputs[0]) is not read_ranking(ids).values
+    found = score_of(scores)
+    return found is not None and found[1] is not read_ranking(ids).values and not _is_chosen(found[1])
+
+
+def _is_chosen(logits: gs.Tensor) -> bool:
+    """Whether ``logits`` are taken out of all by ids."""
+    return produced_by(logits, "GatherElements") is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from graph_passes.block import MoEBlock, Router, place_of
-from graph_passes.unreachable.ranges import Ranges, ranges_of
+from graph_passes.unreachable.ranges import ALONE, Ranges, ranges_of
 from moe_spec.errors import UserError
 from moe_spec.plan import FULL, LayerPlan
 
@@ -156,7 +156,7 @@ def _reason(router: Router, ranges: Ranges, expert: int) -> str:
     if ranges.masked[expert]:
         return "its logit is -inf for every input"
     rivals = np.sort(np.delete(ranges.low, expert))[-router.top_k]
-    kind = "logit" if router.selection_bias_E is None and router.score != "sigmoid" else "score"
+    kind = "logit" if router.selection_bias_E is None and router.score not in ALONE else "score"
     value = kind if router.selection_bias_E is None else "score with its selection bias"
     return f"its {value} is at most {ranges.high[expert]:.4g}, {router.top_k} others have at least {rivals:.4g}"
 

@@ -1,9 +1,11 @@
 """Between which numbers the logits and the ranks of a router lie, for every input, in float64.
 
-Softmax and sigmoid scores lie in [0, 1]; logits are bounded behind a normalisation only. A logit of -inf is exact.
+Softmax and sigmoid scores lie in [0, 1]; logits, and roots of softplus, are bounded behind a normalisation only. A
+logit of -inf is exact.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +70,7 @@ def ranges_of(router: Router, directory: Path) -> Ranges:
     quiet = masked | (behind < QUIET) | _keeps_shares(router)
     bounded = bool(np.isfinite(low[~masked]).all())
     by_logit = router.order == TOPK_FIRST or router.score == "sparsemixer"
-    if not by_logit and (router.selection_bias_E is not None or router.score == "sigmoid"):
+    if not by_logit and (router.selection_bias_E is not None or router.score in ALONE):
         low, high = _scores(router.score, low, high, behind)
     if router.selection_bias_E is not None:
         bias = router.selection_bias_E.load().astype(np.float64)
@@ -80,7 +82,7 @@ def _keeps_shares(router: Router) -> bool:
     """Whether the weights of the chosen stay the same, whatever share another one had."""
     if router.score == "sparsemixer":
         return False
-    if router.score == "sigmoid" or router.order == TOPK_FIRST:
+    if router.score in ALONE or router.order == TOPK_FIRST:
         return True
     return router.renormalize and router.eps == 0 and router.selection_bias_E is None and router.groups is None
 
@@ -100,10 +102,18 @@ def _logits(router: Router, directory: Path) -> tuple[Vector, Vector]:
 
 def _scores(score: str, low: Vector, high: Vector, behind: Vector) -> tuple[Vector, Vector]:
     """``behind``: how far, at most, a logit lies above the surest other."""
-    if score == "sigmoid":
-        return _sigmoid(low), _sigmoid(high)
+    if score in ALONE:
+        return ALONE[score](low), ALONE[score](high)
     return np.zeros_like(low), np.exp(np.minimum(behind, 0.0))
 
 
 def _sigmoid(logits: Vector) -> Vector:
     return 1.0 / (1.0 + np.exp(-np.clip(logits, -700.0, 700.0))) * (logits > ALWAYS_ZERO)
+
+
+def _sqrtsoftplus(logits: Vector) -> Vector:
+    return np.sqrt(np.logaddexp(0.0, logits)) * (logits > ALWAYS_ZERO)
+
+
+ALONE: Mapping[str, Callable[[Vector], Vector]] = {"sigmoid": _sigmoid, "sqrtsoftplus": _sqrtsoftplus}
+"""Scores that grow with the expert's own logit, whatever the others are."""

@@ -36,7 +36,8 @@ def why_not_fused(block: MoEBlock) -> str | None:
 def is_plain(router: Router) -> bool:
     """Whether softmax and top-k over the logits, as the ops make them, do what ``router`` does, up to its scale."""
     by_score = not router.is_ranked or (router.selection_bias_E is None and router.groups is None)
-    return router.score == "softmax" and by_score and router.capacity is None and sums_exactly(router)
+    limited = router.capacity is not None or router.scale_E is not None
+    return router.score == "softmax" and by_score and not limited and sums_exactly(router)
 
 
 def sums_exactly(router: Router) -> bool:
@@ -49,7 +50,7 @@ def sums_exactly(router: Router) -> bool:
 def is_divided(router: Router) -> bool:
     """Whether the weights of a token are shares of their sum: renormalised, or a softmax over what is selected."""
     selected = router.order == TOPK_FIRST or router.top_k == router.weight_EH.shape[0]
-    return router.renormalize or (router.score == "softmax" and selected)
+    return router.scale_E is None and (router.renormalize or (router.score == "softmax" and selected))
 
 
 def attributes(block: MoEBlock) -> dict[str, Any]:

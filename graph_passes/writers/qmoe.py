@@ -48,6 +48,8 @@ def why_not(block: MoEBlock) -> str | None:
     experts = block.experts
     weights = [weight for weight in (experts.gate_EHF, experts.up_EHF, experts.down_EFH) if weight is not None]
     kinds = {weight.dtype.name for weight in weights}
+    if block.router.scale_E is not None:
+        return "the op ranks what weighs the experts, and here each has a factor of its own"
     if any(weight.scales is None for weight in weights):
         return "its weights are not quantised; --bits says how"
     if len(kinds) != 1 or not kinds <= set(UNSIGNED):

@@ -148,6 +148,8 @@ def _score(emitter: Emitter, router: Router, logits: gs.Tensor) -> gs.Tensor:
     """Scores of all logits; the sparsemixer's only expert has no rival, so its score is a softmax's."""
     if router.score == "sigmoid":
         return emitter.emit("Sigmoid", logits, label="scores")
+    if router.score == "sqrtsoftplus":
+        return emitter.emit("Sqrt", emitter.emit("Softplus", logits, label="softplus"), label="scores")
     return emitter.emit("Softmax", logits, label="scores", axis=-1)
 
 
@@ -155,24 +157,21 @@ def _choose(emitter: Emitter, router: Router, logits: gs.Tensor) -> tuple[gs.Ten
     """(what is ranked (T, E), scores (T, K) of the chosen, their ids (T, K))."""
     if router.score == "sparsemixer" and router.weight_EH.shape[0] > 1:
         return logits, *sparsemixer(emitter, router, logits)
-    if router.order == TOPK_FIRST:
-        ranked = logits if router.groups is None else exclude_groups(emitter, router, logits)
-        best, ids = _topk(emitter, ranked, router.top_k)
-        return ranked, _score(emitter, router, best), ids
-    scores = _score(emitter, router, logits)
-    ranked = choice = scores if router.selection_bias_E is None else _biased(emitter, router, scores)
+    by_logit = router.order == TOPK_FIRST
+    values = logits if by_logit else _score(emitter, router, logits)
+    ranked = choice = values if router.selection_bias_E is None else _biased(emitter, router, values)
     if router.groups is not None:
         ranked = exclude_groups(emitter, router, choice)
-    values, ids = _topk(emitter, ranked, router.top_k)
-    if ranked is not scores:
-        values = emitter.emit("GatherElements", scores, ids, label="selected", axis=1)
-    return ranked, values, ids
+    best, ids = _topk(emitter, ranked, router.top_k)
+    if ranked is not values and not (by_logit and choice is values):
+        best = emitter.emit("GatherElements", values, ids, label="selected", axis=1)
+    return ranked, _score(emitter, router, best) if by_logit else best, ids
 
 
-def _biased(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
+def _biased(emitter: Emitter, router: Router, values: gs.Tensor) -> gs.Tensor:
     assert router.selection_bias_E is not None
     bias = emitter.array("selection_bias", router.selection_bias_E.load())  # small, and a variant of a file may hold it
-    return emitter.emit("Add", scores, bias, label="choice")
+    return emitter.emit("Add", values, bias, label="choice")
 
 
 def _topk(emitter: Emitter, ranked: gs.Tensor, count: int) -> tuple[gs.Tensor, gs.Tensor]:
@@ -184,14 +183,14 @@ def _finish(emitter: Emitter, router: Router, values: gs.Tensor, ids: gs.Tensor 
     """Renormalise, drop what finds no place, and scale."""
     capacity = router.capacity
     if capacity is None or ids is None:
-        return _scale(emitter, router, _renormalize(emitter, router, values))
+        return _scale(emitter, router, _renormalize(emitter, router, values), ids)
     inside = within_capacity(emitter, capacity, ids, router.weight_EH.shape[0], router.top_k)
     if not capacity.before_renormalisation:
         values = _renormalize(emitter, router, values)
     values = emitter.emit("Mul", values, inside, label="kept")
     if capacity.before_renormalisation:
         values = _renormalize(emitter, router, values)
-    return _scale(emitter, router, values)
+    return _scale(emitter, router, values, ids)
 
 
 def _renormalize(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
@@ -212,7 +211,14 @@ def sums_to_one(router: Router) -> bool:
     return router.score == "softmax" and whole and negligible and not dropped
 
 
-def _scale(emitter: Emitter, router: Router, scores: gs.Tensor) -> gs.Tensor:
-    if router.scale == 1.0:
-        return scores
-    return emitter.emit("Mul", scores, emitter.array("scale", np.float32(router.scale)), label="scaled")
+def _scale(emitter: Emitter, router: Router, weights: gs.Tensor, ids: gs.Tensor | None) -> gs.Tensor:
+    """What all weights are multiplied with, then each by what its expert has; all experts without ``ids``."""
+    if router.scale != 1.0:
+        weights = emitter.emit("Mul", weights, emitter.array("scale", np.float32(router.scale)), label="scaled")
+    if router.scale_E is None:
+        return weights
+    scale_E = router.scale_E.load().astype(np.float32)
+    if ids is None:
+        return emitter.emit("Mul", weights, emitter.array("scale_row", scale_E[None]), label="scaled_each")
+    own = emitter.emit("Gather", emitter.array("scale_of", scale_E), ids, label="own_scale", axis=0)
+    return emitter.emit("Mul", weights, own, label="scaled_each")

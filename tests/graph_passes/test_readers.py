@@ -76,7 +76,7 @@ def edited(spec: Spec, path, **replacements: str):
         (
             Spec(),
             {"Softmax": "Tanh"},
-            "experts: the scores are neither a softmax nor a sigmoid of logits (at Tanh 'scores')",
+            "experts: the scores are no softmax, sigmoid or root of a softplus of logits (at Tanh 'scores')",
         ),
         (Spec(), {"Gemm": "Max"}, "experts: the logits are no Gemm or MatMul (at Max 'logits')"),
         (

@@ -34,6 +34,9 @@ KINDS = {
     "nllb_capacity": "softmax, top-k, capacity, renormalised",
     "vmoe": "softmax, top-k, capacity",
     "llama4": "top-k, sigmoid",
+    "sigmoid_biased_logits": "selection bias, top-k, sigmoid, renormalised",
+    "sqrtsoftplus": "sqrtsoftplus, selection bias, top-k, renormalised",
+    "own_scales": "softmax, top-k, renormalised, scaled by expert",
 }
 FORMS = ("batched_mm", "stacked", "dispatch")
 """Slots, gates, and gates spread over places."""
@@ -173,8 +176,19 @@ def tensor(graph, name: str):
         ),
         (
             ["logits = MatMul (x, w)", "scores = Tanh (logits)", "gates, ids = TopK (scores, two)"],
-            "the scores are neither a softmax nor a sigmoid of logits",
+            "the scores are no softmax, sigmoid or root of a softplus of logits",
             "Tanh 'scores'",
+        ),
+        (
+            ["logits = MatMul (x, w)", "large = Greater (logits, five)", "soft = Softplus (logits)",
+             "bent = Where (large, logits, soft)", "scores = Sqrt (bent)", "gates, ids = TopK (scores, two)"],
+            "the scores are no softmax, sigmoid or root of a softplus of logits",
+            "Sqrt 'scores'",
+        ),
+        (
+            [*SCORED, "own = GatherND (w, ids)", "gates = Mul (best, own)"],
+            "the weights are neither values of the TopK nor scores gathered by its ids",
+            "Mul 'gates'",
         ),
         (
             ["logits = MatMul (x, w)", "scores = Softmax <axis = 0> (logits)", "gates, ids = TopK (scores, two)"],

@@ -49,6 +49,8 @@ def _router(spec: Spec) -> dict[str, bool]:
         and (spec.topk_first or spec.selection not in ("topk", "argmax")),
         "the K best logits are scattered, so they are chosen first": spec.gates == "minus_inf" and not spec.topk_first,
         "scores times a mask are scores of all experts": spec.gates == "mask" and spec.topk_first,
+        "experts are scaled by their ids": spec.own_scales
+        and (spec.selection != "topk" or spec.gates in ("mask", "minus_inf") or spec.capacity is not None),
     }
 
 
@@ -72,6 +74,7 @@ def _fused_router(spec: Spec) -> dict[str, bool]:
         "MoE takes softmax logits": spec.form == "moe" and not plain,
         "QMoE scores before it ranks": spec.form == "qmoe" and spec.topk_first and not plain,
         "the op has no eps": fused and spec.eps > 0,
+        "the op scales no expert by itself": fused and spec.own_scales,
         "the op does not scale": fused and spec.scale != 1 and (spec.form == "moe" or normalizes),
         "the op reads logits in the model's type": fused and spec.weights_float,
     }

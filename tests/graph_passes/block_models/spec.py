@@ -18,10 +18,11 @@ class Spec:
     """Sizes (the axes of moe_spec), router, experts, form and file; `limits.why_not` says what cannot be.
 
     Attributes:
-        score: ``softmax`` or ``sigmoid``.
+        score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         topk_first: the score is computed over the K best logits.
+        own_scales: the weight of each expert is multiplied by its own number in the end (Gemma 4).
         router_bias: added to the logits.
-        selection_bias: added to the scores for the choice only.
+        selection_bias: added to the scores, or to the logits where ``topk_first``, for the choice only.
         groups: a group is scored by its best expert (ReduceMax) or the sum of its two best.
         interleaved: gate and up alternate.
         transposed: weights are (E, in, out).
@@ -73,6 +74,7 @@ class Spec:
     width: int = 12
     score: str = "softmax"
     topk_first: bool = False
+    own_scales: bool = False
     renormalize: bool = False
     scale: float = 1.0
     router_bias: bool = False

@@ -44,6 +44,7 @@ def drawn(spec: Spec, layer: int) -> dict[str, np.ndarray]:
         "down": down,
         "up_bias": draw(E, F),
         "down_bias": draw(E, H),
+        "own_scales": draw(E),
     }
 
 

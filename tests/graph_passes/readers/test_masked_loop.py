@@ -202,7 +202,7 @@ NEAR_MISSES = {
     "gates that no router gives": (
         TINY,
         _become("scores", "Tanh"),
-        "the scores are neither a softmax nor a sigmoid of logits (at Tanh 'scores')",
+        "the scores are no softmax, sigmoid or root of a softplus of logits (at Tanh 'scores')",
     ),
     "stacked along an axis of their own channels": (
         STACK,

@@ -34,7 +34,9 @@ def _choose(spec: Spec, tensors: Tensors, logits: np.ndarray, keep: tuple[int, .
     chosen = sorted(ranks, key=lambda expert: -ranks[expert])[:top_k]
     weights = score(spec, logits[chosen]) if spec.topk_first else scores[chosen]
     choice = dict(zip(chosen, weights.tolist(), strict=True))
-    return choice if spec.selection == "two_argmax" else _weighed(spec, choice)
+    choice = choice if spec.selection == "two_argmax" else _weighed(spec, choice)
+    own_E = tensors["own_scales"] if spec.own_scales else np.ones(spec.experts)
+    return {expert: weight * own_E[expert] for expert, weight in choice.items()}
 
 
 def _weighed(spec: Spec, choice: Choice) -> Choice:
@@ -50,15 +52,16 @@ def score(spec: Spec, logits: np.ndarray) -> np.ndarray:
     """Of the logits (n,) together."""
     if spec.score == "sigmoid":
         return 1 / (1 + np.exp(-logits))
+    if spec.score == "sqrtsoftplus":
+        return np.sqrt(np.logaddexp(0, logits))
     exponentials = np.exp(logits - logits.max())
     return exponentials / exponentials.sum()
 
 
 def _selectable(spec: Spec, scores, logits, tensors: Tensors, keep: tuple[int, ...]) -> Choice:
     """What every expert that may be chosen is ranked by."""
-    if spec.topk_first:
-        return {expert: logits[expert] for expert in keep}
-    choice = scores + (tensors["selection_bias"] if spec.selection_bias else 0.0)
+    ranked = logits if spec.topk_first else scores
+    choice = ranked + (tensors["selection_bias"] if spec.selection_bias else 0.0)
     if spec.groups is None:
         return {expert: choice[expert] for expert in keep}
     width, scored_by = spec.experts // spec.groups.count, spec.groups.scored_by

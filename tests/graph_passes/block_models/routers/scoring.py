@@ -39,6 +39,9 @@ def scores(block: Block, values: str, out: str = "scores") -> str:
     spec, b = block.spec, block.b
     if spec.score == "sigmoid":
         scored = b.op("Sigmoid", values, out=out)
+    elif spec.score == "sqrtsoftplus":
+        linear = b.op("Greater", values, b.scalar(20.0), out="linear")
+        scored = b.op("Sqrt", b.op("Where", linear, values, b.op("Softplus", values), out="softplus"), out=out)
     else:
         scored = b.op("Softmax", values, out=out, axis=-1)
         if spec.unoptimised and spec.router_cast != "scores":

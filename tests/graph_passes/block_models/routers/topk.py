@@ -14,11 +14,15 @@ def slots(block: Block) -> Slots:
     spec, b = block.spec, block.b
     routed = logits(block)
     if spec.topk_first:
-        values, ids = best(b, routed, spec.top_k)
+        ids, values = select(block, routed)
         weights = scores(block, values, out="selected")
     else:
         ids, weights = select(block, scores(block, routed))
-    return Slots(ids, scaled(block, renormalized(block, weights)), routed)
+    weights = scaled(block, renormalized(block, weights))
+    if spec.own_scales:
+        own = b.weight(f"{block.name}.router.per_expert_scale", block.tensors["own_scales"].astype(np.float32))
+        weights = b.op("Mul", weights, b.op("GatherND", own, b.op("Unsqueeze", ids, [-1])), out="scaled_each")
+    return Slots(ids, weights, routed)
 
 
 def masked(block: Block) -> str:
