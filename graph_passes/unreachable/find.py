@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graph_passes.block import MoEBlock, Router, place_of
+from graph_passes.block import SCORE_FIRST, MoEBlock, Router, place_of
 from graph_passes.unreachable.ranges import ALONE, Ranges, ranges_of
 from moe_spec.errors import UserError
 from moe_spec.plan import FULL, LayerPlan
@@ -118,7 +118,7 @@ def _plan(block: MoEBlock, proof: _Proof) -> LayerPlan | None:
 
 
 def _prove(router: Router, ranges: Ranges) -> _Proof:
-    beats = ranges.beats(biased=router.selection_bias_E is not None) & ranges.quiet[None, :]
+    beats = ranges.beats(biased=_lifts_scores(router)) & ranges.quiet[None, :]
     if router.score == "sparsemixer":  # compares with the best, relatively: only -inf is out of the race
         beats &= ranges.masked[None, :]
     if router.groups is not None:
@@ -130,6 +130,11 @@ def _prove(router: Router, ranges: Ranges) -> _Proof:
         reason = f"its weight is 0 for every input, as that of all but {len(rest)}: K shrinks from {router.top_k}"
         return _Proof(dict.fromkeys(map(int, np.flatnonzero(ranges.weightless)), reason), len(rest))
     return _Proof({int(expert): _reason(router, ranges, int(expert)) for expert in never}, router.top_k)
+
+
+def _lifts_scores(router: Router) -> bool:
+    """Whether a bias may make a score of 0 rank high; it never does so with a logit of -inf."""
+    return router.selection_bias_E is not None and router.order == SCORE_FIRST
 
 
 def _prove_in_groups(router: Router, ranges: Ranges, beats: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> _Proof:
@@ -153,11 +158,12 @@ def _reason(router: Router, ranges: Ranges, expert: int) -> str:
     ranked = len(ranges.low) - router.unranked
     if expert >= ranked:
         return f"the router gives ids below {ranked}"
+    bias = "" if router.selection_bias_E is None else " with its selection bias"
+    scored = router.order == SCORE_FIRST and (bool(bias) or router.score in ALONE)
     if ranges.masked[expert]:
-        return "its logit is -inf for every input"
+        return f"its logit{'' if scored else bias} is -inf for every input"
     rivals = np.sort(np.delete(ranges.low, expert))[-router.top_k]
-    kind = "logit" if router.selection_bias_E is None and router.score not in ALONE else "score"
-    value = kind if router.selection_bias_E is None else "score with its selection bias"
+    value = ("score" if scored else "logit") + bias
     return f"its {value} is at most {ranges.high[expert]:.4g}, {router.top_k} others have at least {rivals:.4g}"
 
 

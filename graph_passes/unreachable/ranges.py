@@ -32,7 +32,7 @@ class Ranges:
     """(E,) each; expert e ranks within ``[low[e], high[e]]``.
 
     Attributes:
-        masked: the logit is -inf.
+        masked: the logit is -inf, or what is ranked where that is the logit plus a bias.
         weightless: the score is 0 for every input.
         quiet: the scores of the others are the same without it.
         bounded: whether the logits are.
@@ -74,7 +74,9 @@ def ranges_of(router: Router, directory: Path) -> Ranges:
         low, high = _scores(router.score, low, high, behind)
     if router.selection_bias_E is not None:
         bias = router.selection_bias_E.load().astype(np.float64)
-        low, high = low + bias, high + bias
+        never = np.isneginf(bias)
+        low, high = low + bias, np.where(never, bias, high + np.where(never, 0.0, bias))  # high may be infinite
+        masked |= by_logit & never
     return Ranges(low, high, masked, weightless, quiet, bounded)
 
 

@@ -64,9 +64,10 @@ GROUPED = {"not proven: its routing group may be chosen by it, or need it"}
         Spec(topk_first=True),
         Spec(score="sigmoid"),
         Spec(score="sigmoid", renormalize=True, scale=2.5),
+        Spec(score="sqrtsoftplus"),
         Spec(selection="sparsemixer"),
     ],
-    ids=["softmax", "renormalised", "top-k first", "sigmoid", "sigmoid renormalised", "sparsemixer"],
+    ids=["softmax", "renormalised", "top-k first", "sigmoid", "sigmoid renormalised", "sqrtsoftplus", "sparsemixer"],
 )
 def test_a_logit_of_minus_infinity_is_never_among_the_best(tmp_path, spec):
     assert found(tmp_path, spec, bias=vector(INF, *DROPPED)) == ((2, (1, 5)), MASKED_OUT, set())
@@ -114,6 +115,22 @@ def test_a_selection_bias_decides_where_it_is_beyond_every_score(tmp_path, bias,
     spec = Spec(score="sigmoid", selection_bias=True)
     plan, _, doubts = found(tmp_path, spec, bias=bias, selection_bias=selection_bias)
     assert (plan, doubts) == expected
+
+
+@pytest.mark.parametrize(
+    ("bias", "selection_bias", "expected"),
+    [
+        (vector(INF, *DROPPED), vector(9.0, 0), (2, (1, 5))),
+        (None, vector(INF, *DROPPED), (2, (1, 5))),
+        (None, vector(-1e9, *DROPPED), None),
+    ],
+    ids=["nothing lifts -inf", "-inf by the bias", "no bound on the logits"],
+)
+def test_a_selection_bias_on_logits_lifts_none_of_minus_infinity(tmp_path, bias, selection_bias, expected):
+    spec = Spec(score="sigmoid", topk_first=True, selection_bias=True)
+    plan, reasons, _ = found(tmp_path, spec, bias=bias, selection_bias=selection_bias)
+    assert plan == expected
+    assert reasons == ({"its logit with its selection bias is -inf for every input"} if expected else set())
 
 
 def test_a_softmax_of_which_a_share_would_go_keeps_its_experts(tmp_path):
@@ -243,8 +260,8 @@ def test_a_plan_may_name_experts_that_no_id_reaches(tmp_path):
     assert [block.keep for block in manifest.blocks] == [(1,)]
 
 
-BIASED_KINDS = ("softmax_bias", "sigmoid_bias", "sigmoid_bias_eps", "sigmoid_bias_groups")
-"""Routers whose selection bias may lift a score of 0."""
+BIASED_KINDS = ("softmax_bias", "sigmoid_bias", "sigmoid_bias_eps", "sigmoid_bias_groups", "sqrtsoftplus")
+"""Routers whose selection bias may lift a score of 0, and make its expert one of K with a weight of 0."""
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind not in ("vmoe", *BIASED_KINDS)])
