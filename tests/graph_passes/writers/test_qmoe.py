@@ -19,7 +19,8 @@ from tests.zoo import RUNNER
 WIDE = {"hidden": 128, "width": 128, "opset": 21}
 WAYS = [Quantization(8), Quantization(4), Quantization(4, 32), Quantization(4, 64), Quantization(4, 128)]
 HOW = Quantization(4, 32)
-GATED = [name for name in ROUTERS if name not in ("llama4", "vmoe", "switch_capacity", "nllb_capacity")]
+NOT_GATED = ("llama4", "vmoe", "switch_capacity", "nllb_capacity", "own_scales")
+GATED = [name for name in ROUTERS if name not in NOT_GATED]
 
 
 def source_of(router: str, **fields) -> Spec:
@@ -145,6 +146,15 @@ def test_float_experts_need_to_be_told_how(tmp_path):
         optimize(source, tmp_path / "out", RUNNER, form="qmoe")
     assert error.value.what == (
         "form qmoe cannot express layer layers.0.mlp: its weights are not quantised; --bits says how"
+    )
+
+
+def test_factors_of_experts_of_their_own_are_not_expressed(tmp_path):
+    with pytest.raises(UserError) as error:
+        quantised(source_of("own_scales"), tmp_path, Quantization(8))
+    assert error.value.what == (
+        "form qmoe cannot express layer layers.0.mlp: the op ranks what weighs the experts, "
+        "and here each has a factor of its own"
     )
 
 
