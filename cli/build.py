@@ -1,7 +1,8 @@
 """Build an engine for a device from a model directory.
 
-TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, sm80) are built here, without a GPU. TensorRT engines
-(a100, h100, jetson-orin, jetson-thor) are built on the device. onnxruntime-cpu optimises the graph ahead of time.
+TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built here, without a GPU. TensorRT
+engines (a100, h100, b200, jetson-orin, jetson-thor) are built on the device. onnxruntime-cpu optimises the graph ahead
+of time. `moe-edge targets` lists them all, and says what fits their memory.
 
 Example: moe-edge build optimized/ -o engine/ --target rtx-ada
 """

@@ -15,6 +15,7 @@ from moe_spec.errors import UserError, VerificationError
 VERBS = (
     "inspect",
     "families",
+    "targets",
     "upcycle",
     "calibrate",
     "merge",

@@ -3,7 +3,8 @@
 --keep is a count of experts a layer (4) or a share of them (0.5 or 50%, rounded half up, at least one). --scope global
 spends the same number in all where the scores are highest. Ties go to the lower id. --floor is what every layer keeps
 at least; --target NAME rounds a share to what that target's kernels take, and refuses a count that they do not: the
-targets of `moe-edge optimize` take any, edge-llm-fp16 and edge-llm-nvfp4 128 or 256, edge-llm-nvfp4-a16 512 too.
+targets of `moe-edge optimize` take any, edge-llm-fp16 and edge-llm-nvfp4 128 or 256, edge-llm-nvfp4-a16 512 too;
+`moe-edge targets` lists them.
 
 Criteria by statistics: reap, frequency, seer-actual, gate-mass, seer-soft, ean, man, msan, task, task-squared, easy-ep,
 mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens, divided by n^b. --protect keeps

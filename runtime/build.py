@@ -7,6 +7,7 @@ from moe_spec.files import refuse_existing
 from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.backend import ENGINE, BuildOptions
 from runtime.backends import BACKENDS
+from runtime.fit import GIGABYTE, NO, fit
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.targets import TARGETS, Target
 
@@ -40,4 +41,17 @@ def build(model_dir: Path, target: Target, options: BuildOptions, out: Path) -> 
             hint=f"as it is, it can be built here for {', '.join(possible) or 'no target'}"
             + (rewrite if why_not_buildable(model_dir, target) else ""),
         )
+    _refuse_unfit(model_dir, manifest, target, options)
     return backend.build(model_dir, target, options, out)
+
+
+def _refuse_unfit(model_dir: Path, manifest: Manifest, target: Target, options: BuildOptions) -> None:
+    """Refuse what no such device can hold, even without what its activations take."""
+    found = fit(model_dir, manifest, target, () if options.profile is None else (options.profile,))
+    if found.fits == NO and found.memory is not None:
+        raise UserError(
+            f"{model_dir} needs {found.needs / GIGABYTE:.1f} GB at its largest shapes (weights "
+            f"{found.weights / GIGABYTE:.1f}, cache {found.cache / GIGABYTE:.1f}), the largest {target.name} has "
+            f"{found.memory[1] / GIGABYTE:.0f} GB",
+            hint=f"keep fewer experts, quantise them, or give smaller --maxShapes: moe-edge targets {model_dir}",
+        )

@@ -6,7 +6,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import inside
 from moe_spec.manifest import EXPERT_CHOICE, MODEL, OBSERVED, Manifest
 from runtime.backend import ENGINE_FILE
-from runtime.onnx_file import check_external_data, float_types
+from runtime.onnx_file import check_external_data, number_formats
 from runtime.targets import Target
 
 
@@ -60,7 +60,7 @@ def why_not_buildable(model_dir: Path, target: Target) -> list[str]:
         for block in manifest.blocks
         if block.form not in (*target.forms, EXPERT_CHOICE)
     ]
-    found = float_types(check_external_data(model_file(model_dir)))
+    found = number_formats(check_external_data(model_file(model_dir)))
     unknown = sorted(set(found) - target.precisions)
     if unknown:
         takes = ", ".join(sorted(target.precisions))

@@ -22,6 +22,7 @@ _DTYPES = {
     14: "complex64", 15: "complex128", 24: "float8e8m0", 25: "uint2", 26: "int2", 27: "float6e2m3", 28: "float6e3m2",
 }  # fmt: skip
 """``TensorProto.DataType``."""
+_OF_WEIGHTS = frozenset({"int8", "int4", "uint4", "int2", "uint2"})  # uint8 is packed bytes, or an image
 _EXTERNAL = 1  # TensorProto.DataLocation
 
 # Where tensors hide: message -> field -> message. Fields that are not named here are stepped over.
@@ -88,6 +89,11 @@ def check_external_data(path: Path) -> list[TensorRef]:
 def float_types(tensors: list[TensorRef]) -> list[str]:
     """Names of the floating types among ``tensors``, sorted."""
     return sorted({tensor.dtype for tensor in tensors if "float" in tensor.dtype})
+
+
+def number_formats(tensors: list[TensorRef]) -> list[str]:
+    """Names of the types among ``tensors`` that kernels are made for: floating ones, integers of weights; sorted."""
+    return sorted({tensor.dtype for tensor in tensors if "float" in tensor.dtype or tensor.dtype in _OF_WEIGHTS})
 
 
 def _tensors(message: memoryview, kind: str) -> Iterator[TensorRef]:

@@ -20,6 +20,7 @@ PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "models", "
 FUNCTIONS = {
     "inspect": "cli.inspect",
     "families": "models.support",
+    "targets": "runtime.fit",
     "upcycle": "models.upcycle",
     "calibrate": "pruning.calibrate",
     "merge": "moe_spec.statistics",

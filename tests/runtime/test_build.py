@@ -6,6 +6,7 @@ from moe_spec.errors import UserError
 from moe_spec.manifest import Manifest
 from runtime.backend import BuildOptions
 from runtime.build import build
+from runtime.profiles import ShapeRange
 from runtime.targets import find_target
 from tests.runtime import tiny
 
@@ -83,6 +84,16 @@ def test_a_form_or_format_that_the_target_lacks_is_refused_with_targets_that_tak
         tmp_path / "engine",
         f"{model} cannot be built for rtx-ada: layer blocks.0.moe has the form 'sorted', rtx-ada takes dense, gather, "
         "ffn; layer blocks.1.moe has the form 'sorted', rtx-ada takes dense, gather, ffn\n"
-        "hint: as it is, it can be built here for onnxruntime-cpu; write a graph for it: "
+        "hint: as it is, it can be built here for onnxruntime-cpu, onnxruntime-arm64; write a graph for it: "
         f"moe-edge optimize {model} -o DIRECTORY --target rtx-ada",
     )
+
+
+def test_what_no_such_device_can_hold_is_refused_before_any_work(model, tmp_path):
+    profile = {"x": ShapeRange((1, 1, 8), (1, 1, 8), (1 << 20, 1 << 14, 8))}
+    message = (
+        f"{model} needs 549.8 GB at its largest shapes (weights 0.0, cache 0.0), the largest rtx-ada has 48 GB\n"
+        f"hint: keep fewer experts, quantise them, or give smaller --maxShapes: moe-edge targets {model}"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(model, ADA, BuildOptions(profile), tmp_path / "engine")

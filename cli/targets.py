@@ -1,0 +1,159 @@
+"""Say what each target takes; or, of a model, which targets take it and whether it fits their memory.
+
+Without a model: one table of the devices that moe-edge builds for, and of TensorRT-Edge-LLM's plugins, which build from
+a pruned checkpoint (`moe-edge plan --target`). Forms are those of the experts, as `moe-edge optimize` writes them.
+
+With a model or an engine: what weights, the cache of a decoder, inputs and outputs take at the largest shapes, and the
+build (three times the weights). Activations are known once TensorRT has built the engine. --maxShapes chooses the
+shapes, else they are those of `moe-edge build`; --memory says what your device has.
+
+Example: moe-edge targets
+Example: moe-edge targets optimized/ --target jetson-orin --memory 8 --maxShapes=input_ids:1x512
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich.box
+import typer
+from rich.table import Table
+
+from cli import console
+from cli.options import AsJson
+
+if TYPE_CHECKING:
+    from runtime.fit import Fit
+    from runtime.targets import Plugin, Target
+
+SHORT = {
+    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4", "float8e4m3fn": "fp8",
+    "float4e2m1": "fp4",
+}  # fmt: skip
+"""Formats as people say them, in the order in which they are shown."""
+
+SIZES = ("weights", "cache", "in and out", "activations")
+
+
+def targets(
+    model: Annotated[Path | None, typer.Argument(help="Model directory or engine; none for the table.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    max_shapes: Annotated[str | None, typer.Option("--maxShapes", help="Largest shapes: NAME:DIMxDIM,...")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of memory that the device has.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each target takes; or, of a model, which targets take it and whether it fits their memory.
+
+    Example: moe-edge targets
+    """
+    if model is None:
+        _show_table(target or [], as_json)
+        return
+    from runtime.fit import GIGABYTE
+    from runtime.fit import targets as fits_of
+    from runtime.profiles import parse_profile
+
+    profile = parse_profile(None, max_shapes, None)
+    bytes_there = None if memory is None else int(memory * GIGABYTE)
+    rows = fits_of(model, target or [], [] if profile is None else [profile], bytes_there)
+    taken = [row.target for row in rows if not row.why_not]
+    console.result(
+        f"{model}: {len(taken)} of {len(rows)} targets take it", {row.target: _fit_json(row) for row in rows}, as_json
+    )
+    if not as_json:
+        console.out.print(_fit_table(rows))
+        for row in rows:
+            for reason in row.why_not:
+                console.out.print(f"{row.target}: {reason}", markup=False, soft_wrap=True)
+
+
+def _show_table(names: Sequence[str], as_json: bool) -> None:
+    from runtime.targets import PLUGINS, TARGETS, find_target
+
+    rows = [find_target(name) for name in names] or list(TARGETS)
+    plugins = () if names else PLUGINS
+    payload = {row.name: dataclasses.asdict(row) | {"precisions": sorted(row.precisions)} for row in rows}
+    payload |= {plugin.kernels.target: dataclasses.asdict(plugin) for plugin in plugins}
+    console.result(
+        f"{len(rows)} targets of graphs, {len(plugins)} of checkpoints (TensorRT-Edge-LLM's plugins)", payload, as_json
+    )
+    if not as_json:
+        console.out.print(_table(rows))
+        if plugins:
+            console.out.print(_plugins(plugins))
+
+
+def _table(rows: Sequence["Target"]) -> Table:
+    table = Table(box=rich.box.SIMPLE)
+    for column in ("target", "builds with", "GPU", "formats", "forms", "experts", "GB", ""):
+        table.add_column(column, no_wrap=column in ("target", "GPU", "GB"))
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.backend} {row.versions}",
+            row.compute_capability or "-",
+            " ".join(short for name, short in SHORT.items() if name in row.precisions),
+            " ".join(row.forms),
+            "any",
+            _span(row.gigabytes),
+            row.note,
+        )
+    return table
+
+
+def _plugins(rows: Sequence["Plugin"]) -> Table:
+    table = Table(box=rich.box.SIMPLE)
+    for column in ("target of `plan`", "plugin", "GPU", "experts", "K", ""):
+        table.add_column(column, no_wrap=column.startswith("target"))
+    for row in rows:
+        table.add_row(
+            row.kernels.target,
+            row.name,
+            " ".join(row.capabilities) or "not stated",
+            " ".join(map(str, row.kernels.counts)) or "any",
+            "any" if row.kernels.max_top_k is None else f"to {row.kernels.max_top_k}",
+            row.note,
+        )
+    return table
+
+
+def _fit_table(rows: Sequence["Fit"]) -> Table:
+    table = Table(box=rich.box.SIMPLE)
+    for column in ("target", "takes it", *SIZES, "needs", "GB", "fits", "build"):
+        table.add_column(column, justify="left" if column in ("target", "takes it", "fits") else "right")
+    for row in rows:
+        least = "" if row.activations is not None else "≥ "
+        table.add_row(
+            row.target,
+            "no" if row.why_not else "yes",
+            *map(_size, (row.weights, row.cache, row.tensors)),
+            "?" if row.activations is None else _size(row.activations),
+            least + _size(row.needs),
+            _span(None if row.memory is None else [size / 10**9 for size in row.memory]),
+            row.fits,
+            _size(row.build),
+        )
+    return table
+
+
+def _span(numbers: Sequence[float] | None) -> str:
+    if numbers is None:
+        return "-"
+    return " to ".join(dict.fromkeys(f"{number:g}" for number in numbers))
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them.
+
+    >>> _size(0), _size(8544), _size(1_200_000_000)
+    ('0', '8.5 KB', '1.2 GB')
+    """
+    for name, unit in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return str(count)
+
+
+def _fit_json(row: "Fit") -> Mapping[str, Any]:
+    return dataclasses.asdict(row) | {"needs": row.needs, "fits": row.fits, "builds": row.builds}

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from runtime.targets import PLUGINS, TARGETS
+from tests.cli.helpers import done, invoke
+from tests.runtime import tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write(tmp_path / "model")
+
+
+def test_the_table_names_every_device_and_every_plugin():
+    shown = done("targets")
+    assert shown.startswith(f"{len(TARGETS)} targets of graphs, {len(PLUGINS)} of checkpoints")
+    first_words = {line.split()[0] for line in shown.splitlines() if line.split()}
+    assert first_words >= {target.name for target in TARGETS} | {plugin.kernels.target for plugin in PLUGINS}
+
+
+def test_machines_get_the_rows():
+    table = json.loads(done("targets", "--json"))
+    assert set(table) == {target.name for target in TARGETS} | {plugin.kernels.target for plugin in PLUGINS}
+    assert table["rtx-ada"]["compute_capability"] == "8.9"
+    assert table["edge-llm-fp16"]["kernels"] == {"target": "edge-llm-fp16", "counts": [128, 256], "max_top_k": 8}
+    assert set(json.loads(done("targets", "--target", "h200", "--json"))) == {"h100"}
+
+
+def test_a_model_is_told_which_targets_take_it_and_why_not(model):
+    (model / "manifest.json").write_text((model / "manifest.json").read_text().replace('"dense"', '"sorted"'))
+    shown = done("targets", model)
+    assert shown.startswith(f"{model}: 2 of {len(TARGETS)} targets take it\n")
+    assert "rtx-ada: layer blocks.0.moe has the form 'sorted', rtx-ada takes dense, gather, ffn\n" in shown
+
+
+def test_memory_and_shapes_are_given(model):
+    arguments = ("--target", "jetson-orin", "--memory", 0.001, "--maxShapes=x:1000x100x8", "--json")
+    row = json.loads(done("targets", model, *arguments))["jetson-orin"]
+    assert row["tensors"] == 1000 * (100 * 8 + 3) * 4
+    assert (row["memory"], row["fits"]) == ([1_000_000, 1_000_000], "no")
+
+
+def test_an_unknown_target_is_answered_with_the_closest():
+    code, _, stderr = invoke("targets", "--target", "jetson-orim")
+    assert (code, stderr.splitlines()[0]) == (1, "error: unknown target 'jetson-orim'")
