@@ -25,7 +25,8 @@ from typing import Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, Output, TrustRemoteCode
+from cli.trust import warn_of_code
 from moe_spec.calibration import shards_of
 from moe_spec.errors import UserError
 from moe_spec.identity import is_onnx
@@ -50,10 +51,11 @@ def calibrate(
     max_memory: Annotated[
         str | None, typer.Option(help="With --device-map: of the machine's, for weights, e.g. 4GB. All that is free.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
-    run = _calibration_of(model, dense, device_map, max_memory)
+    run = _calibration_of(model, dense, device_map, max_memory, trust_remote_code=trust_remote_code)
     with _told_what_is_kept(output), console.progress() as bar:
         task = bar.add_task(f"calibrating {model}", total=None)
         statistics = run(
@@ -69,17 +71,25 @@ def calibrate(
 
 
 def _calibration_of(
-    model: Path, dense: bool, device_map: str | None, max_memory: str | None
+    model: Path, dense: bool, device_map: str | None, max_memory: str | None, *, trust_remote_code: bool
 ) -> Callable[..., Statistics]:
     """The function for this kind of model."""
     if not is_onnx(model):
         from pruning.calibrate import calibrate as of_checkpoint
 
-        return partial(of_checkpoint, dense=dense, device_map=device_map, max_memory=max_memory)
+        warn_of_code(model, trusted=trust_remote_code)
+        return partial(
+            of_checkpoint,
+            dense=dense,
+            device_map=device_map,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+        )
     for option, asked in (
         ("--dense", dense),
         ("--device-map", device_map is not None),
         ("--max-memory", max_memory is not None),
+        ("--trust-remote-code", trust_remote_code),
         ("torchrun", os.environ.get("WORLD_SIZE", "1") != "1"),
     ):
         if asked:

@@ -46,6 +46,12 @@ def error(failure: UserError) -> None:
     err.print(f"[bold cyan]hint:[/] {_escape(failure.hint)}", soft_wrap=True)
 
 
+def warning(what: str) -> None:
+    """What a user should stop at. Of several processes the first one says it."""
+    if is_first():
+        err.print(f"[bold yellow]warning:[/] {_escape(what)}", soft_wrap=True)
+
+
 def failure(what: VerificationError) -> None:
     """What was not proven."""
     err.print(f"[bold red]verification failed:[/] {_escape(str(what))}", soft_wrap=True)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, Output, TrustRemoteCode
+from cli.trust import warn_of_code
 
 if TYPE_CHECKING:
     from exporter.preview import Preview
@@ -42,6 +43,7 @@ def export(
         str | None, typer.Option(help="That the check against torch may take, e.g. 4GB. All that is free.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a model directory."""
@@ -58,11 +60,13 @@ def export(
     from runtime.onnxruntime_backend import OnnxRuntimeRunner
 
     loaded = None if plan is None else PruningPlan.load(plan)
+    warn_of_code(checkpoint, trusted=trust_remote_code)
     options: dict[str, Any] = {
         "plan": loaded,
         "prepare": None if loaded is None else partial(apply_plan, plan=loaded),
         "dtype": getattr(torch, DTYPES[dtype]),
         "max_memory": None if max_memory is None else parse_memory(max_memory),
+        "trust_remote_code": trust_remote_code,
     }
     if dry_run:
         refuse_existing(output)

@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, Output, TrustRemoteCode
+from cli.trust import warn_of_code
 
 
 def finetune(
@@ -50,6 +51,7 @@ def finetune(
     lower_at: Annotated[list[int] | None, typer.Option(help="seer: a step after which K falls by one.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="router-kd: the checkpoint before it was pruned.")] = None,
     temperature: Annotated[float | None, typer.Option(help="router-kd: of the softmax over logits, 1.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint directory."""
@@ -80,6 +82,7 @@ def finetune(
         max_grad_norm=max_grad_norm,
         momentum=momentum,
     )
+    warn_of_code(checkpoint, teacher, trusted=trust_remote_code)
     with console.progress() as bar:
         task = bar.add_task(f"fine-tuning {checkpoint}", total=None)
         done = run(
@@ -88,6 +91,7 @@ def finetune(
             named_method(method, options),
             dataclasses.replace(named_recipe(recipe), seed=seed, **changes),
             output,
+            trust_remote_code=trust_remote_code,
             on_progress=lambda step, total: bar.update(task, completed=step, total=total),
         )
     first, last = done.first_and_last_loss()

@@ -6,13 +6,15 @@ Example: moe-edge inspect exported/
 import dataclasses
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import console
-from cli.options import AsJson
+from cli.options import AsJson, TrustRemoteCode
+from cli.trust import warn_of_code
 from moe_spec.errors import UserError
 from moe_spec.record import Json
 
@@ -24,6 +26,7 @@ Description = tuple[str, Json]
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, model or engine directory, .onnx, .json, .safetensors.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a checkpoint, ONNX model, engine, plan, statistics or parity report.
@@ -32,13 +35,14 @@ def inspect(
     """
     if not path.exists():
         raise UserError(f"{path} does not exist", hint="check the path")
-    summary, payload = _describer(path)(path)
+    warn_of_code(path, trusted=trust_remote_code)
+    summary, payload = _describer(path, trust_remote_code=trust_remote_code)(path)
     console.result(summary, payload, as_json)
 
 
-def _describer(path: Path) -> Callable[[Path], Description]:
+def _describer(path: Path, *, trust_remote_code: bool) -> Callable[[Path], Description]:
     if path.is_dir():
-        return _directory
+        return partial(_directory, trust_remote_code=trust_remote_code)
     by_suffix: Mapping[str, Callable[[Path], Description]] = {
         ".onnx": _onnx,
         ".json": _json,
@@ -51,13 +55,13 @@ def _describer(path: Path) -> Callable[[Path], Description]:
     return by_suffix[path.suffix]
 
 
-def _directory(path: Path) -> Description:
+def _directory(path: Path, *, trust_remote_code: bool = False) -> Description:
     from moe_spec.manifest import FILE_NAME, MODEL, Manifest
     from runtime.backend import ENGINE
 
     if (path / FILE_NAME).is_file():
         return _engine(path) if Manifest.load(path).kind == ENGINE else _onnx(path)
-    return _onnx(path) if (path / MODEL).is_file() else _checkpoint(path)
+    return _onnx(path) if (path / MODEL).is_file() else _checkpoint(path, trust_remote_code=trust_remote_code)
 
 
 def _onnx(path: Path) -> Description:
@@ -118,12 +122,12 @@ def _engine(path: Path) -> Description:
     return "\n".join(lines), manifest.to_json()
 
 
-def _checkpoint(path: Path) -> Description:
+def _checkpoint(path: Path, *, trust_remote_code: bool) -> Description:
     from models.checkpoints import load_skeleton
     from models.moe_layers import find_moe_layers
     from moe_spec.identity import checkpoint_sha256
 
-    layers = find_moe_layers(load_skeleton(path))
+    layers = find_moe_layers(load_skeleton(path, trust_remote_code=trust_remote_code))
     identity = checkpoint_sha256(path)
     payload = [
         {

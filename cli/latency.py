@@ -15,7 +15,9 @@ CPU = "onnxruntime-cpu"
 BATCH_SIZE, REPEATS, WARMUP = 1, 30, 3
 
 
-def measure_on_cpu(checkpoint: Path, target: str | None, tell: Callable[[str], None]) -> "Measure":
+def measure_on_cpu(
+    checkpoint: Path, target: str | None, tell: Callable[[str], None], *, trust_remote_code: bool = False
+) -> "Measure":
     """What times plans of ``checkpoint`` with ONNX Runtime on one thread, one example a run.
 
     It exports the checkpoint once, writes each plan in the form that ``optimize --target onnxruntime-cpu`` chooses, not
@@ -43,7 +45,7 @@ def measure_on_cpu(checkpoint: Path, target: str | None, tell: Callable[[str], N
         with tempfile.TemporaryDirectory() as scratch:
             tell(f"exporting {checkpoint}")
             exported = Path(scratch) / "exported"
-            source = export(checkpoint, exported, runner).source_sha256
+            source = export(checkpoint, exported, runner, trust_remote_code=trust_remote_code).source_sha256
             for count, layers in plans.items():
                 tell(f"writing it with {count} experts a layer")
                 plan = PruningPlan(source, "by hand", tuple(layers))

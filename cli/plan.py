@@ -51,7 +51,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, Output, TrustRemoteCode
+from cli.trust import warn_of_code
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.identity import is_onnx
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from pruning.plan_on_data import DataOptions
 
 
-BY_HAND = frozenset({"source", "output", "experts", "clamp_top_k", "router", "target", "as_json"})
+BY_HAND = frozenset({"source", "output", "experts", "clamp_top_k", "router", "target", "trust_remote_code", "as_json"})
 """What goes with --experts; anything else would rank."""
 
 OF_DATA = ("rounds", "batch_size", "limit", "trials")
@@ -108,6 +109,7 @@ def plan(
     pretrained: Annotated[Path | None, typer.Option(help="For router-norm: the checkpoint before fine-tuning.")] = None,
     floor: Annotated[int, typer.Option(help="Experts that every layer keeps at least.")] = 1,
     target: Annotated[str | None, typer.Option(help="Keep what the kernels of this target take.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write plan.json."""
@@ -131,21 +133,22 @@ def plan(
         flag = f"{FLAGS[at_most.unit]} {at_most.written}"
         raise UserError(f"{flag} is spent on data", hint=f"moe-edge plan CHECKPOINT --data DATA.npz {flag}")
     kernels = ANY if target is None else kernels_of(target)
+    warn_of_code(source, pretrained, trusted=trust_remote_code)
     if experts is None:
         share = 1.0 if keep is None else parse_keep(keep)
         options = PlanOptions(share, criterion, scope, seed, clamp_top_k, router, protect, pretrained, floor, kernels)
         if data is None:
-            made = run(source, options, output, _layers_of)
+            made = run(source, options, output, _layers_of, trust_remote_code=trust_remote_code)
         else:
             from pruning.plan_on_data import DataOptions
 
-            made = _on_data(
-                source, data, options, output, DataOptions(rounds, batch_size, limit, at_most, trials), target
-            )
+            how = DataOptions(rounds, batch_size, limit, at_most, trials)
+            made = _on_data(source, data, options, output, how, target, trust_remote_code=trust_remote_code)
     else:
         refuse_existing(output)
         named = parse_experts(experts or [])
-        made = plan_by_hand(_layers_of(source), named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
+        layers = _layers_of(source, trust_remote_code=trust_remote_code)
+        made = plan_by_hand(layers, named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
     console.result(f"{output}: {_summary(made, output)}", {"output": str(output), **made.to_json()}, as_json)
 
@@ -209,7 +212,14 @@ def _spent(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _on_data(
-    checkpoint: Path, data: Path, options: "PlanOptions", output: Path, how: "DataOptions", target: str | None
+    checkpoint: Path,
+    data: Path,
+    options: "PlanOptions",
+    output: Path,
+    how: "DataOptions",
+    target: str | None,
+    *,
+    trust_remote_code: bool,
 ) -> "PruningPlan":
     from pruning.cost import MILLISECONDS
     from pruning.plan_on_data import plan_on_data
@@ -224,17 +234,24 @@ def _on_data(
         if how.at_most is not None and how.at_most.unit == MILLISECONDS:
             from cli.latency import measure_on_cpu
 
-            measure = measure_on_cpu(checkpoint, target, lambda what: bar.update(task, description=what))
+            measure = measure_on_cpu(
+                checkpoint,
+                target,
+                lambda what: bar.update(task, description=what),
+                trust_remote_code=trust_remote_code,
+            )
             how = dataclasses.replace(how, measure=measure)
-        return plan_on_data(checkpoint, data, options, output, how, on_progress=tell)
+        return plan_on_data(
+            checkpoint, data, options, output, how, on_progress=tell, trust_remote_code=trust_remote_code
+        )
 
 
-def _layers_of(source: Path) -> "ModelLayers":
+def _layers_of(source: Path, *, trust_remote_code: bool) -> "ModelLayers":
     """The MoE layers of a checkpoint or an ONNX model."""
     from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 
     if not is_onnx(source):
-        return of_checkpoint(source)
+        return of_checkpoint(source, trust_remote_code=trust_remote_code)
     from graph_passes.describe import read_model
 
     model = read_model(source)

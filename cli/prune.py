@@ -10,13 +10,15 @@ from typing import Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, Output, TrustRemoteCode
+from cli.trust import warn_of_code
 
 
 def prune(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
     plan: Annotated[Path, typer.Option(help="plan.json for this checkpoint.")],
     output: Output,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint directory."""
@@ -24,12 +26,13 @@ def prune(
     from pruning.apply import prune as run
     from pruning.apply import unloaded_experts
 
+    warn_of_code(checkpoint, trusted=trust_remote_code)
     with console.status(f"pruning {checkpoint}"):
-        run(checkpoint, plan, output)
+        run(checkpoint, plan, output, trust_remote_code=trust_remote_code)
     before, after = (
         sum(path.stat().st_size for path in checkpoint_weights(directory)) for directory in (checkpoint, output)
     )
-    unloaded = unloaded_experts(output)
+    unloaded = unloaded_experts(output, trust_remote_code=trust_remote_code)
     console.result(
         "\n".join([f"{output}: {after:,} bytes of weights, {before:,} before", *_notes(unloaded)]),
         {

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -17,7 +17,7 @@ from exporter.sources import Prepare, open_model, prepared
 from exporter.tasks import Task, task_of, with_cache
 from exporter.trace import trace
 from exporter.weightless import Traced, weightless
-from models.checkpoints import stored_tensors
+from models.checkpoints import own_code, stored_tensors
 from models.moe_layers import MoELayer, find_moe_layers
 from models.spread import memory_for_weights
 from moe_spec.companions import copy_companions
@@ -49,6 +49,7 @@ class Opened:
         sha256: identity of the model with all its experts.
         reference: gives the model with its values, in float32, to compare with.
         read: how many values ``reference`` reads into memory.
+        code: the Python files of the checkpoint's own that define the model, with their sha256.
     """
 
     model: PreTrainedModel
@@ -57,6 +58,7 @@ class Opened:
     sha256: str
     reference: Callable[[], PreTrainedModel]
     read: int = 0
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def export(
@@ -72,6 +74,7 @@ def export(
     dtype: torch.dtype = torch.float32,
     inline_bytes: int = INLINE_BYTES,
     max_memory: int | None = None,
+    trust_remote_code: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Export ``checkpoint`` to the new directory ``out`` and check it against torch, where memory holds both.
@@ -91,6 +94,7 @@ def export(
         inline_bytes: smaller weights lie in the .onnx file.
         max_memory: bytes that the check against torch may take; None: what is free. Without it, the manifest says that
             nothing was compared, and why.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`); the manifest lists them.
         on_progress: told what is written next, and how many bytes of all are.
 
     Raises:
@@ -102,13 +106,20 @@ def export(
     identity = checkpoint_sha256(checkpoint)
     if plan is not None:
         plan.require_model(identity, str(checkpoint))
-    model, pieces = open_model(checkpoint, plan, prepare)
+    model, pieces = open_model(checkpoint, plan, prepare, trust_remote_code=trust_remote_code)
     called = task_of(type(model).__name__, task)
     if cache:
         with weightless(model, dtype):
             called = with_cache(called, model)
     read = sum(tensor.size for tensor in stored_tensors(checkpoint).values())
-    opened = Opened(model, called, pieces, identity, lambda: _in_memory(model, checkpoint, prepare), read)
+
+    def reference() -> PreTrainedModel:
+        """``model`` with its weights, read as transformers reads them and not as they were bound."""
+        is_there = not any(parameter.is_meta for parameter in model.parameters())
+        return model if is_there else prepared(checkpoint, prepare, trust_remote_code=trust_remote_code)
+
+    code = own_code(checkpoint) if trust_remote_code else {}
+    opened = Opened(model, called, pieces, identity, reference, read, code)
     return write(
         opened,
         out,
@@ -186,6 +197,7 @@ def write(
                 "dtype": str(dtype).removeprefix("torch."),
                 "bound": {"weights": len(traced.parameters), "bytes": bytes_of(traced)},
                 "parity_with_torch": parity,
+                **({"own_code": dict(opened.code)} if opened.code else {}),
                 **({} if too_large is None else {"not_compared": too_large}),
             },
         )
@@ -198,12 +210,6 @@ def _pruned_sha256(source_sha256: str, plan: PruningPlan, blocks: Sequence[Block
     if not any(layer.dropped for layer in plan.layers):
         return source_sha256
     return pruned_sha256(source_sha256, {block.name: block.keep for block in blocks})
-
-
-def _in_memory(model: PreTrainedModel, checkpoint: Path, prepare: Prepare | None) -> PreTrainedModel:
-    """``model`` with its weights, read as transformers reads them and not as they were bound."""
-    is_there = not any(parameter.is_meta for parameter in model.parameters())
-    return model if is_there else prepared(checkpoint, prepare)
 
 
 def memory_to_compare(read: int, exported: int) -> int:

@@ -46,6 +46,7 @@ def preview(
     prepare: Prepare | None = None,
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Preview:
     """What `export` of the same arguments would write.
 
@@ -55,7 +56,7 @@ def preview(
     if plan is not None:
         plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
     stored = stored_tensors(checkpoint).values()
-    model = load_empty(checkpoint, torch.float32)
+    model = load_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     if prepare is not None:
         prepare(model)
     wide, tied = tensors_of_routers(model), model.all_tied_weights_keys

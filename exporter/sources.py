@@ -18,7 +18,9 @@ Prepare = Callable[[PreTrainedModel], None]
 """Changes a model before it is exported, as ``pruning.apply_plan`` does."""
 
 
-def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | None) -> tuple[PreTrainedModel, Pieces]:
+def open_model(
+    checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Pieces]:
     """The model to trace, and the values of its parameters.
 
     Where nothing is changed, or experts are only dropped, the model has no values, and no more of the checkpoint is
@@ -28,11 +30,11 @@ def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | No
     Raises:
         UserError: no checkpoint, an unknown family, or what ``prepare`` refuses.
     """
-    model = load_empty(checkpoint, torch.float32)
+    model = load_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     if is_cut(model) or (prepare is not None and (plan is None or plan.merges)):
-        model = prepared(checkpoint, prepare)
+        model = prepared(checkpoint, prepare, trust_remote_code=trust_remote_code)
         return model, pieces_of(model)
-    stored, whole = StoredParameters(checkpoint, torch.float32), model.state_dict()
+    stored, whole = StoredParameters(checkpoint, torch.float32, trust_remote_code=trust_remote_code), model.state_dict()
     layers = {name: layer.name for name, layer in tensors_by_expert(model).items()}
     if prepare is not None:
         prepare(model)
@@ -41,13 +43,13 @@ def open_model(checkpoint: Path, plan: PruningPlan | None, prepare: Prepare | No
     return model, lambda name, dtype: stored.pieces(name, keeps.get(name), dtype)
 
 
-def prepared(checkpoint: Path, prepare: Prepare | None) -> PreTrainedModel:
+def prepared(checkpoint: Path, prepare: Prepare | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model in memory, in float32, read by transformers and changed by ``prepare``.
 
     Raises:
         UserError: see `load_model`, and what ``prepare`` refuses.
     """
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, trust_remote_code=trust_remote_code)
     if prepare is not None:
         prepare(model)
     return model

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from models import moe_bert, vmoe
-from models.adapters import adapted
-from models.families import family
+from models.adapters import adapted, lets_experts_be_chosen
+from models.families import family, known_type
+from models.own_code import CONFIG, OPTION, files_of, own_class, own_classes
 from models.stored_names import parameter_names
 from models.tensor_files import AGAIN, INDEX, WEIGHTS, StoredTensor, read_tensors
 from moe_spec.errors import UserError
 from moe_spec.files import inside
 from moe_spec.identity import checkpoint_weights
-from moe_spec.record import parse_object
+from moe_spec.record import Json, parse_object
 
 AUTO_CLASSES: Mapping[str, type] = {
     "Mistral4ForCausalLM": transformers.AutoModelForImageTextToText,  # where transformers has it
@@ -43,9 +44,18 @@ _FLOATS: Mapping[str, torch.dtype] = {
 _NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError)
 """What transformers raises about files that do not fit together."""
 
+_UNFIT = "config.json and the weights must describe the same model; get the checkpoint again"
+_UNFIT_CODE = (
+    f"its own code may be for another transformers than {transformers.__version__}; --debug shows where it failed"
+)
+
 
 def load_model(
-    directory: Path, dtype: torch.dtype | None = torch.float32, known: Callable[[str], object] = family
+    directory: Path,
+    dtype: torch.dtype | None = torch.float32,
+    known: Callable[[str], object] = family,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, on the CPU; ``models.spread`` has models larger than memory.
 
@@ -53,22 +63,24 @@ def load_model(
         directory: config.json and safetensors weights.
         dtype: what floating-point weights are cast to; None leaves them as they are stored.
         known: refuses a model_type that is not expected; if not given, one without experts.
+        trust_remote_code: run the Python files that config.json names (`own_code`).
 
     Raises:
-        UserError: no checkpoint, pickled, cut or quantised weights, an unknown family, or weights that do not fill
-            the model that config.json describes.
+        UserError: no checkpoint, pickled, cut or quantised weights, an unknown family, code that is not trusted, or
+            weights that do not fill the model that config.json describes.
     """
-    config = load_config(directory, known)
+    config = load_config(directory, known, trust_remote_code=trust_remote_code)
     stored_tensors(directory)  # every file is complete
-    with quiet(), _explained(directory), adapted(config.model_type):
+    with quiet(), _explained(directory, trust_remote_code=trust_remote_code), adapted(config.model_type):
         model: PreTrainedModel
-        model, report = _auto_class(config).from_pretrained(
+        own = _own_model(directory, trust_remote_code=trust_remote_code)
+        model, report = (own or _auto_class(directory)).from_pretrained(
             directory,
             config=config,
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=False,  # of what else there is: a class of the checkpoint's own is imported by now
             output_loading_info=True,
         )
     lost = sorted(report["missing_keys"])
@@ -77,7 +89,7 @@ def load_model(
             f"{directory} lacks {len(lost)} weights that its config.json asks for, the first is {lost[0]!r}",
             hint=AGAIN,
         )
-    return model
+    return model if own is None else _let_experts_be_chosen(model)
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
@@ -88,60 +100,65 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
         path.chmod(0o644)  # safetensors keeps it to its owner
 
 
-def cast_like(model: PreTrainedModel, directory: Path) -> None:
+def cast_like(model: PreTrainedModel, directory: Path, *, trust_remote_code: bool = False) -> None:
     """Give the weights of ``model``, which may have lost experts, the dtypes that they have in a checkpoint's files.
 
     Raises:
         UserError: ``directory`` is no checkpoint, or not one of this model.
     """
     tensors = stored_tensors(directory)
-    names = parameter_names(load_skeleton(directory), tensors, directory)
+    names = parameter_names(load_skeleton(directory, trust_remote_code=trust_remote_code), tensors, directory)
     dtypes = {name: _FLOATS.get(tensors[stored].dtype) for stored, name in names.items()}
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         weight.data = weight.data.to(dtypes.get(name) or weight.dtype)
 
 
-def load_skeleton(directory: Path) -> PreTrainedModel:
+def load_skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The modules of a checkpoint without its weights, on torch's meta device: for looking, not for running.
 
     Raises:
-        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+        UserError: no checkpoint, pickled or quantised weights, an unknown family, or code that is not trusted.
     """
-    config = load_config(directory)
-    with quiet(), _explained(directory), adapted(config.model_type), torch.device("meta"):
-        skeleton: PreTrainedModel = _auto_class(config).from_config(config)
-    return skeleton
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    explained = _explained(directory, trust_remote_code=trust_remote_code)
+    with quiet(), explained, adapted(config.model_type), torch.device("meta"):
+        return _new(config, directory, trust_remote_code=trust_remote_code)
 
 
-def load_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_empty(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint in eval mode, without values for its parameters; buffers are those of a new model.
 
     Raises:
-        UserError: no checkpoint, pickled or quantised weights, or an unknown family.
+        UserError: no checkpoint, pickled or quantised weights, an unknown family, or code that is not trusted.
         ModuleNotFoundError: accelerate is not installed.
     """
     from accelerate import init_empty_weights
 
-    config = load_config(directory)
-    with quiet(), _explained(directory), adapted(config.model_type), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    explained = _explained(directory, trust_remote_code=trust_remote_code)
+    with quiet(), explained, adapted(config.model_type), init_empty_weights(include_buffers=False):
+        model = _new(config, directory, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
     model.train(False)
     return model
 
 
-def load_config(directory: Path, known: Callable[[str], object] = family) -> Any:
+def load_config(directory: Path, known: Callable[[str], object] = family, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a checkpoint of a known family, or whatever else is ``known``.
 
     Raises:
-        UserError: no checkpoint, pickled or quantised weights, weights under a name of their own, or an unknown family.
+        UserError: no checkpoint, pickled or quantised weights, weights under a name of their own, an unknown family, or
+            code that is not trusted.
     """
     checkpoint_weights(directory)
-    path = directory / "config.json"
-    values = parse_object(path, path.read_bytes(), AGAIN)
+    path, values = directory / "config.json", _values(directory)
     if not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} names no model_type", hint="give a directory in transformers' layout")
-    known(values["model_type"])
+    vmoe.register()
+    moe_bert.register()
+    own = _own_config(directory, values["model_type"], trust_remote_code=trust_remote_code)
+    if own is None:
+        known(values["model_type"])
     if values.get("quantization_config") is not None:
         raise UserError(
             f"{directory} holds quantised weights", hint="give the unquantised checkpoint; precision is chosen later"
@@ -150,10 +167,21 @@ def load_config(directory: Path, known: Callable[[str], object] = family) -> Any
         raise UserError(
             f"{path} names the file of its weights", hint=f"call it {WEIGHTS}, and remove transformers_weights"
         )
-    vmoe.register()
-    moe_bert.register()
-    with quiet(), _explained(directory):
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with quiet(), _explained(directory, trust_remote_code=trust_remote_code):
+        if own is None:
+            return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = own_class(directory, own).from_pretrained(directory, local_files_only=True)
+    known(known_type(config))
+    return config
+
+
+def own_code(directory: Path) -> dict[str, str]:
+    """The Python files of a checkpoint that run where ``trust_remote_code`` is given, with their sha256; mostly none.
+
+    Raises:
+        UserError: no config.json, code of another repository, or a file that is not in the directory.
+    """
+    return files_of(directory, own_classes(directory, (CONFIG, _auto_class(directory).__name__)))
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -167,12 +195,57 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
 
 
-def _auto_class(config: Any) -> Any:
-    for architecture in config.architectures or ():
+def _values(directory: Path) -> Json:
+    path = directory / "config.json"
+    return parse_object(path, path.read_bytes(), AGAIN)
+
+
+def _auto_class(directory: Path) -> Any:
+    architectures = _values(directory).get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
         for suffix, auto_class in AUTO_CLASSES.items():
-            if architecture.endswith(suffix):
+            if str(architecture).endswith(suffix):
                 return auto_class
     return transformers.AutoModel
+
+
+def _own_config(directory: Path, model_type: str, *, trust_remote_code: bool) -> str | None:
+    """What ``auto_map`` names for the config, where that is to be run.
+
+    Raises:
+        UserError: it is not trusted, and transformers has nothing in its place.
+    """
+    if trust_remote_code:
+        return own_classes(directory, (CONFIG,)).get(CONFIG)
+    if model_type not in CONFIG_MAPPING and (files := own_code(directory)):
+        raise UserError(
+            f"{directory} is a {model_type!r}, which code of its own defines: {', '.join(files)}",
+            hint=f"read these files; where you trust them, {OPTION} runs them (in Python trust_remote_code=True)",
+        )
+    return None
+
+
+def _own_model(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The class that ``auto_map`` names for the model, where that is to be run."""
+    name = _auto_class(directory).__name__
+    reference = own_classes(directory, (name,)).get(name) if trust_remote_code else None
+    return None if reference is None else own_class(directory, reference)
+
+
+def _new(config: Any, directory: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    own = _own_model(directory, trust_remote_code=trust_remote_code)
+    if own is not None:
+        return _let_experts_be_chosen(own._from_config(config, **options))
+    model: PreTrainedModel = _auto_class(directory).from_config(config, trust_remote_code=False, **options)
+    return model
+
+
+def _let_experts_be_chosen(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers looks for the experts' decorator where the model's class is: own code may have it elsewhere."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            vars(part)["_can_set_experts_implementation"] = lets_experts_be_chosen
+    return model
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -193,14 +266,17 @@ def _shards(directory: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _explained(directory: Path, *, trust_remote_code: bool = False) -> Iterator[None]:
+    expected = (Exception,) if trust_remote_code else _NO_CHECKPOINT  # nobody knows what foreign code raises
     try:
         yield
-    except _NO_CHECKPOINT as error:
+    except UserError:
+        raise
+    except expected as error:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{directory} cannot be loaded: {reason[0] if reason else type(error).__name__}",
-            hint="config.json and the weights must describe the same model; get the checkpoint again",
+            hint=_UNFIT if isinstance(error, _NO_CHECKPOINT) else _UNFIT_CODE,
         ) from error
 
 

@@ -229,3 +229,29 @@ def family(model_type: str) -> Family:
             "see models/plain.py; CONTRIBUTING.md says how to add a family",
         )
     return _BY_TYPE[model_type]
+
+
+def is_known(model_type: str) -> bool:
+    """Whether `family` has a row for it."""
+    return model_type in _BY_TYPE
+
+
+def known_type(config: Any) -> str:
+    """The ``model_type`` by which `family` knows a transformers config, else its own.
+
+    A config class of a checkpoint's own code is of the family whose config class it extends, or of the one that
+    config.json names: ``"moe_family": "mixtral"``.
+    """
+    own: str = config.model_type
+    extended = (getattr(base, "model_type", "") for base in type(config).__mro__)
+    names = (own, getattr(config, "moe_family", ""), *extended) if config.is_custom_code() else (own,)
+    return next(filter(is_known, names), own)
+
+
+def family_of(config: Any) -> Family:
+    """The row of a transformers config, see `known_type`.
+
+    Raises:
+        UserError: no such family.
+    """
+    return family(known_type(config))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.families import GROUP_COUNTS, Family, Score, family
+from models.families import GROUP_COUNTS, Family, Score, family_of
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 
@@ -48,7 +48,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
     Raises:
         UserError: the model is of no known family, or has no MoE layer.
     """
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     blocks = [
         (name, block)
         for name, block in model.named_modules()
@@ -71,7 +71,7 @@ def tensors_by_expert(model: PreTrainedModel) -> dict[str, MoELayer]:
     Raises:
         UserError: see `find_moe_layers`.
     """
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     tensors = {}
     for layer in find_moe_layers(model):
         experts = (f"{row.experts}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
@@ -85,7 +85,7 @@ def tensors_of_routers(model: PreTrainedModel) -> set[str]:
     Raises:
         UserError: see `find_moe_layers`.
     """
-    row, names = family(model.config.model_type), model.state_dict().keys()
+    row, names = family_of(model.config), model.state_dict().keys()
     layers = find_moe_layers(model)
     routers = tuple(f"{layer.name}.{row.router}." for layer in layers)
     held = {f"{layer.name}.{name}" for layer in layers for name in row.block_tensors}
@@ -127,7 +127,7 @@ def set_top_k(model: PreTrainedModel, layer: MoELayer, top_k: int) -> None:
     Raises:
         UserError: the family's routers select as many as ever.
     """
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     if row.fixed_top_k and top_k != layer.top_k:
         raise UserError(
             f"every router of a {row.model_type} model selects K={layer.top_k} experts, so layer {layer.name} "
@@ -153,6 +153,13 @@ def axis_of_experts(tensor: torch.Tensor, experts: int) -> int:
 
 def _layer(name: str, block: nn.Module, row: Family, score: Score) -> MoELayer:
     router, experts = getattr(block, row.router), getattr(block, row.experts)
+    if not hasattr(experts, "is_transposed"):  # as the interface's decorator, and our adapters, leave it behind
+        raise UserError(
+            f"the experts of layer {name} are a {type(experts).__name__}, which is not behind transformers' experts "
+            "interface",
+            hint="without --trust-remote-code transformers' own class is taken, where it has one; or say in three "
+            "lines of Python what a block computes, see models/plain.py",
+        )
     down = experts.down_proj
     return MoELayer(
         name=name,

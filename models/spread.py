@@ -22,7 +22,12 @@ _SHARE = 0.9
 
 
 def load_spread(
-    directory: Path, device_map: str = "auto", max_memory: str | None = None, dtype: torch.dtype = torch.float32
+    directory: Path,
+    device_map: str = "auto",
+    max_memory: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint in eval mode; what no memory holds is read from the checkpoint whenever it is needed.
 
@@ -34,6 +39,7 @@ def load_spread(
         device_map: one of ``DEVICE_MAPS``.
         max_memory: of the machine, for weights, those of the largest layer included, e.g. ``4GB``; None: what is free.
         dtype: what floating-point weights are cast to.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
     Raises:
         UserError: an unknown ``device_map``, ``max_memory`` that is none, or what ``load_model`` refuses.
@@ -43,7 +49,8 @@ def load_spread(
     import accelerate
 
     memory = None if max_memory is None else parse_memory(max_memory)
-    model, stored = load_empty(directory, dtype), StoredParameters(directory, dtype)
+    model = load_empty(directory, dtype, trust_remote_code=trust_remote_code)
+    stored = StoredParameters(directory, dtype, trust_remote_code=trust_remote_code)
     places = _places(model, device_map, memory)
     _fill(model, stored, places)
     held = {name: value for name, value in model.state_dict().items() if _place(places, name) == "cpu"}

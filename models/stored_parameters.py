@@ -30,19 +30,20 @@ class StoredParameters(Mapping[str, Tensor]):
     `pieces` never has all experts of a layer in memory.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
         """Read the headers of a checkpoint's files.
 
         Args:
             directory: config.json and safetensors weights.
             dtype: what floating-point values are cast to.
+            trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
         Raises:
             UserError: no checkpoint of a known family, files that are not complete, or weights that do not fill the
                 model.
         """
         self._directory, self._dtype = directory, dtype
-        self._skeleton = load_skeleton(directory)
+        self._skeleton = load_skeleton(directory, trust_remote_code=trust_remote_code)
         self._layers = tensors_by_expert(self._skeleton)
         self._tensors = stored_tensors(directory)
         transforms: list[Any] = conversions_of(self._skeleton)

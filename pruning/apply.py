@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
-from models.families import GROUP_COUNTS, Family, family
+from models.families import GROUP_COUNTS, Family, family_of
 from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, require_gated_outputs, set_top_k
+from models.own_code import copy_code
 from models.stored_names import parameter_names
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
@@ -28,7 +29,9 @@ _ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize ex
 _MERGE_WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"
 
 
-def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Path:
+def prune(
+    checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD_BYTES, *, trust_remote_code: bool = False
+) -> Path:
     """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
 
     Weights keep their dtype. The plan stands in the new directory as plan.json. A plan that merges nothing is carried
@@ -39,6 +42,7 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
         plan_path: plan.json for it.
         out: a directory that does not exist.
         shard_bytes: of the weights in one file.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
     Raises:
         UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
@@ -49,27 +53,28 @@ def prune(checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD
     plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
     plan.require_narrow_routers("a checkpoint")
     plan.require_no_aliases()
-    skeleton, tensors = load_skeleton(checkpoint), stored_tensors(checkpoint)
+    skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
     names = parameter_names(skeleton, tensors, checkpoint)
     pruned = pruned_parameters(skeleton, plan)
     apply_plan(skeleton, plan)  # refusals come before a weight is read
     _require_config_counts(skeleton, plan, checkpoint)
-    in_runs = family(skeleton.config.model_type).in_runs
+    in_runs = family_of(skeleton.config).in_runs
     kept = without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
     with new_directory(out) as staging:
         if plan.merges:
-            model = load_model(checkpoint, dtype=None)
+            model = load_model(checkpoint, dtype=None, trust_remote_code=trust_remote_code)
             apply_plan(model, plan)
             save_model(model, staging)
         else:
             skeleton.config.save_pretrained(staging)
             write_tensors(kept, staging, shard_bytes)
         copy_companions(checkpoint, staging)
+        copy_code(checkpoint, staging)
         plan.save(staging / PLAN)
     return out
 
 
-def unloaded_experts(checkpoint: Path) -> list[str]:
+def unloaded_experts(checkpoint: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Stored tensors of experts that no plan reaches, because transformers loads no layer for them.
 
     DeepSeek-V3's are those of the layers that predict further tokens. ``prune`` copies them as they are, all E experts
@@ -79,7 +84,7 @@ def unloaded_experts(checkpoint: Path) -> list[str]:
         UserError: no checkpoint of a known family, or files that are not complete.
     """
     tensors = stored_tensors(checkpoint)
-    loaded = parameter_names(load_skeleton(checkpoint), tensors, checkpoint)
+    loaded = parameter_names(load_skeleton(checkpoint, trust_remote_code=trust_remote_code), tensors, checkpoint)
     return sorted(name for name in tensors if ".experts." in name and name not in loaded)
 
 
@@ -99,7 +104,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
         UserError: a layer that the model lacks or has with another number of experts, or one whose router cannot
             work with what is kept.
     """
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     layers = {layer.name: layer for layer in find_moe_layers(model)}
     todo = [(_find(layers, layer_plan), layer_plan) for layer_plan in plan.layers]
     for layer, _ in todo:
@@ -217,7 +222,7 @@ def _shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
 
 
 def _require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
-    row = family(pruned.config.model_type)
+    row = family_of(pruned.config)
     if row.attention_experts and any(layer.dropped for layer in plan.layers):
         raise UserError(
             f"the attention of {row.model_type} has as many experts as its MLPs, and the config.json of {checkpoint} "

@@ -32,6 +32,7 @@ def calibrate(
     shard_size: int | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Progress | None = None,
 ) -> Statistics:
     """Run task data through a checkpoint and write statistics.safetensors.
@@ -52,6 +53,7 @@ def calibrate(
             (``models.spread``); None: all of it on the GPU of this process, or in memory without one.
         max_memory: with ``device_map``: how much of the machine's memory weights may fill, e.g. ``4GB``; None: what is
             free. What finds no place is read from the checkpoint again for every batch, so batches should be large.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
         on_progress: told after every batch what this process has done of its share.
 
     Raises:
@@ -61,7 +63,7 @@ def calibrate(
     refuse_existing(out)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=limit)
     with team() as us:
-        model = _loaded(checkpoint, device_map, max_memory, us.device)
+        model = _loaded(checkpoint, device_map, max_memory, us.device, trust_remote_code=trust_remote_code)
         check_inputs(dataset.feeds, model, str(data))
         share = us.share(dataset, batch_size)
 
@@ -79,12 +81,14 @@ def calibrate(
     return statistics
 
 
-def _loaded(checkpoint: Path, device_map: str | None, max_memory: str | None, device: torch.device) -> PreTrainedModel:
+def _loaded(
+    checkpoint: Path, device_map: str | None, max_memory: str | None, device: torch.device, *, trust_remote_code: bool
+) -> PreTrainedModel:
     """The model on ``device``, or spread by ``device_map``."""
     if device_map is not None:
-        return load_spread(checkpoint, device_map, max_memory)
+        return load_spread(checkpoint, device_map, max_memory, trust_remote_code=trust_remote_code)
     if max_memory is not None:
         raise UserError("--max-memory is for a model that is spread over devices", hint="spread it: --device-map auto")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, trust_remote_code=trust_remote_code)
     nn.Module.to(model, device)  # in place; transformers' own is not typed
     return model

@@ -103,7 +103,7 @@ def by_number(layers: Sequence[RankedLayer]) -> Costs:
     return Costs(EXPERTS, 0, [range(layer.experts + 1) for layer in layers])
 
 
-def by_size(checkpoint: Path) -> Costs:
+def by_size(checkpoint: Path, *, trust_remote_code: bool = False) -> Costs:
     """Bytes of the tensors of ``checkpoint``, in the dtypes that they are stored in.
 
     A row of the router goes with its expert: it is what ``prune`` writes, to the byte, but for its files' headers,
@@ -118,7 +118,7 @@ def by_size(checkpoint: Path) -> Costs:
     from models.stored_names import parameter_names
     from pruning.stream import pruned_parameters
 
-    skeleton, tensors = load_skeleton(checkpoint), stored_tensors(checkpoint)
+    skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
     layers = find_moe_layers(skeleton)
     everyone = (
         LayerPlan(layer.name, layer.num_experts, layer.top_k, tuple(range(layer.num_experts)), groups=layer.groups)

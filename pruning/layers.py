@@ -30,7 +30,7 @@ class ModelLayers:
     layers: tuple[LayerShape, ...]
 
 
-def of_checkpoint(directory: Path) -> ModelLayers:
+def of_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> ModelLayers:
     """The layers of a transformers checkpoint; its weights are not read.
 
     Raises:
@@ -41,7 +41,7 @@ def of_checkpoint(directory: Path) -> ModelLayers:
     from models.moe_layers import find_moe_layers
     from moe_spec.identity import checkpoint_sha256
 
-    layers = find_moe_layers(load_skeleton(directory))
+    layers = find_moe_layers(load_skeleton(directory, trust_remote_code=trust_remote_code))
     return ModelLayers(checkpoint_sha256(directory), shapes_of(layers))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from models.families import family
+from models.families import family_of
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
@@ -75,7 +75,7 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """
     layers = {layer.experts: layer for layer in find_moe_layers(model)}
     require_token_choice(layers.values())
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     answers: dict[nn.Module, Tensor] = {}
 
     def experts_function(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:

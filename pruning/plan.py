@@ -33,7 +33,8 @@ from pruning.means import check_replaceable, with_means
 from pruning.merging.mergers import MERGERS
 from pruning.merging.plan import check_merging, merge_instead, parts_of
 
-LayersOf = Callable[[Path], ModelLayers]
+LayersOf = Callable[..., ModelLayers]
+"""``layers_of(model, trust_remote_code=...)``."""
 
 STATISTICS_SUFFIX = ".safetensors"
 
@@ -107,14 +108,21 @@ class Candidates:
     protected: Sequence[frozenset[int]] = ()
 
 
-def plan(source: Path, options: PlanOptions, out: Path, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
+def plan(
+    source: Path,
+    options: PlanOptions,
+    out: Path,
+    layers_of: LayersOf = of_checkpoint,
+    *,
+    trust_remote_code: bool = False,
+) -> PruningPlan:
     """Write plan.json; see ``make_plan``.
 
     Raises:
         UserError: ``out`` exists, or what ``make_plan`` raises.
     """
     refuse_existing_plan(out)
-    made = make_plan(source, options, layers_of)
+    made = make_plan(source, options, layers_of, trust_remote_code=trust_remote_code)
     made.save(out)
     return made
 
@@ -129,7 +137,9 @@ def refuse_existing_plan(out: Path) -> None:
     refuse_existing(means_path(out))
 
 
-def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_checkpoint) -> PruningPlan:
+def make_plan(
+    source: Path, options: PlanOptions, layers_of: LayersOf = of_checkpoint, *, trust_remote_code: bool = False
+) -> PruningPlan:
     """Choose the experts that stay. What cannot be is refused before anything is ranked.
 
     Args:
@@ -137,6 +147,7 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
             read weights.
         options: criterion and budget.
         layers_of: reads the layers of a model; that of ONNX models is injected by whoever has graph_passes.
+        trust_remote_code: run the Python files that a checkpoint's config.json names (`models.own_code`).
 
     Raises:
         UserError: ``source`` cannot be read or does not suit the criterion, options that are unknown or exclude each
@@ -148,7 +159,7 @@ def make_plan(source: Path, options: PlanOptions, layers_of: LayersOf = of_check
             "--scope searched tries plans on data, and there is none",
             hint="moe-edge plan CHECKPOINT --data DATA.npz --scope searched",
         )
-    candidates = _candidates(source, options, layers_of)
+    candidates = _candidates(source, options, layers_of, trust_remote_code=trust_remote_code)
     layers = choose(candidates, options)
     return PruningPlan(
         model_sha256=candidates.model_sha256,
@@ -264,7 +275,7 @@ def check_options(options: PlanOptions) -> None:
         )
 
 
-def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candidates:
+def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf, *, trust_remote_code: bool) -> Candidates:
     if merger := MERGERS.get(options.criterion):
         return _by_statistics(source, options, merger.scores)
     if criterion := by_statistics(options.criterion):
@@ -277,8 +288,8 @@ def _candidates(source: Path, options: PlanOptions, layers_of: LayersOf) -> Cand
             hint="rank by statistics, or leave out --protect",
         )
     if options.criterion in DATA_FREE_CRITERIA:
-        return _at_random(source, options, layers_of)
-    return _by_weights(source, options)
+        return _at_random(source, options, functools.partial(layers_of, trust_remote_code=trust_remote_code))
+    return _by_weights(source, options, trust_remote_code=trust_remote_code)
 
 
 def _by_statistics(source: Path, options: PlanOptions, criterion: Criterion) -> Candidates:
@@ -318,19 +329,21 @@ def _at_random(source: Path, options: PlanOptions, layers_of: LayersOf) -> Candi
     )
 
 
-def _by_weights(checkpoint: Path, options: PlanOptions) -> Candidates:
+def _by_weights(checkpoint: Path, options: PlanOptions, *, trust_remote_code: bool) -> Candidates:
     criterion, pretrained = options.criterion, options.pretrained
     if options.scope != "layer":
         raise UserError(f"criterion {criterion!r} ranks within a layer only", hint="plan with --scope layer")
     score: Callable[[], list[Scores]]
     if criterion in WEIGHT_CRITERIA:
-        score = functools.partial(WEIGHT_CRITERIA[criterion], checkpoint)
+        score = functools.partial(WEIGHT_CRITERIA[criterion], checkpoint, trust_remote_code=trust_remote_code)
     elif pretrained is not None:
-        score = functools.partial(CHANGE_CRITERIA[criterion], checkpoint, pretrained)
+        score = functools.partial(
+            CHANGE_CRITERIA[criterion], checkpoint, pretrained, trust_remote_code=trust_remote_code
+        )
     else:
         raise UserError(
             f"criterion {criterion!r} compares a checkpoint with the one that it was fine-tuned from",
             hint="name that: --pretrained CHECKPOINT",
         )
-    model = of_checkpoint(checkpoint)
+    model = of_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     return Candidates(model.model_sha256, model.layers, score)

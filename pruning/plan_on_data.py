@@ -80,6 +80,8 @@ def plan_on_data(
     out: Path,
     how: DataOptions = DataOptions(),
     on_progress: Progress | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PruningPlan:
     """Choose the experts that stay, and write plan.json.
 
@@ -91,6 +93,7 @@ def plan_on_data(
         out: plan to write; must not exist.
         how: see ``DataOptions``.
         on_progress: called with the examples done and the examples in all, of all rounds and trials.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
     Raises:
         UserError: ``out`` exists, checkpoint or data cannot be read or do not fit together, options that exclude each
@@ -98,10 +101,10 @@ def plan_on_data(
     """
     refuse_existing_plan(out)
     _check(options, how)
-    source = of_checkpoint(checkpoint)
-    way = _way(checkpoint, source.layers, options, how)
+    source = of_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    way = _way(checkpoint, source.layers, options, how, trust_remote_code=trust_remote_code)
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=how.limit)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, trust_remote_code=trust_remote_code)
     check_inputs(dataset.feeds, model, str(data))
     layers, found = way(model, _batches(model, dataset, options, how, on_progress))
     plan = PruningPlan(
@@ -166,14 +169,21 @@ def _check_budget(options: PlanOptions, how: DataOptions) -> None:
         raise UserError(f"--trials {how.trials} is no number of plans to try", hint="give 1 or more")
 
 
-def _way(checkpoint: Path, shapes: Sequence[LayerShape], options: PlanOptions, how: DataOptions) -> Way:
+def _way(
+    checkpoint: Path,
+    shapes: Sequence[LayerShape],
+    options: PlanOptions,
+    how: DataOptions,
+    *,
+    trust_remote_code: bool,
+) -> Way:
     """How the plan is made, once it is clear that routers, floor, target and budget can work with it."""
-    layers, skeleton = unranked(shapes, options), load_skeleton(checkpoint)
+    layers, skeleton = unranked(shapes, options), load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     require_token_choice(find_moe_layers(skeleton))
     if options.scope == SEARCHED:
         is_language_model(skeleton)  # it has a head, and says something
     if options.scope == SEARCHED or how.at_most is not None:
-        limit = limit_of(checkpoint, layers, options, how.at_most, how.measure)
+        limit = limit_of(checkpoint, layers, options, how.at_most, how.measure, trust_remote_code=trust_remote_code)
         return functools.partial(_spend, options=options, limit=limit, trials=how.trials)
     if options.criterion == NAEE:
         for shape, layer in zip(shapes, layers, strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.families import Family, family
+from models.families import Family, family_of
 from models.moe_layers import MoELayer, find_moe_layers, require_gated_outputs
 from moe_spec.errors import UserError
 from pruning.apply import slice_rows
@@ -70,7 +70,7 @@ def search_model(
         UserError: a layer keeps fewer than K experts, routes in groups, which subsets would break, or has gates that
             multiply what experts read.
     """
-    layers, row = find_moe_layers(model), family(model.config.model_type)
+    layers, row = find_moe_layers(model), family_of(model.config)
     for layer, shape, count in zip(layers, shapes_of(layers), counts, strict=True):
         require_gated_outputs(layer, "subsets cannot be told by outputs")
         check_search(shape, count)

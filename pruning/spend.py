@@ -24,6 +24,8 @@ def limit_of(
     options: PlanOptions,
     at_most: AtMost | None,
     measure: Measure | None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Limit:
     """The budget, once it is clear that it can be kept to: scores are not looked at.
 
@@ -33,7 +35,10 @@ def limit_of(
     if at_most is None:
         smallest_counts(layers, options.keep)
         return Limit(by_number(layers), sum(layer.count(options.keep) for layer in layers), str(options.keep))
-    costs = by_size(checkpoint) if at_most.unit == BYTES else _measured(layers, measure)
+    if at_most.unit == BYTES:
+        costs = by_size(checkpoint, trust_remote_code=trust_remote_code)
+    else:
+        costs = _measured(layers, measure)
     limit = Limit(costs, at_most.limit(costs.whole), at_most.written)
     limit.check(layers)
     return limit

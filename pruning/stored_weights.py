@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import load_skeleton, stored_tensors
-from models.families import family
+from models.families import family_of
 from models.moe_layers import MoELayer, find_moe_layers
 from models.stored_names import EXPERT_ID, parameter_names
 from pruning.stream import require_experts
@@ -33,19 +33,19 @@ class StoredWeights:
     checkpoint: Path
     layers: tuple[MoELayer, ...]
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *, trust_remote_code: bool = False) -> None:
         """Read the headers of a checkpoint's files.
 
         Raises:
             UserError: no checkpoint of a known family, files that are not complete, or experts that are missing.
         """
         self.checkpoint = checkpoint
-        skeleton = load_skeleton(checkpoint)
+        skeleton = load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
         self._tensors = stored_tensors(checkpoint)
         self._parts: dict[str, list[str]] = defaultdict(list)
         for stored, name in parameter_names(skeleton, self._tensors, checkpoint).items():
             self._parts[name].append(stored)
-        self._family = family(skeleton.config.model_type)
+        self._family = family_of(skeleton.config)
         self.layers = find_moe_layers(skeleton)
         counts = {stored: layer.num_experts for layer in self.layers for stored in self._matrices(layer)}
         require_experts(self._tensors, counts, checkpoint, in_runs=self._family.in_runs)

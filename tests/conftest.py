@@ -1,8 +1,12 @@
 """Fixtures that many tests share."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.own_code import save_own
 from tests.zoo import Zoo
 
 torch.set_num_threads(1)  # two workers on two cores; tiny models gain nothing from more
@@ -14,3 +18,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     root = (base.parent if base.name.startswith("popen-gw") else base) / "zoo"
     root.mkdir(parents=True, exist_ok=True)
     return Zoo(root)
+
+
+@pytest.fixture(scope="session")
+def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint with code of its own, which transformers runs from a copy: not in the user's cache, here."""
+    root = tmp_path_factory.mktemp("own_code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
+        yield save_own(root / "own")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from models.families import family
+from models.families import family_of
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan
 from moe_spec.plan import REPLACE, ROWS, UNTOUCHED
@@ -69,7 +69,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
             mask_E = torch.zeros(layer.num_experts)
             mask_E[list(layer_plan.dropped)] = -torch.inf
             block = model.get_submodule(layer.name).state_dict(keep_vars=True)
-            weight, *others = family(model.config.model_type).routing_tensors
+            weight, *others = family_of(model.config).routing_tensors
             masks[_address(block[weight])] = mask_E
             for name in others:
                 if name.endswith(SELECTION_BIASES):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import WeightTransform
 
 from models.adapters import dbrx, jetmoe, llama4, step3p7, switch_transformers
-from models.families import DENSE, family
+from models.families import family, is_known
 from models.moe_block import StackedExperts
 
 Blocks = Mapping[str, Callable[[Any], nn.Module]]
@@ -54,7 +54,7 @@ def adapted(model_type: str) -> Iterator[None]:
 
     transformers' own classes and its registry of conversions are as before afterwards.
     """
-    adapter = None if model_type in DENSE else ADAPTERS.get(family(model_type).model_type)
+    adapter = ADAPTERS.get(family(model_type).model_type) if is_known(model_type) else None
     if adapter is None:
         yield
         return

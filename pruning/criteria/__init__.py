@@ -4,7 +4,6 @@ Criteria by statistics take a layer's sums; an expert that no token selected sco
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -47,10 +46,10 @@ CRITERIA: Mapping[str, Criterion] = {
 DATA_FREE_CRITERIA: Mapping[str, Callable[[int, np.random.Generator], Scores]] = {"random": random}
 """Criteria that need no statistics: E and a seeded generator."""
 
-WEIGHT_CRITERIA: Mapping[str, Callable[[Path], list[Scores]]] = {"aimer": aimer}
+WEIGHT_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"aimer": aimer}
 """Criteria that read the weights of a checkpoint; scores below 0 among them, so they rank within a layer."""
 
-CHANGE_CRITERIA: Mapping[str, Callable[[Path, Path], list[Scores]]] = {"router-norm": router_norm}
+CHANGE_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"router-norm": router_norm}
 """Criteria that compare a checkpoint with the one that it was fine-tuned from; they rank within a layer too."""
 
 

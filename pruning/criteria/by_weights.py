@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pruning.stored_weights import StoredWeights
 
 
-def aimer(checkpoint: Path) -> list[Scores]:
+def aimer(checkpoint: Path, *, trust_remote_code: bool = False) -> list[Scores]:
     """How unevenly large an expert's weights are: ``S_e = -mean|w| / rms(w)``, over all of its matrices.
 
     From -1, where all have the same size, to near 0, where few are not 0; it does not depend on their scale. An expert
@@ -21,13 +21,14 @@ def aimer(checkpoint: Path) -> list[Scores]:
 
     Args:
         checkpoint: a transformers directory of a known family.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
     Raises:
         UserError: it is none, its files are not complete, or weights are not finite.
     """
     from pruning.stored_weights import StoredWeights  # torch takes seconds to import, and most plans need none
 
-    weights = StoredWeights(checkpoint)
+    weights = StoredWeights(checkpoint, trust_remote_code=trust_remote_code)
     scores = []
     for layer in weights.layers:
         counts_E, sums_E, squares_E = np.zeros((3, layer.num_experts))
@@ -40,7 +41,7 @@ def aimer(checkpoint: Path) -> list[Scores]:
     return scores
 
 
-def router_norm(checkpoint: Path, pretrained: Path) -> list[Scores]:
+def router_norm(checkpoint: Path, pretrained: Path, *, trust_remote_code: bool = False) -> list[Scores]:
     """How much fine-tuning lengthened an expert's router row: ``S_e = ||w_e||_2 - ||w_e of before||_2``, signed.
 
     Neither the length of the difference nor the size of the change: a row that became shorter is the first to go.
@@ -52,13 +53,14 @@ def router_norm(checkpoint: Path, pretrained: Path) -> list[Scores]:
     Args:
         checkpoint: fine-tuned on the task.
         pretrained: what it was fine-tuned from, with the same experts in the same order.
+        trust_remote_code: run the Python files that either's config.json names (`models.own_code`).
 
     Raises:
         UserError: one of them is no checkpoint, they have other routers, or no row of any changed its length.
     """
     from pruning.stored_weights import StoredWeights
 
-    after, before = StoredWeights(checkpoint), StoredWeights(pretrained)
+    after, before = (StoredWeights(path, trust_remote_code=trust_remote_code) for path in (checkpoint, pretrained))
     _require_same_routers(after, before)
     changes = [new_E - old_E for new_E, old_E in zip(_router_lengths(after), _router_lengths(before), strict=True)]
     if not any(change_E.any() for change_E in changes):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from models.checkpoints import cast_like, load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers, require_token_choice
+from models.own_code import copy_code
 from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
@@ -79,7 +80,14 @@ class Finetuning:
 
 
 def finetune(
-    checkpoint: Path, data: Path, method: Method, recipe: Recipe, out: Path, *, on_progress: Progress | None = None
+    checkpoint: Path,
+    data: Path,
+    method: Method,
+    recipe: Recipe,
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
 ) -> Finetuning:
     """Train a checkpoint and write the result as a new one, with finetuning.json beside it.
 
@@ -93,6 +101,7 @@ def finetune(
         method: one of ``pruning.finetuning.options.METHODS``, with its options.
         recipe: optimizer, schedule and seed.
         out: directory to write; must not exist.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`), a teacher's too.
         on_progress: told after every step.
 
     Raises:
@@ -100,15 +109,19 @@ def finetune(
             not suit the model.
     """
     refuse_existing(out)
+    skeleton_of = functools.partial(load_skeleton, trust_remote_code=trust_remote_code)
     if check := _CHECKS.get(type(method)):
-        check(load_skeleton(checkpoint), method, recipe.steps)
+        check(skeleton_of(checkpoint), method, recipe.steps)
+    if isinstance(method, RouterKD):
+        check_teacher(skeleton_of(checkpoint), skeleton_of(method.teacher))
     dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
-    job = _Job(checkpoint, dataset, str(data), recipe, on_progress)
+    job = _Job(checkpoint, dataset, str(data), recipe, trust_remote_code, on_progress)
     model, done = _METHODS[type(method)](job, method)
-    cast_like(model, checkpoint)
+    cast_like(model, checkpoint, trust_remote_code=trust_remote_code)
     with new_directory(out) as staging:
         save_model(model, staging)
         copy_companions(checkpoint, staging)
+        copy_code(checkpoint, staging)
         save_record(staging / RECORD, "finetuning", SCHEMA, done.to_json())
         if done.plan is not None:
             still_to_go = isinstance(method, FullRouter)
@@ -123,7 +136,11 @@ class _Job:
     dataset: Dataset
     where: str
     recipe: Recipe
+    trust_remote_code: bool
     on_progress: Progress | None
+
+    def load(self, checkpoint: Path) -> PreTrainedModel:
+        return load_model(checkpoint, trust_remote_code=self.trust_remote_code)
 
     @functools.cached_property
     def model_sha256(self) -> str:
@@ -137,7 +154,7 @@ Outcome = tuple[PreTrainedModel, Finetuning]
 
 
 def _plain(job: _Job, method: Plain) -> Outcome:
-    model = load_model(job.checkpoint)
+    model = job.load(job.checkpoint)
     examples = labelled(job.dataset, model, job.where)
     return model, job.done(method, train(model, examples, task_loss, job.recipe, on_progress=job.on_progress))
 
@@ -145,7 +162,7 @@ def _plain(job: _Job, method: Plain) -> Outcome:
 def _full_router(job: _Job, method: FullRouter) -> Outcome:
     plan = PruningPlan.load(method.plan)
     plan.require_model(job.model_sha256, str(job.checkpoint))
-    model = load_model(job.checkpoint)
+    model = job.load(job.checkpoint)
     examples = labelled(job.dataset, model, job.where)
     with silenced(model, plan):
         losses = train(model, examples, task_loss, job.recipe, on_progress=job.on_progress)
@@ -153,26 +170,26 @@ def _full_router(job: _Job, method: FullRouter) -> Outcome:
 
 
 def _task_specific(job: _Job, method: TaskSpecific) -> Outcome:
-    model = load_model(job.checkpoint)
+    model = job.load(job.checkpoint)
     examples = labelled(job.dataset, model, job.where)
     pruning = TaskSpecificPruning(method)
     losses = train(model, examples, task_loss, job.recipe, callbacks=[pruning], on_progress=job.on_progress)
     plan = pruning.plan(job.model_sha256)
     if method.variant == TWO_PASS:
-        model = load_model(job.checkpoint)
+        model = job.load(job.checkpoint)
         apply_plan(model, plan)
         losses += train(model, examples, task_loss, job.recipe, on_progress=job.on_progress)
     return model, job.done(method, losses, plan=plan, drops=tuple(pruning.drops))
 
 
 def _seer(job: _Job, method: Seer) -> Outcome:
-    model = load_model(job.checkpoint)
+    model = job.load(job.checkpoint)
     examples = labelled(job.dataset, model, job.where)
     return model, job.done(method, seer.fine_tune(model, examples, method, job.recipe, job.on_progress))
 
 
 def _router_kd(job: _Job, method: RouterKD) -> Outcome:
-    teacher, model = load_model(method.teacher), load_model(job.checkpoint)
+    teacher, model = job.load(method.teacher), job.load(job.checkpoint)
     examples = inputs(job.dataset, model, job.where)
     losses = distil(model, teacher, examples, method.temperature, job.recipe, job.on_progress)
     return model, job.done(method, losses, teacher_sha256=checkpoint_sha256(method.teacher))
@@ -184,15 +201,10 @@ def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> None:
     seer.lower_steps(method, layers[0].top_k, steps)
 
 
-def _check_router_kd(model: PreTrainedModel, method: RouterKD, _steps: int) -> None:
-    check_teacher(model, load_skeleton(method.teacher))
-
-
 _CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
     FullRouter: check_full,
     TaskSpecific: check_dropping,
     Seer: _check_seer,
-    RouterKD: _check_router_kd,
 }
 """What is refused by the shape of a model, before any data is read."""
 

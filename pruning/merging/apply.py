@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.families import Family, family
+from models.families import Family, family_of
 from models.moe_layers import MoELayer, axis_of_experts
 from moe_spec.errors import UserError
 from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan, Merge
@@ -37,7 +37,7 @@ def merge_layers(
         raise UserError(
             f"the plan's seed is {seed!r}, expected an int from 0", hint="make it again with `moe-edge plan`"
         )
-    row = family(model.config.model_type)
+    row = family_of(model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer, plan in todo:

