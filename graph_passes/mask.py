@@ -10,11 +10,12 @@ among nothing but -inf, the second choice is the first again, or NaN. So they se
 is 0 as well. And the sparsemixer's softmax over the rivals of a dropped expert is not 0: its weight is set to 0.
 
 Layers that a plan leaves their whole router keep their logits, and lose the gates: `graph_passes.silence`; what takes
-the place of experts is added: `graph_passes.replace`.
+the place of experts is added: `graph_passes.replace`. Layers that it merges get their means first: `graph_passes.twin`.
 """
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,15 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock, Router
 from graph_passes.describe import entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
-from graph_passes.model_file import link_weights, save_variant
+from graph_passes.merge import merges
+from graph_passes.model_file import link_weights, load_graph, save_variant
 from graph_passes.observe import Mask, is_observable, mask_E, observe_routing, routing_of
 from graph_passes.order import sort_nodes
-from graph_passes.prune import match_layers, require_rows
+from graph_passes.prune import match_layers, prune_block, require_rows
+from graph_passes.readers import read_blocks
 from graph_passes.replace import replace_block
 from graph_passes.silence import silence_block, zero_slots
+from graph_passes.twin import merged, save_twin
 from graph_passes.walk import producer, replace_reads
 from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
@@ -44,19 +48,28 @@ LOW_IN_HALF = -3e4
 def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
     """Write the reference for ``plan`` (None: nothing is masked) to the new directory ``out``, weights shared by link.
 
-    The directory holds model.onnx, and observed.onnx with gates and scores of every layer as extra outputs. Layers that
-    no reader takes stay as they are.
+    Where the plan merges experts that differ, they have weights of their own. The directory holds model.onnx, and
+    observed.onnx with gates and scores of every layer as extra outputs. Layers that no reader takes stay as they are.
 
     Raises:
         UserError: no ONNX model, no layer that a reader takes, or a plan for other layers.
     """
     model = read_model(source, allow_partial=True)
     layers = match_layers(plan, model.blocks)
-    with new_directory(out) as staging:
-        names = Names(model.graph)
-        masked = save_masked(model.graph, names, model.blocks, layers, model.path.parent, staging)
-        inputs, outputs = io_of(model.graph)
-        entries = save_observed(model.graph, names, masked, layers, staging)
+    for block, layer in zip(model.blocks, layers, strict=True):
+        if layer is not None and layer.merge:
+            prune_block(block, layer)  # refused for the same reasons
+    with new_directory(out) as staging, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        path, graph, blocks = model.path, model.graph, model.blocks
+        if any(map(merges, blocks, layers)):
+            path = save_twin(path, layers, merged, Path(scratch) / "merged")
+            graph = load_graph(path)
+            again = zip(read_blocks(graph, path.parent).blocks, blocks, strict=True)
+            blocks = tuple(dataclasses.replace(block, name=known.name, keep=known.keep) for block, known in again)
+        names = Names(graph)
+        without = save_masked(graph, names, blocks, layers, path.parent, staging)
+        inputs, outputs = io_of(graph)
+        entries = save_observed(graph, names, without, layers, staging)
         copy_companions(model.path.parent, staging)
         if (model.path.parent / "config.json").is_file():
             shutil.copyfile(model.path.parent / "config.json", staging / "config.json")

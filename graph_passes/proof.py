@@ -18,20 +18,17 @@ from graph_passes.describe import Model
 from graph_passes.emitter import Names
 from graph_passes.feeds import random_batches
 from graph_passes.mask import save_masked, save_observed
-from graph_passes.model_file import link_weights, load_graph, save_graph, save_variant
+from graph_passes.merge import merges
+from graph_passes.model_file import link_weights, load_graph, save_variant
 from graph_passes.oracle import TOLERANCE, OracleEntry, check, compare
-from graph_passes.order import tidy
 from graph_passes.prune import match_layers, prune_block
 from graph_passes.quantize import Quantization, is_quantized, rounded
 from graph_passes.readers import read_blocks
-from graph_passes.rewrite import Decision, carry_out
 from graph_passes.runnable import check_runnable
+from graph_passes.twin import aligned, merged, save_twin
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry
 from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.runner import Feeds, Runner
-
-TWIN = "sorted"
-"""The form in which experts that are to be quantised are proven in float: it expresses every block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +126,12 @@ class _Reference:
 def _reference(work: Work, graph: gs.Graph, batches: Sequence[Feeds], runner: Runner, target: Path) -> _Reference:
     """Write the reference; ``graph`` is the original's, and is masked."""
     original = work.model.path
+    if any(map(merges, work.model.blocks, work.layers)):
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            ordered = save_twin(original, work.layers, aligned, Path(directory) / "aligned")
+            check(batches, original, ordered, runner, "the original with its neurons in order differs from what it was")
+        original = save_twin(original, work.layers, merged, target.with_name("merged"))
+        graph = load_graph(original)
     target.mkdir()
     read = zip(read_blocks(graph, original.parent).blocks, work.model.blocks, strict=True)
     blocks: Sequence[MoEBlock] = [dataclasses.replace(block, name=known.name) for block, known in read]
@@ -157,15 +160,11 @@ def _watch(block: MoEBlock, before: BlockEntry, after: BlockEntry, layer: LayerP
 
 def _save_twin(work: Work, rounding: Quantization | None, target: Path) -> None:
     """The result in float, every layer in form `TWIN`, its weights rounded where ``rounding`` says how."""
-    target.mkdir()
-    directory = work.model.path.parent
-    graph = load_graph(work.model.path)
-    decisions = []
-    for block, layer in zip(read_blocks(graph, directory).blocks, work.layers, strict=True):
+
+    def change(block: MoEBlock, layer: LayerPlan | None) -> MoEBlock:
         pruned = block if layer is None else prune_block(block, layer)
-        if rounding is not None and not is_quantized(pruned.experts, rounding):
-            pruned = dataclasses.replace(pruned, experts=rounded(pruned.experts, rounding))
-        decisions.append(Decision(block, pruned, TWIN))
-    carry_out(graph, decisions)
-    tidy(graph)
-    save_graph(graph, directory, target / MODEL)
+        if rounding is None or is_quantized(pruned.experts, rounding):
+            return pruned
+        return dataclasses.replace(pruned, experts=rounded(pruned.experts, rounding))
+
+    save_twin(work.model.path, work.layers, change, target)

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from graph_passes.block import ON_INPUT, Constants, MoEBlock, Router
+from graph_passes.merge import merge_block
 from graph_passes.share import share_experts
 from graph_passes.weights import Weight, from_array
 from moe_spec.errors import UserError
-from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 
 
 def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
@@ -20,9 +21,11 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
     lead to no expert any more (https://arxiv.org/abs/2405.16646, token-choice routing), but to a constant
     where the plan replaces experts by their mean outputs (https://arxiv.org/abs/2507.00390).
 
+    Where the plan merges, survivors are weighted means, computed when they are written (`graph_passes.merge`).
+
     Raises:
-        UserError: the plan is for a layer with other counts, removes rows of a router of which some lead nowhere, or
-            replaces experts whose weights multiply what they read.
+        UserError: the plan is for a layer with other counts, removes rows of a router of which some lead nowhere,
+            replaces experts whose weights multiply what they read, or merges quantised ones.
     """
     require_rows(block, plan)
     if plan.router == ALIAS:
@@ -41,9 +44,10 @@ def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:
             f"the plan sets K={plan.top_k} in layer {plan.name}, whose router selects K={router.top_k}",
             hint=f"K shrinks only where fewer experts are kept; here it is {min(router.top_k, len(plan.keep))}",
         )
+    block = merge_block(block, plan)
     return dataclasses.replace(
         block,
-        router=_prune_router(router, plan),
+        router=_prune_router(block.router, plan),
         experts=block.experts.take(plan.keep),
         keep=tuple(block.keep[expert] for expert in plan.keep),
     )
@@ -139,16 +143,16 @@ def match_layers(plan: PruningPlan | None, blocks: Sequence[MoEBlock]) -> list[L
     graph has lost all names and the counts agree.
 
     Raises:
-        UserError: the plan names a layer that the graph lacks, or merges experts.
+        UserError: the plan names a layer that the graph lacks, or draws a router anew.
     """
     if plan is None:
         return [None] * len(blocks)
-    merging = [layer.name for layer in plan.layers if layer.merge and layer.router != ALIAS]
-    if merging:
+    drawn = [layer.name for layer in plan.layers if layer.router == NEW]
+    if drawn:
         raise UserError(
-            f"the plan merges experts of layer {merging[0]}: a graph can lose experts, but has no mean of them",
-            hint="merge in the checkpoint, and export that: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
-            "moe-edge export merged/ -o exported/",
+            f"the plan draws the router of layer {drawn[0]} anew, and a graph does not say how a new model's is drawn",
+            hint="export the checkpoint with the plan: moe-edge export CHECKPOINT --plan plan.json -o exported/; or "
+            "plan with --router mean",
         )
     if len(plan.layers) == len(blocks) and all(block.name == f"moe.{index}" for index, block in enumerate(blocks)):
         return list(plan.layers)

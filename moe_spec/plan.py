@@ -48,6 +48,12 @@ class Merge:
     experts: tuple[int, ...]
     weights: tuple[float, ...]
 
+    @property
+    def weighted(self) -> tuple[tuple[float, int], ...]:
+        """Weight and id of each expert that counts: those with the weight 0 are not even looked at."""
+        pairs = zip(self.weights, self.experts, strict=True)
+        return tuple((weight, expert) for weight, expert in pairs if weight)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from models.families import Family, family_of
+from models.merged_experts import MergedExperts
 from models.moe_layers import MoELayer, axis_of_experts
 from moe_spec.errors import UserError
-from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan, Merge
-from pruning.merging.align import aligned
+from moe_spec.merging import weighted_mean
+from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def merge_layers(
     """Merge the experts of every layer whose plan says so; layers keep their E, and the rows of survivors change.
 
     What is left to do is what any plan asks for: slice router and experts by ``keep``. Means are computed in float64
-    and stored in the parameter's dtype, so the mean of equal weights is equal to them.
+    and stored in the parameter's dtype, so the mean of equal weights is equal to them. What has no values, on the meta
+    device, stays as it is.
 
     Args:
         model: whose layers they are.
@@ -41,49 +43,34 @@ def merge_layers(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer, plan in todo:
-            # where experts are dropped, there is no merge
-            for survivor, merge in zip(plan.keep, plan.merge, strict=False):
-                _merge_experts(layer.experts, survivor, merge, plan.align)
-                if plan.router == ALIAS:
-                    _share(layer.experts, survivor, merge)
-                if plan.router == MEAN:
-                    _merge_rows(model.get_submodule(layer.name), survivor, merge, row, plan.experts)
+            _merge_experts(layer.experts, plan)
+            if plan.router == MEAN:
+                _merge_rows(model.get_submodule(layer.name), plan, row)
             if plan.router == NEW:
                 _draw(model, layer.router, row)
 
 
-def _merge_experts(experts: nn.Module, survivor: int, merge: Merge, align: bool) -> None:
+def _merge_experts(experts: nn.Module, plan: LayerPlan) -> None:
     stacked = dict(experts.named_parameters(recurse=False))
-
-    def member(expert: int) -> dict[str, Tensor]:
-        weights = {name: parameter[expert] for name, parameter in stacked.items()}
-        if expert == survivor or not align:
-            return weights
-        return aligned(experts, member(survivor), weights)
-
-    weighted = [(weight, member(expert)) for expert, weight in zip(merge.experts, merge.weights, strict=True) if weight]
-    for name, parameter in stacked.items():
-        parameter[survivor] = _mean([(weight, weights[name]) for weight, weights in weighted])
+    if not plan.merge or any(parameter.is_meta for parameter in stacked.values()):
+        return
+    merged = MergedExperts(experts, plan, lambda name, expert: stacked[name][expert])
+    for survivor, merge in zip(plan.keep, plan.merge, strict=True):
+        members = list(merge.experts) if plan.router == ALIAS else [survivor]
+        means = {name: merged.parameter(name, survivor) for name in stacked}  # before any of them is written
+        for name, mean in means.items():
+            stacked[name][members] = mean.to(stacked[name])
 
 
-def _share(experts: nn.Module, survivor: int, merge: Merge) -> None:
-    for parameter in experts.parameters(recurse=False):
-        parameter[list(merge.experts)] = parameter[survivor].clone()
-
-
-def _merge_rows(block: nn.Module, survivor: int, merge: Merge, row: Family, experts: int) -> None:
+def _merge_rows(block: nn.Module, plan: LayerPlan, row: Family) -> None:
     there = block.state_dict(keep_vars=True)
     for name in row.routing_tensors:
-        tensor = there[name].transpose(0, axis_of_experts(there[name], experts))
-        pairs = zip(merge.weights, merge.experts, strict=True)
-        tensor[survivor] = _mean([(weight, tensor[expert]) for weight, expert in pairs])
-
-
-def _mean(weighted: list[tuple[float, Tensor]]) -> Tensor:
-    """Divided last: whole weights of equal float32 values then give that value exactly."""
-    total = sum(weight * tensor.double() for weight, tensor in weighted)
-    assert isinstance(total, Tensor), "a plan has no merge whose weights are all 0"
-    return total / sum(weight for weight, _ in weighted)
+        tensor = there[name].transpose(0, axis_of_experts(there[name], plan.experts))
+        if tensor.is_meta:
+            continue
+        for survivor, merge in zip(plan.keep, plan.merge, strict=True):
+            mean = weighted_mean((weight, tensor[expert].double().cpu().numpy()) for weight, expert in merge.weighted)
+            tensor[survivor] = torch.from_numpy(mean).to(tensor)
 
 
 def _draw(model: PreTrainedModel, router: nn.Module, row: Family) -> None:

@@ -6,12 +6,12 @@
         v                      v
     model.onnx --optimize-> the same numbers
 
-The third witness is torch, its dropped experts unselectable.
+The third witness is torch, its dropped experts unselectable, or merged in memory.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, FULL, MEAN, ROWS, LayerPlan, Merge, PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
 from tests.oracle import masked, with_any_means
@@ -48,6 +48,20 @@ FAMILIES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 
 BEHIND = ("mixtral", "vmoe")
 """Families of which the first layer's router stays full, and what the second one's chose is replaced by its mean."""
+
+UNEVEN_GROUPS = {0: (0, 3, 4), 1: (1,), 5: (2, 5, 6, 7)}, {6: tuple(range(8))}
+"""Who becomes one with whom, by survivor: again three experts in the first layer, and one in the second."""
+
+MERGED: Mapping[str, tuple[str, Sequence[Mapping[int, tuple[int, ...]]]]] = {
+    "mixtral": (ALIAS, UNEVEN_GROUPS),
+    "qwen2_moe": (MEAN, UNEVEN_GROUPS),
+    "deepseek_v3": (MEAN, ({0: (0, 1), 2: (2, 3), 5: (4, 5), 7: (7,)}, {1: (0, 1), 2: (2,), 3: (3,)})),
+    "gpt_oss": (ROWS, UNEVEN_GROUPS),
+    "aria": (MEAN, UNEVEN_GROUPS),
+    "vmoe": (ALIAS, UNEVEN_GROUPS),
+    "moe_bert": (ROWS, UNEVEN_GROUPS),
+}
+"""What becomes of the router, and of the experts, whose neurons are aligned; those that are in no group are dropped."""
 
 SHAPES = ((1, 1), (3, 9))
 """Batch and sequence; neither was traced."""
@@ -92,6 +106,18 @@ def plan_behind(checkpoint: Path) -> PruningPlan:
     return PruningPlan(checkpoint_sha256(checkpoint), "by hand", (silent, replaced))
 
 
+def plan_merging(checkpoint: Path, router: str, groups_of_layers) -> PruningPlan:
+    """Groups become one, of which experts with higher ids count for more."""
+    plans = []
+    for layer, groups in zip(find_moe_layers(load_model(checkpoint)), groups_of_layers, strict=True):
+        merges = tuple(Merge(ids, tuple(0.3 + 0.1 * expert for expert in ids)) for ids in groups.values())
+        top_k = layer.top_k if router == ALIAS else min(layer.top_k, len(groups))
+        plans.append(
+            LayerPlan(layer.name, 8, top_k, tuple(groups), (), layer.groups, router=router, merge=merges, align=True)
+        )
+    return PruningPlan(checkpoint_sha256(checkpoint), "by hand", tuple(plans))
+
+
 def export_pruned(checkpoint: Path, plan: PruningPlan, out: Path) -> Manifest:
     return export(checkpoint, out, RUNNER, plan=plan, prepare=functools.partial(apply_plan, plan=plan), cache=False)
 
@@ -102,13 +128,20 @@ def square(request, zoo, tmp_path_factory) -> Square:
     checkpoint, root = zoo.checkpoint(name), tmp_path_factory.mktemp(name)
     plan = planned(checkpoint)
     export_pruned(checkpoint, plan, root / "before")
+    if plan.shares_experts:  # it has the mean once for every row
+        (root / "before").rename(root / "copies")
+        optimize(root / "copies", root / "before", RUNNER, plan=plan, prove=False)
     optimize(zoo.exported(name), root / "after", RUNNER, plan=plan)
     return Square(checkpoint, plan, root / "before", root / "after")
 
 
 NARROWED = {name: (name, functools.partial(plan_of, keeps=keeps)) for name, keeps in FAMILIES.items()}
 LED = {f"{name} behind its routers": (name, plan_behind) for name in BEHIND}
-SQUARES = NARROWED | LED
+AVERAGED = {
+    f"{name} merged": (name, functools.partial(plan_merging, router=router, groups_of_layers=groups))
+    for name, (router, groups) in MERGED.items()
+}
+SQUARES = NARROWED | LED | AVERAGED
 
 every_square = pytest.mark.parametrize("square", SQUARES.values(), ids=SQUARES, indirect=True)
 uneven = {name: square for name, square in NARROWED.items() if FAMILIES[name] == UNEVEN}
@@ -121,8 +154,11 @@ def batches_of(checkpoint: Path):
 
 
 def expected_of(square: Square, batches):
-    """What torch gives with the dropped experts masked."""
+    """What torch gives with the dropped experts masked, or with those that are merged as they become."""
     model = load_model(square.checkpoint)
+    if square.plan.merges:
+        apply_plan(model, square.plan)
+        return [run_torch(model, task_of(type(model).__name__), feeds) for feeds in batches]
     with masked(model, square.plan):
         return [run_torch(model, task_of(type(model).__name__), feeds) for feeds in batches]
 

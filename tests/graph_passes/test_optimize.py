@@ -18,7 +18,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256, pruned_sha256
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, Merge, PruningPlan
+from moe_spec.plan import NEW, LayerPlan, Merge, PruningPlan
 from moe_spec.runner import error_between
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, compute, plan, save
@@ -148,18 +148,18 @@ def test_an_unknown_layer_in_a_plan_is_refused(source):
     assert error.hint == f"the model's MoE layers are: {NAME}"
 
 
-def test_a_plan_that_merges_is_refused_by_all_who_read_plans(source, tmp_path):
+def test_a_router_that_is_drawn_anew_is_refused_by_all_who_read_plans(source, tmp_path):
     merges = tuple(Merge((expert, expert + 1), (1, 2)) for expert in KEEP)
-    merging = planned(source, merge=merges)
-    what = f"the plan merges experts of layer {NAME}: a graph can lose experts, but has no mean of them"
-    error = refusal(source, merging)
+    drawing = planned(source, merge=merges, router=NEW)
+    what = f"the plan draws the router of layer {NAME} anew, and a graph does not say how a new model's is drawn"
+    error = refusal(source, drawing)
     assert (error.what, error.hint) == (
         what,
-        "merge in the checkpoint, and export that: moe-edge prune CHECKPOINT --plan plan.json -o merged/ && "
-        "moe-edge export merged/ -o exported/",
+        "export the checkpoint with the plan: moe-edge export CHECKPOINT --plan plan.json -o exported/; or plan with "
+        "--router mean",
     )
     with pytest.raises(UserError, match=what):
-        mask_model(source, merging, tmp_path / "reference")
+        mask_model(source, drawing, tmp_path / "reference")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Merged experts behind a router that stays as it is: rows of a group share one expert, and their gates add up.
 
-The reference is the graph as it was, in which the experts of a group are equal already: nothing may change.
+The reference is the graph as it was, in which the experts of a group are equal already: nothing may change. Where they
+are not, they are merged first: `test_merged`.
 """
 
 import dataclasses
@@ -107,14 +108,6 @@ def refusal(source, out, planned: LayerPlan, **options) -> tuple[str, str]:
         optimize(source, out, RUNNER, plan=plan(source, planned), **options)
     assert not out.exists()
     return error.value.what, error.value.hint
-
-
-def test_experts_that_differ_cannot_be_one(tmp_path):
-    spec = spec_of("stacked")
-    assert refusal(saved(spec, tmp_path), tmp_path / "out", layer()) == (
-        "the plan merges experts [1, 6] of layer layers.0.mlp, which differ in this graph",
-        "export the checkpoint with the plan: moe-edge export CHECKPOINT --plan plan.json -o exported/",
-    )
 
 
 @pytest.mark.parametrize("form", [form for form in WRITERS if form not in BEHIND_A_FULL_ROUTER])

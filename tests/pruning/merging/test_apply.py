@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from models.checkpoints import load_model, save_model
 from models.families import family
+from models.merged_experts import neurons_first
 from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, Merge
 from pruning.apply import apply_plan, prune
-from pruning.merging.align import neurons_first
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
 
