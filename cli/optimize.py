@@ -17,7 +17,8 @@ def optimize(
     model: Annotated[Path, typer.Argument(help="ONNX file or model directory, whoever exported it.")],
     output: Output,
     plan: Annotated[
-        Path | None, typer.Option(help="Keep the experts of this plan.json; without it, all that can be chosen.")
+        Path | None,
+        typer.Option(help="Drop or merge experts by this plan.json; without it all stay that can be chosen."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Device that the result is for; without it only what loses experts is rewritten.")

@@ -17,7 +17,7 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.behind_router import lead_to
 from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
@@ -163,7 +163,7 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
         raise UserError(
             f"layer {layer.name} keeps {survivors} experts in its {layer.groups.count} routing groups, but a torch "
             f"router needs the same number in each, at least {layer.groups.scored_by}",
-            hint=_MERGE_WAY if plan.merge else _ONNX_WAY,
+            hint=_MERGE_WAY if plan.router == NEW else _ONNX_WAY,
         )
     return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
 
@@ -234,5 +234,5 @@ def _require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoin
         raise UserError(
             f"the plan leaves different counts in the layers of {checkpoint} ({counts}), "
             "but a checkpoint's config.json has one for all of them",
-            hint=_MERGE_WAY if plan.merges else _ONNX_WAY,
+            hint=_MERGE_WAY if any(layer.router == NEW for layer in plan.layers) else _ONNX_WAY,
         )

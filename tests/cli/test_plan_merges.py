@@ -76,28 +76,36 @@ def test_the_router_is_the_users_choice(statistics, tmp_path):
     )
 
 
-def test_a_merge_can_be_exported_at_once(checkpoint, statistics, tmp_path):
-    plan, out = tmp_path / "plan.json", tmp_path / "exported"
-    assert invoke("plan", statistics, "--criterion", "hc-smoe", "--keep", 2, "-o", plan)[0] == 0
-    assert invoke("export", checkpoint, "--plan", plan, "-o", out)[0] == 0
-    manifest = Manifest.load(out)
-    assert [block.experts for block in manifest.blocks] == [2, 2]
-    assert manifest.plan == PruningPlan.load(plan)
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "exported"
+    assert invoke("export", checkpoint, "-o", directory)[0] == 0
+    return directory
+
+
+def test_a_merge_is_exported_at_once_or_carried_out_in_the_graph(checkpoint, whole, statistics, tmp_path):
+    plan, exported, optimized = (tmp_path / name for name in ("plan.json", "exported", "optimized"))
+    assert invoke("plan", statistics, "--criterion", "m-smoe", "--keep", 2, "-o", plan)[0] == 0
+    assert invoke("export", checkpoint, "--plan", plan, "-o", exported)[0] == 0
+    assert invoke("optimize", whole, "--plan", plan, "-o", optimized)[0] == 0
+    for manifest in (Manifest.load(exported), Manifest.load(optimized)):
+        assert [block.experts for block in manifest.blocks] == [2, 2]
+        assert manifest.plan == PruningPlan.load(plan)
+    assert invoke("verify", optimized, "--reference", exported)[0] == 0
+    assert invoke("verify", optimized, "--reference", whole)[0] == 0
 
 
 @pytest.mark.parametrize("form", ["dense", "sorted", "gather"])
-def test_rows_share_experts_from_the_plan_to_the_graph(form, checkpoint, statistics, tmp_path):
-    plan, exported, optimized = (tmp_path / name for name in ("plan.json", "exported", "optimized"))
+def test_rows_share_experts_from_the_plan_to_the_graph(form, whole, statistics, tmp_path):
+    plan, optimized = tmp_path / "plan.json", tmp_path / "optimized"
     arguments = ("--criterion", "m-smoe", "--router", "alias", "--keep", 3, "-o", plan)
     assert invoke("plan", statistics, *arguments)[0] == 0
-    assert invoke("export", checkpoint, "--plan", plan, "-o", exported)[0] == 0
-    assert [block.experts for block in Manifest.load(exported).blocks] == [8, 8]
-    assert invoke("optimize", exported, "--plan", plan, "--form", form, "-o", optimized)[0] == 0
+    assert invoke("optimize", whole, "--plan", plan, "--form", form, "-o", optimized)[0] == 0
     blocks = Manifest.load(optimized).blocks
     assert [(block.experts, block.form) for block in blocks] == [(3, form)] * 2
     assert all(block.router.endswith("8 of 8 rows lead to one of 3 experts") for block in blocks)
-    assert sum(block.bytes for block in blocks) < sum(block.bytes for block in Manifest.load(exported).blocks) / 2
-    assert invoke("verify", optimized, "--reference", exported)[0] == 0
+    assert sum(block.bytes for block in blocks) < sum(block.bytes for block in Manifest.load(whole).blocks) / 2
+    assert invoke("verify", optimized, "--reference", whole)[0] == 0
 
 
 def test_k_stays_where_rows_share_experts(statistics, tmp_path):

@@ -239,13 +239,17 @@ def test_a_seed_that_is_none_is_refused():
     assert caught.value.hint == "make it again with `moe-edge plan`"
 
 
-WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"
+WAYS = {
+    MEAN: "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json",
+    NEW: "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep",
+}
 
 
-def test_a_checkpoint_cannot_hold_layers_that_were_merged_into_different_numbers(tmp_path):
+@pytest.mark.parametrize("router", WAYS)
+def test_a_checkpoint_cannot_hold_layers_that_were_merged_into_different_numbers(router, tmp_path):
     checkpoint = tmp_path / "mixtral"
     save_model(TINY["mixtral"](), checkpoint)
-    plan = merging(TINY["mixtral"]())
+    plan = merging(TINY["mixtral"](), router=router)
     plan = dataclasses.replace(plan, model_sha256=checkpoint_sha256(checkpoint), layers=plan.layers[:1])
     plan.save(tmp_path / "plan.json")
     with pytest.raises(UserError) as caught:
@@ -254,15 +258,16 @@ def test_a_checkpoint_cannot_hold_layers_that_were_merged_into_different_numbers
         f"the plan leaves different counts in the layers of {checkpoint} (model.layers.0.mlp: 4 (K=2), "
         "model.layers.1.mlp: 8 (K=2)), but a checkpoint's config.json has one for all of them"
     )
-    assert caught.value.hint == WAY
+    assert caught.value.hint == WAYS[router]
 
 
-def test_groups_that_a_torch_router_cannot_have_are_refused():
+@pytest.mark.parametrize("router", WAYS)
+def test_groups_that_a_torch_router_cannot_have_are_refused(router):
     model = TINY["deepseek_v3"]()
     with pytest.raises(UserError) as caught:
-        apply_plan(model, merging(model, ((0, 2), (1, 3), (4, 7)), weights=(1.0, 1.0)))
+        apply_plan(model, merging(model, ((0, 2), (1, 3), (4, 7)), weights=(1.0, 1.0), router=router))
     assert caught.value.what == (
         "layer model.layers.0.mlp keeps [2, 1] experts in its 2 routing groups, but a torch router needs the same "
         "number in each, at least 2"
     )
-    assert caught.value.hint == WAY
+    assert caught.value.hint == WAYS[router]
