@@ -126,7 +126,7 @@ def others(quick: bool, _: int) -> str:
             rows.append((f"transformers, {implementation}", _nodes(target), *_cells(used), ratio))
     return f"""## Beside transformers' own exporter
 
-A Qwen3-MoE of {sizes['num_hidden_layers']} layers of {sizes['num_experts']} experts,
+A Qwen3-MoE of {sizes["num_hidden_layers"]} layers of {sizes["num_experts"]} experts,
 {parameters / 1e6:,.0f} M parameters, random, in float32, without a cache; `OnnxExporter` with the experts
 implementation named. At the right: wall time and peak memory over ours.
 

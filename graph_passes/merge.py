@@ -132,9 +132,6 @@ def _with_mean_rows(router: Router, plan: LayerPlan) -> Router:
             after[survivor] = _rounded(values, rows.dtype)
         return from_array(after)
 
-    return dataclasses.replace(
-        router,
-        weight_EH=mean(router.weight_EH),
-        bias_E=None if router.bias_E is None else mean(router.bias_E),
-        selection_bias_E=None if router.selection_bias_E is None else mean(router.selection_bias_E),
-    )
+    rows = {name: getattr(router, name) for name in ("weight_EH", "bias_E", "selection_bias_E", "scale_E")}
+    changed: dict[str, Any] = {name: mean(weight) for name, weight in rows.items() if weight is not None}
+    return dataclasses.replace(router, **changed)
