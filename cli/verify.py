@@ -19,12 +19,13 @@ from cli.options import AsJson
 from moe_spec.errors import VerificationError
 
 if TYPE_CHECKING:
+    from moe_spec.dataset import Dataset
     from moe_spec.plan import PruningPlan
     from runtime.report import LayerParity, OutputParity, ParityReport
 
 
 def verify(
-    candidate: Annotated[Path, typer.Argument(help="Model or engine directory.")],
+    candidate: Annotated[Path, typer.Argument(help="Model or engine directory, or an .onnx file.")],
     reference: Annotated[Path, typer.Option(help="What it was made from: a model directory or an .onnx file.")],
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
@@ -32,6 +33,7 @@ def verify(
     precision: Annotated[str | None, typer.Option(help="Judge as float32, float16 or bfloat16.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,
+    bisect: Annotated[bool, typer.Option(help="Search a failing candidate for the part that went wrong.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Prove that a candidate computes what its reference computes; exit with 3 when it does not.
@@ -49,11 +51,15 @@ def verify(
         refuse_existing(output)
     tolerance = None if precision is None else tolerance_of(precision)
     given = None if plan is None else PruningPlan.load(plan)
-    task = None if data is None else load_dataset(data, ImagePreprocessor.load(candidate))
+    preprocessors = (ImagePreprocessor.load(_home(path)) for path in (candidate, reference))
+    preprocessor = next((found for found in preprocessors if found is not None), None)
+    task = None if data is None else load_dataset(data, preprocessor)
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as scratch, console.status(f"verifying {candidate}"):
         parent = _reference(reference, candidate, given, Path(scratch) / "reference")
         child = _observable(candidate, Path(scratch) / "candidate")
         report = compare(child, parent, task, batch_size=batch_size, threads=threads, tolerance=tolerance)
+        if bisect and not report.passed:
+            report = _with_fault(report, candidate, parent, Path(scratch) / "cut", task, batch_size, threads)
     if output is not None:
         report.save(output)
     console.result(_summary(report), report.to_json(), as_json)
@@ -61,14 +67,20 @@ def verify(
         raise VerificationError("; ".join([*report.reasons, _place(report)]))
 
 
+def _home(model: Path) -> Path:
+    """The directory of an .onnx file, or the model directory itself."""
+    return model if model.is_dir() else model.parent
+
+
 def _observable(candidate: Path, scratch: Path) -> Path:
     """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
     from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
     from runtime.backend import ENGINE
 
-    if (candidate / OBSERVED).is_file() or not (candidate / FILE_NAME).is_file():
+    is_known = (candidate / FILE_NAME).is_file()
+    if not candidate.exists() or (is_known and (candidate / OBSERVED).is_file()):
         return candidate
-    if Manifest.load(candidate).kind == ENGINE:
+    if is_known and Manifest.load(candidate).kind == ENGINE:
         return candidate
     from graph_passes.mask import mask_model
 
@@ -80,7 +92,8 @@ def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scr
     """``reference`` where its routers can be seen and no plan has to be applied to it; else a graph made from it."""
     from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
 
-    def plan_of(directory: Path) -> "PruningPlan | None":
+    def plan_of(path: Path) -> "PruningPlan | None":
+        directory = _home(path)
         return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
 
     applied, own = plan_of(candidate) if plan is None else plan, plan_of(reference)
@@ -92,6 +105,44 @@ def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scr
 
     mask_model(reference, missing, scratch)
     return scratch
+
+
+def _with_fault(
+    report: "ParityReport",
+    candidate: Path,
+    reference: Path,
+    scratch: Path,
+    data: "Dataset | None",
+    batch_size: int,
+    threads: int,
+) -> "ParityReport":
+    """``report`` and the first part of ``candidate`` that went wrong, or a note of why none is named."""
+    from runtime.bisect import find_fault
+    from runtime.cut_run import CutPair
+
+    try:
+        from graph_passes.cut import save_cut, save_watched
+    except ModuleNotFoundError as missing:
+        return report.with_note(
+            f"the part at fault is not known: cutting graphs needs {missing.name}, moe-edge[optimize]"
+        )
+    if report.layers is None:
+        return report.with_note(
+            "an engine cannot be cut: verify the model that it was built from to find the part at fault"
+        )
+    watched = save_watched(reference, scratch / "reference")
+    cut = save_cut(candidate, scratch / "candidate", {layer.name for layer in watched.layers})
+    names = [layer.name for layer in cut.layers]
+    if not names:
+        return report.with_note("no MoE layer could be cut out, so no part was looked at by itself")
+    pair = CutPair(watched, save_cut(reference, scratch / "reference", names), cut)
+    fault = find_fault(pair, reference, data, tolerance=report.tolerance, batch_size=batch_size, threads=threads)
+    uncut = [layer.name for layer in report.layers if layer.name not in names]
+    if uncut:
+        report = report.with_note(f"not cut, so a fault in them is told as one of what lies around: {', '.join(uncut)}")
+    if fault is None:
+        return report.with_note("no part by itself is out of tolerance: small differences add up")
+    return report.with_fault(fault)
 
 
 def _summary(report: "ParityReport") -> str:
@@ -134,6 +185,8 @@ def _number(value: float | None) -> str:
 
 
 def _place(report: "ParityReport") -> str:
+    if report.fault is not None:
+        return f"the fault is in {report.fault.place}: {report.fault.says}"
     if report.first_wrong_layer is None:
         return "the routers of all layers agree"
     return f"the first layer that went wrong is {report.first_wrong_layer}"

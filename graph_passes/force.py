@@ -9,17 +9,18 @@ With every token sent to expert e with weight 1 (and weight 0 for the other slot
 expert alone, and so its norm, whatever the router thinks of it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.block import MoEBlock, Router, Slots
 from graph_passes.emitter import Emitter, Names
 from graph_passes.model_file import load_graph, save_variant
 from graph_passes.order import sort_nodes
 from graph_passes.readers import read_blocks
-from graph_passes.walk import replace_reads
+from graph_passes.walk import producer, replace_reads
 from graph_passes.writers.routing import Routing, gates_of
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
@@ -57,16 +58,17 @@ def force_routing(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[st
             "own",
             hint="leave --forced out",
         )
+    tokens = emitter.fresh("tokens")
     ids, weights = (
-        gs.Variable(emitter.fresh(label), dtype, ["forced_tokens", router.top_k])
+        gs.Variable(emitter.fresh(label), dtype, [tokens, router.top_k])
         for label, dtype in (("ids", np.int64), ("weights", np.float32))
     )
     if router.gates is not None:
         gates = gates_of(emitter, Routing(router.ranked, ids_TK=ids, weights_TK=weights), block)
-        _replace(emitter, router.gates, gates, "gates")
+        read_instead(emitter, router.gates, gates, "gates")
     elif router.slots is not None:
-        _replace(emitter, router.slots.ids, ids, "ids")
-        _replace(emitter, router.slots.weights, weights, "weights")
+        read_instead(emitter, router.slots.ids, ids, "ids", except_by=_weighing(router, router.slots))
+        read_instead(emitter, router.slots.weights, weights, "weights")
     else:
         raise UserError(
             f"the routing of layer {block.name} cannot be forced: an op of form {block.form} routes by itself",
@@ -76,9 +78,24 @@ def force_routing(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> list[st
     return [str(ids.name), str(weights.name)]
 
 
-def _replace(emitter: Emitter, old: gs.Tensor, forced: gs.Tensor, label: str) -> None:
-    """Let whoever reads ``old`` read ``forced``, in its shape and dtype."""
+def _weighing(router: Router, slots: Slots) -> list[gs.Node]:
+    """The readers of the ids that the weights come from: the router's own choice stays what it is."""
+    leading: dict[int, gs.Node] = {}
+    front = [producer(slots.weights)]
+    while front:
+        node = front.pop()
+        if node is not None and id(node) not in leading:
+            leading[id(node)] = node
+            ends = (slots.ids, router.hidden)
+            front.extend(producer(tensor) for tensor in node.inputs if all(tensor is not end for end in ends))
+    return [node for node in slots.ids.outputs if id(node) in leading]
+
+
+def read_instead(
+    emitter: Emitter, old: gs.Tensor, given: gs.Tensor, label: str, except_by: Sequence[gs.Node] = ()
+) -> None:
+    """Let whoever reads ``old``, but for ``except_by``, read ``given``, in its shape and dtype."""
     shape = emitter.emit("Shape", old, label=f"{label}_shape")
-    shaped = emitter.emit("Reshape", forced, shape, label=f"{label}_shaped")
+    shaped = emitter.emit("Reshape", given, shape, label=f"{label}_shaped")
     typed = emitter.emit("CastLike", shaped, old, label=f"{label}_typed")
-    replace_reads(old, typed, except_by=[shape.inputs[0], typed.inputs[0]])
+    replace_reads(old, typed, except_by=[shape.inputs[0], typed.inputs[0], *except_by])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_spec.record import Json, Record, load_record, save_record
+from runtime.fault import Fault
 from runtime.tolerances import Tolerance
 
 SCHEMA = 1
@@ -85,7 +86,8 @@ class ParityReport:
     Attributes:
         passed: whether the candidate computes what the reference computes.
         reasons: why not; empty when it passed.
-        first_wrong_layer: the lowest layer whose routing differs by more than rounding, when it failed.
+        first_wrong_layer: the lowest layer that went wrong, when it failed: that of ``fault`` where one was found, else
+            the lowest whose routing differs by more than rounding.
         candidate_sha256: hash of the candidate's manifest.json.
         reference_sha256: hash of the reference's manifest.json.
         data: what was fed, in words.
@@ -96,6 +98,7 @@ class ParityReport:
         layers: in model order; None where the candidate is an engine, which shows no routers.
         outputs: in model order.
         accuracy: None without labels.
+        fault: the first part that went wrong, where it was searched for and found.
         notes: what was not measured, and why.
     """
 
@@ -112,12 +115,21 @@ class ParityReport:
     layers: tuple[LayerParity, ...] | None
     outputs: tuple[OutputParity, ...]
     accuracy: TaskAccuracy | None
+    fault: Fault | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def flips(self) -> int | None:
         """Flips in all layers; None where they could not be seen."""
         return None if self.layers is None else sum(layer.flips for layer in self.layers)
+
+    def with_fault(self, fault: Fault) -> "ParityReport":
+        """The report, and where the fault is that it tells of."""
+        return dataclasses.replace(self, fault=fault, first_wrong_layer=fault.layer)
+
+    def with_note(self, note: str) -> "ParityReport":
+        """The report, and one more thing that was not measured."""
+        return dataclasses.replace(self, notes=(*self.notes, note))
 
     def to_json(self) -> Json:
         """The report as it stands in parity.json."""
@@ -136,7 +148,7 @@ class ParityReport:
         """
         record = load_record(path, "parity", SCHEMA, _REMAKE)
         layers, accuracy = record.take("layers", list, default=None), record.record("accuracy")
-        tolerance = record.record("tolerance")
+        tolerance, fault = record.record("tolerance"), record.record("fault")
         if tolerance is None:
             raise record.fail("key 'tolerance' is missing")
         return cls(
@@ -153,8 +165,19 @@ class ParityReport:
             layers=None if layers is None else tuple(_row(LayerParity, row) for row in record.records("layers")),
             outputs=tuple(_row(OutputParity, row) for row in record.records("outputs")),
             accuracy=None if accuracy is None else _row(TaskAccuracy, accuracy),
+            fault=None if fault is None else _fault(fault),
             notes=record.items("notes", str),
         )
+
+
+def _fault(record: Record) -> Fault:
+    return Fault(
+        part=record.take("part", str),
+        layer=record.take("layer", str, default=None),
+        experts=record.items("experts", int),
+        error=record.take("error", float, default=None),
+        says=record.take("says", str),
+    )
 
 
 def _row(kind: type[Any], record: Record) -> Any:

@@ -1,19 +1,22 @@
 """The two models that `verify` compares, open and checked against each other."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_spec.dataset import Dataset
+from moe_spec.decoder import complete
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
+from runtime.feeds import RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, float_types
 from runtime.parity import Routing
@@ -63,16 +66,32 @@ class Side:
         known = self.manifest.details.get("float_types")
         return coarsest(float_types(check_external_data(model_file(self.path))) if known is None else known)
 
-    def run(self, feeds: Feeds) -> Arrays:
-        """All outputs; floating inputs are given in the format that this model takes."""
-        formats = {spec.name: np.dtype(spec.dtype) for spec in self.session.inputs}
-        return self.session.run({name: _cast(array, formats.get(name, array.dtype)) for name, array in feeds.items()})
-
     def routing(self, block: BlockEntry, outputs: Arrays, tokens: int, experts: int) -> Routing:
         """What ``block`` did with ``tokens`` tokens, over ``experts`` experts of the source model."""
         if block.gates is None or block.scores is None:
             return Routing.of_one_expert(tokens, block.keep, experts)
         return Routing.of(outputs[block.gates], outputs[block.scores], block.keep, experts)
+
+
+Batch = tuple[Feeds, npt.NDArray[np.int64] | None]
+"""Feeds, and the labels of their examples, if any."""
+
+
+def batches_of(inputs: Sequence[TensorSpec], directory: Path, data: Dataset | None, size: int) -> Iterator[Batch]:
+    """``size`` examples of ``data`` at a time; without it random ones at three shapes, for a model in ``directory``."""
+    if data is None:
+        yield from ((feeds, None) for feeds in RandomFeeds.of(inputs, directory).three_shapes())
+        return
+    for index, feeds in enumerate(data.batches(size)):
+        labels = None if data.labels is None else data.labels[index * size : (index + 1) * size]
+        yield complete(inputs, feeds), labels
+
+
+def run_cast(session: Session, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+    """Outputs of ``session``, those asked for or all; floating inputs are given in the format that the model takes."""
+    formats = {spec.name: np.dtype(spec.dtype) for spec in session.inputs}
+    cast = {name: _cast(array, formats.get(name, array.dtype)) for name, array in feeds.items()}
+    return session.run(cast, outputs)
 
 
 def check_comparable(reference: Side, candidate: Side) -> None:

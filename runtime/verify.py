@@ -6,19 +6,17 @@ flipped; and measures over everything (cosine, KL, top-1 agreement, task accurac
 """
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import Dataset
-from moe_spec.decoder import complete
 from moe_spec.runner import Arrays, Feeds
-from runtime.feeds import RANDOM_SHAPES, RandomFeeds
+from runtime.feeds import RANDOM_SHAPES
 from runtime.parity import Flags, compare_routing
 from runtime.report import ParityReport
-from runtime.sides import Side, check_comparable
+from runtime.sides import Side, batches_of, check_comparable, run_cast
 from runtime.tally import AccuracyTally, LayerTally, OutputTally
 from runtime.tolerances import TOLERANCES, Tolerance
 from runtime.verdict import first_wrong_layer, why_it_failed
@@ -59,19 +57,9 @@ def verify(
             precision = max(mine.precision(), theirs.precision(), key=list(TOLERANCES).index)
             tolerance = TOLERANCES[precision]
         comparison = _Comparison(mine, theirs, tolerance)
-        for feeds, labels in _batches(mine, data, batch_size):
+        for feeds, labels in batches_of(mine.session.inputs, reference, data, batch_size):
             comparison.add(feeds, labels)
         return comparison.report(data, precision)
-
-
-def _batches(reference: Side, data: Dataset | None, size: int) -> Iterator[tuple[Feeds, npt.NDArray[np.int64] | None]]:
-    if data is None:
-        random = RandomFeeds.of(reference.session.inputs, reference.path)
-        yield from ((feeds, None) for feeds in random.three_shapes())
-        return
-    for index, feeds in enumerate(data.batches(size)):
-        labels = None if data.labels is None else data.labels[index * size : (index + 1) * size]
-        yield complete(reference.session.inputs, feeds), labels
 
 
 class _Comparison:
@@ -87,7 +75,7 @@ class _Comparison:
 
     def add(self, feeds: Feeds, labels: npt.NDArray[np.int64] | None) -> None:
         """Run one batch on both."""
-        mine, theirs = self._reference.run(feeds), self._candidate.run(feeds)
+        mine, theirs = (run_cast(side.session, feeds) for side in (self._reference, self._candidate))
         batch = len(next(iter(feeds.values())))
         clean_B = self._compare_layers(mine, theirs, np.ones(batch, dtype=np.bool_))
         for tally in self._outputs:

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
 from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -136,7 +138,18 @@ def test_a_pruned_model_fails_against_another_plan(pruned, tmp_path):
     dataclasses.replace(applied, layers=layers).save(tmp_path / "plan.json")
     code, _, err = invoke("verify", candidate, "--reference", exported, "--plan", tmp_path / "plan.json")
     assert code == 3
-    assert err.endswith("; the first layer that went wrong is model.layers.0.mlp\n")
+    assert err.endswith(
+        "; the fault is in the router of layer model.layers.0.mlp: it selects other experts for 14 of 20 tokens\n"
+    )
+
+
+def test_a_fault_of_a_pruned_model_is_named_by_the_ids_of_its_parent(pruned, tmp_path):
+    candidate, exported = pruned
+    broken = plant(candidate, tmp_path / "broken", FAULTS["two experts swapped"], 1)
+    shutil.copyfile(candidate / "manifest.json", broken.parent / "manifest.json")
+    _, out, _ = invoke("verify", broken, "--reference", exported, "--json")
+    fault = json.loads(out)["fault"]
+    assert (fault["layer"], fault["experts"]) == ("model.layers.1.mlp", [2, 3])
 
 
 def test_a_full_router_is_compared_with_the_parent_whose_gates_are_0(zoo, tmp_path):
