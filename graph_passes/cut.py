@@ -9,9 +9,9 @@ The experts' ids and weights are inputs too (`graph_passes.force`), so that rout
 and so is, with every token sent to one of them, each expert.
 """
 
-import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,13 +24,15 @@ from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import is_observable, observe_routing, routing_of
 from graph_passes.order import sort_nodes
 from graph_passes.walk import source
-from moe_spec.cut import CutLayer, CutModel
+from moe_spec.cut import CutLayer, CutModel, WatchedLayer, WatchedModel
 from moe_spec.errors import UserError
+
+L = TypeVar("L")
 
 WATCHED, CUT = "watched.onnx", "cut.onnx"
 
 
-def save_watched(model: Path, out: Path) -> CutModel:
+def save_watched(model: Path, out: Path) -> WatchedModel:
     """Write ``model`` to directory ``out`` with the values at its cuts as outputs, and nothing cut.
 
     Layers that no reader takes have no cuts, like those of one expert, which have no router, and those whose gates
@@ -39,7 +41,7 @@ def save_watched(model: Path, out: Path) -> CutModel:
     Raises:
         UserError: no ONNX model, or weights that are missing or cut.
     """
-    return _save(model, out / WATCHED, None, _watch)
+    return WatchedModel(*_save(model, out / WATCHED, None, _watch))
 
 
 def save_cut(model: Path, out: Path, layers: Collection[str]) -> CutModel:
@@ -48,15 +50,12 @@ def save_cut(model: Path, out: Path, layers: Collection[str]) -> CutModel:
     Raises:
         UserError: no ONNX model, or weights that are missing or cut.
     """
-    return _save(model, out / CUT, layers, _cut)
+    return CutModel(*_save(model, out / CUT, layers, _cut))
 
 
 def _save(
-    model: Path,
-    target: Path,
-    layers: Collection[str] | None,
-    change: Callable[[gs.Graph, Emitter, MoEBlock], CutLayer],
-) -> CutModel:
+    model: Path, target: Path, layers: Collection[str] | None, change: Callable[[gs.Graph, Emitter, MoEBlock], L]
+) -> tuple[Path, tuple[L, ...], tuple[str, ...]]:
     """``model`` after ``change`` of each block among ``layers``, its weights shared by link."""
     read = inspect_model(model)
     graph, names = read.graph, Names(read.graph)
@@ -70,16 +69,16 @@ def _save(
     )
     sort_nodes(graph)
     save_variant(graph, target)
-    return CutModel(target, changed, outputs)
+    return target, changed, outputs
 
 
-def _watch(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> CutLayer:
+def _watch(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> WatchedLayer:
     return _shown(graph, emitter, block, _hidden(block))
 
 
-def _shown(graph: gs.Graph, emitter: Emitter, block: MoEBlock, hidden: gs.Tensor) -> CutLayer:
+def _shown(graph: gs.Graph, emitter: Emitter, block: MoEBlock, hidden: gs.Tensor) -> WatchedLayer:
     gates, scores = observe_routing(graph, emitter, block, routing_of(emitter, block))
-    return CutLayer(
+    return WatchedLayer(
         name=block.name,
         keep=block.keep,
         top_k=block.router.top_k,
@@ -92,11 +91,11 @@ def _shown(graph: gs.Graph, emitter: Emitter, block: MoEBlock, hidden: gs.Tensor
 
 def _cut(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> CutLayer:
     hidden = _hidden(block)  # before what reads it reads something else
-    ids, weights = _force(graph, emitter, block)
+    forced = _force(graph, emitter, block)
     given_hidden = _give(graph, emitter, hidden, "hidden", block.experts.up_EHF.shape[1])
     given_out = _give(graph, emitter, block.out, "out", block.experts.down_EFH.shape[2])
     shown = _shown(graph, emitter, block, hidden)  # afterwards, so that it is what was computed
-    return dataclasses.replace(shown, given_hidden=given_hidden, given_out=given_out, ids=ids, weights=weights)
+    return CutLayer(**vars(shown), given_hidden=given_hidden, given_out=given_out, forced=forced)
 
 
 def _hidden(block: MoEBlock) -> gs.Tensor:
@@ -104,11 +103,11 @@ def _hidden(block: MoEBlock) -> gs.Tensor:
     return source(block.hidden)
 
 
-def _force(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> tuple[str | None, str | None]:
+def _force(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> tuple[str, str] | None:
     try:
         ids, weights = force_routing(graph, emitter, block)
     except UserError:
-        return None, None
+        return None
     return ids, weights
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class CutLayer:
-    """One MoE layer of a model that shows, or is given, the values around it. All are float32 but for ``ids``.
+class WatchedLayer:
+    """One MoE layer of a model that shows the values around it, all float32.
 
     Attributes:
         name: of the layer.
@@ -16,10 +16,6 @@ class CutLayer:
         out: output (T, H): the weighted sum of what they give.
         gates: output (T, E): the weight of each expert, 0 where it is not selected.
         scores: output (T, E): what top-k ranks.
-        given_hidden: input (T, H) in the place of ``hidden`` for whatever reads it; None where nothing is cut.
-        given_out: input (T, H) in the place of ``out``.
-        ids: input (T, K): the experts that are computed, whatever the router chose; None where they cannot be told.
-        weights: input (T, K): what multiplies their outputs.
     """
 
     name: str
@@ -29,15 +25,36 @@ class CutLayer:
     out: str
     gates: str
     scores: str
-    given_hidden: str | None = None
-    given_out: str | None = None
-    ids: str | None = None
-    weights: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CutLayer(WatchedLayer):
+    """One that is also given these values: nothing behind a cut reads what was computed before it.
+
+    Attributes:
+        given_hidden: input (T, H) in the place of ``hidden`` for whatever reads it.
+        given_out: input (T, H) in the place of ``out``.
+        forced: the two inputs (T, K) that say which experts are run, and what multiplies their outputs, whatever the
+            router chose; None where an op routes by itself.
+    """
+
+    given_hidden: str
+    given_out: str
+    forced: tuple[str, str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedModel:
+    """An .onnx file with these layers, in graph order, and the outputs of the model that it was made from."""
+
+    path: Path
+    layers: tuple[WatchedLayer, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class CutModel:
-    """An .onnx file with these layers, in graph order, and the outputs of the model that it was made from."""
+    """The same, cut."""
 
     path: Path
     layers: tuple[CutLayer, ...]

@@ -116,7 +116,7 @@ def _routers(layer: LayerPair, values: Arrays, got: Arrays) -> tuple[Routing, Ro
 
 def _error_of_sums(layer: LayerPair, values: Arrays, got: Arrays) -> float:
     """Of what experts give together; where it cannot be told whom to run, on tokens for which the same ones run."""
-    same_T = slice(None) if layer.candidate.ids is not None else _select_the_same(layer, values, got)
+    same_T = slice(None) if layer.candidate.forced is not None else _select_the_same(layer, values, got)
     return _error(values[layer.watched.out][same_T], got[layer.candidate.out][same_T])
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.cut import CutLayer, CutModel
+from moe_spec.cut import CutLayer, CutModel, WatchedLayer, WatchedModel
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
@@ -29,7 +29,7 @@ class CutPair:
         candidate: the candidate, cut; its layers are among those of the other two.
     """
 
-    watched: CutModel
+    watched: WatchedModel
     reference: CutModel
     candidate: CutModel
 
@@ -37,14 +37,14 @@ class CutPair:
 class LayerPair(NamedTuple):
     """One layer in the three of a `CutPair`."""
 
-    watched: CutLayer
+    watched: WatchedLayer
     reference: CutLayer
     candidate: CutLayer
 
     @property
     def can_be_forced(self) -> bool:
         """Whether both can be told which experts to run."""
-        return self.reference.ids is not None and self.candidate.ids is not None
+        return self.reference.forced is not None and self.candidate.forced is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,8 @@ class CutRun:
     @property
     def layers(self) -> list[LayerPair]:
         """Those of the candidate, in graph order."""
-        watched, reference = (
-            {layer.name: layer for layer in model.layers} for model in (self.pair.watched, self.pair.reference)
-        )
+        watched = {layer.name: layer for layer in self.pair.watched.layers}
+        reference = {layer.name: layer for layer in self.pair.reference.layers}
         return [LayerPair(watched[layer.name], reference[layer.name], layer) for layer in self.pair.candidate.layers]
 
     def of_reference(self, feeds: Feeds) -> Arrays:
@@ -104,15 +103,13 @@ class CutRun:
         given: Arrays = {}
         for layer in model.layers:
             source = watched[layer.name]
-            assert layer.given_hidden is not None
-            assert layer.given_out is not None
             given |= {layer.given_hidden: values[source.hidden], layer.given_out: values[source.out]}
-            if layer.ids is not None:
+            if layer.forced is not None:
                 given |= _chosen_by(source, values[source.gates], layer)
         return given
 
 
-def _chosen_by(source: CutLayer, gates_TE: npt.NDArray[np.float32], layer: CutLayer) -> Arrays:
+def _chosen_by(source: WatchedLayer, gates_TE: npt.NDArray[np.float32], layer: CutLayer) -> Arrays:
     """The ids and weights for ``layer`` that say what the router of ``source`` chose."""
     place_of = {expert: place for place, expert in enumerate(source.keep)}
     own_TE = gates_TE[:, [place_of[expert] for expert in layer.keep]]
@@ -129,6 +126,5 @@ def _sent_to(layer: CutLayer, chosen_T: npt.NDArray[np.int64]) -> Arrays:
 
 
 def _routing(layer: CutLayer, ids_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32]) -> Arrays:
-    assert layer.ids is not None
-    assert layer.weights is not None
-    return {layer.ids: ids_TK, layer.weights: weights_TK}
+    assert layer.forced is not None
+    return dict(zip(layer.forced, (ids_TK, weights_TK), strict=True))

@@ -21,9 +21,10 @@ def values_and_parts(model, folder, x):
     feeds = {"x": x}
     for seen, layer in zip(watched.layers, cut.layers, strict=True):
         feeds |= {layer.given_hidden: values[seen.hidden], layer.given_out: values[seen.out]}
-        if layer.ids is not None:
+        if layer.forced is not None:
             ids = np.argsort(-np.abs(values[seen.gates]), axis=1)[:, : layer.top_k]
-            feeds |= {layer.ids: ids, layer.weights: np.take_along_axis(values[seen.gates], ids, axis=1)}
+            weights = np.take_along_axis(values[seen.gates], ids, axis=1)
+            feeds |= dict(zip(layer.forced, (ids, weights), strict=True))
     parts = RUNNER.run(cut.path, [feeds])[0]
     shown = {name: name for name in watched.outputs}
     for seen, layer in zip(watched.layers, cut.layers, strict=True):
