@@ -1,14 +1,21 @@
 """Build an engine for a device from a model directory.
 
-TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built here, without a GPU. TensorRT
-engines (a100, h100, b200, jetson-orin, jetson-thor) are built on the device. onnxruntime-cpu optimises the graph ahead
-of time. `moe-edge targets` lists them all, and says what fits their memory.
+TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built here, without a GPU; with --also
+one engine runs on several. TensorRT engines (a100, h100, b200, jetson-orin, jetson-thor) are built on the device.
+onnxruntime-cpu optimises the graph ahead of time. `moe-edge targets` lists them all, and says what fits their memory.
+
+Shapes are given as to trtexec, and so may these options be: --timingCacheFile, --builderOptimizationLevel,
+--allowWeightStreaming, --versionCompatible, --hardwareCompatibilityLevel. --minShapes, --optShapes and --maxShapes may
+be given several times, once for each profile: one for prompts and one for single tokens, say. At each run the first
+that takes the shapes is used.
 
 Example: moe-edge build optimized/ -o engine/ --target rtx-ada
+Example: moe-edge build optimized/ -o engine/ --target rtx-ada --also rtx-blackwell --optShapes=x:1x8 --optShapes=x:64x8
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +28,36 @@ def build(
     output: Output,
     target: Annotated[str, typer.Option(help="Device to build for, e.g. rtx-ada or sm89.")],
     backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
-    min_shapes: Annotated[str | None, typer.Option("--minShapes", help="Smallest shapes: NAME:DIMxDIM,...")] = None,
-    opt_shapes: Annotated[str | None, typer.Option("--optShapes", help="Shapes to be quick at.")] = None,
-    max_shapes: Annotated[str | None, typer.Option("--maxShapes", help="Largest shapes.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="TensorRT-RTX: further targets of the same engine.")] = None,
+    min_shapes: Annotated[list[str] | None, typer.Option("--minShapes", help="Smallest: NAME:DIMxDIM,...")] = None,
+    opt_shapes: Annotated[list[str] | None, typer.Option("--optShapes", help="Shapes to be quick at.")] = None,
+    max_shapes: Annotated[list[str] | None, typer.Option("--maxShapes", help="Largest shapes.")] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="MiB of scratch memory a kernel may use.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="0 builds quickly, 5 runs fast.")] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            "--optimization-level", "--builderOptimizationLevel", min=0, max=5, help="0 builds quickly, 5 runs fast."
+        ),
+    ] = None,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", "--allowWeightStreaming", help="Weights may stay in the host's memory."),
+    ] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", "--timingCacheFile", help="TensorRT: kernels measured before; made if missing."),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", "--versionCompatible", help="TensorRT: newer versions may run it.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware-compatibility",
+            "--hardwareCompatibilityLevel",
+            help="TensorRT: ampere+ or sameComputeCapability, which other GPUs may run it.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build an engine for a device from a model directory.
@@ -34,29 +66,48 @@ def build(
     """
     from runtime.backend import BuildOptions
     from runtime.build import build as build_engine
-    from runtime.model_dir import model_bytes
-    from runtime.profiles import parse_profile
+    from runtime.profiles import parse_profiles
     from runtime.targets import find_target
 
     device = find_target(target, backend)
     options = BuildOptions(
-        profile=parse_profile(min_shapes, opt_shapes, max_shapes),
+        profiles=parse_profiles(min_shapes or [], opt_shapes or [], max_shapes or []),
         workspace_bytes=None if workspace is None else workspace << 20,
         optimization_level=optimization_level,
+        weight_streaming=weight_streaming,
+        also=tuple(find_target(name, device.backend) for name in also or []),
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
     )
-    with console.status(f"building {output} for {device.name}"):
-        manifest = build_engine(model, device, options, output)
-    takes = _shown(manifest.details.get("profile"), options.profile is None)
-    summary = f"{output}: {device.name}, {model_bytes(output):,} bytes{takes}"
+    with console.progress() as bar:
+        task = bar.add_task(f"building {output} for {device.name}", total=None)
+
+        def tell(phase: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=f"building {output}: {phase}")
+
+        manifest = build_engine(model, device, options, output, tell)
+    names = ", ".join(row.name for row in (device, *options.also))
+    summary = f"{output}: {names}, {_about(output, manifest.details, not options.profiles)}"
     console.result(summary, manifest.to_json(), as_json)
 
 
-def _shown(profile: dict[str, dict[str, list[int]]] | None, default: bool) -> str:
-    """What shapes an engine takes, and whether anybody chose them; nothing for backends that take any."""
-    if not profile:
-        return ""
-    ranges = ", ".join(f"{name} {_dims(row['min'])} to {_dims(row['max'])}" for name, row in sorted(profile.items()))
-    return f", takes {ranges}" + (" (default; choose with --minShapes --optShapes --maxShapes)" if default else "")
+def _about(output: Path, details: Mapping[str, Any], default: bool) -> str:
+    """How large an engine is, what it keeps in memory, what shapes it takes, and whether anybody chose them."""
+    from runtime.model_dir import model_bytes
+
+    size = f"{model_bytes(output):,} bytes"
+    if "activations" in details.get("memory", {}):
+        size += f" and {details['memory']['activations']:,} of activations"
+    profiles = [_shown(profile) for profile in details.get("profiles", []) if profile]
+    if not profiles:
+        return size
+    hint = " (default; choose with --minShapes --optShapes --maxShapes)" if default else ""
+    return f"{size}, takes {' or '.join(profiles)}{hint}"
+
+
+def _shown(profile: dict[str, dict[str, list[int]]]) -> str:
+    return ", ".join(f"{name} {_dims(row['min'])} to {_dims(row['max'])}" for name, row in sorted(profile.items()))
 
 
 def _dims(shape: list[int]) -> str:

@@ -1,14 +1,14 @@
 """What it takes to be a backend: refuse with reasons, build, open."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
-from runtime.profiles import Profile
+from runtime.profiles import Profile, show_options
 from runtime.targets import Target
 
 ENGINE = "engine"
@@ -16,20 +16,57 @@ ENGINE = "engine"
 ENGINE_FILE = "model.engine"
 """A serialised engine in it; ONNX Runtime's is a ``model.onnx``."""
 
+AMPERE_PLUS, SAME_CAPABILITY = "ampere+", "sameComputeCapability"
+"""Values of ``BuildOptions.hardware_compatibility``, as trtexec calls them."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what a build does, how many steps of that are done, and how many there are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
     """What a build may be told.
 
     Attributes:
-        profile: range of each dynamic input; None for the default of ``profiles.default_profile``.
+        profiles: each the range of every dynamic input; empty for the default of ``profiles.default_profile``.
         workspace_bytes: scratch memory that a kernel may use; None for all there is.
         optimization_level: 0 (quick build) to 5 (quick engine); None for the backend's own default.
+        weight_streaming: whether weights may stay in the host's memory when the engine runs.
+        also: further targets that the same TensorRT-RTX engine must run on.
+        timing_cache: TensorRT's, made where it does not exist: later builds measure no kernel that is in it.
+        version_compatible: whether newer versions of TensorRT may run the engine.
+        hardware_compatibility: ``AMPERE_PLUS`` or ``SAME_CAPABILITY``, which other GPUs may run a TensorRT engine; None
+            for GPUs like this one.
     """
 
-    profile: Profile | None = None
+    profiles: tuple[Profile, ...] = ()
     workspace_bytes: int | None = None
     optimization_level: int | None = None
+    weight_streaming: bool = False
+    also: tuple[Target, ...] = ()
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+
+    def arguments(self) -> list[str]:
+        """As they are given to ``moe-edge build``.
+
+        >>> BuildOptions(workspace_bytes=1 << 30, version_compatible=True).arguments()
+        ['--workspace 1024', '--version-compatible']
+        """
+        given = {
+            "--workspace": None if self.workspace_bytes is None else self.workspace_bytes >> 20,
+            "--optimization-level": self.optimization_level,
+            "--timing-cache": self.timing_cache,
+            "--hardware-compatibility": self.hardware_compatibility,
+        }
+        flags = {"--weight-streaming": self.weight_streaming, "--version-compatible": self.version_compatible}
+        return [
+            *(show_options(profile) for profile in self.profiles if profile),
+            *(f"{option} {value}" for option, value in given.items() if value is not None),
+            *(f"--also {target.name}" for target in self.also),
+            *(flag for flag, is_set in flags.items() if is_set),
+        ]
 
 
 class Session(Protocol):
@@ -72,7 +109,14 @@ class Backend(Protocol):
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
         ...
 
-    def build(self, model_dir: Path, target: Target, options: BuildOptions, out_dir: Path) -> Manifest:
+    def build(
+        self,
+        model_dir: Path,
+        target: Target,
+        options: BuildOptions,
+        out_dir: Path,
+        on_progress: Progress | None = None,
+    ) -> Manifest:
         """Write an engine directory; nothing is left under ``out_dir`` when it fails."""
         ...
 

@@ -5,17 +5,20 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.manifest import FILE_NAME, Manifest
-from runtime.backend import ENGINE, BuildOptions
+from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.backends import BACKENDS
-from runtime.fit import GIGABYTE, NO, fit
+from runtime.fit import GIGABYTE, fit
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.targets import TARGETS, Target
 
 
-def build(model_dir: Path, target: Target, options: BuildOptions, out: Path) -> Manifest:
+def build(
+    model_dir: Path, target: Target, options: BuildOptions, out: Path, on_progress: Progress | None = None
+) -> Manifest:
     """Write the engine directory ``out`` for ``target`` from a model directory.
 
-    Its manifest's ``parent_sha256`` is the hash of the model directory's manifest.json.
+    Its manifest's ``parent_sha256`` is the hash of the model directory's manifest.json. ``on_progress`` is told of each
+    phase of the build, where the backend tells.
 
     Raises:
         UserError: ``out`` exists, ``model_dir`` is none or is damaged, the target cannot take it, or the build fails.
@@ -32,7 +35,7 @@ def build(model_dir: Path, target: Target, options: BuildOptions, out: Path) -> 
         raise UserError(f"{model_dir} is an engine already", hint="give the model directory that it was built from")
     manifest.check_files(model_dir)
     backend = BACKENDS[target.backend]
-    reasons = backend.why_not(model_dir, target)
+    reasons = [reason for row in (target, *options.also) for reason in backend.why_not(model_dir, row)]
     if reasons:
         possible = [row.name for row in TARGETS if not BACKENDS[row.backend].why_not(model_dir, row)]
         rewrite = f"; write a graph for it: moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}"
@@ -41,14 +44,16 @@ def build(model_dir: Path, target: Target, options: BuildOptions, out: Path) -> 
             hint=f"as it is, it can be built here for {', '.join(possible) or 'no target'}"
             + (rewrite if why_not_buildable(model_dir, target) else ""),
         )
-    _refuse_unfit(model_dir, manifest, target, options)
-    return backend.build(model_dir, target, options, out)
+    for row in (target, *options.also):
+        _refuse_unfit(model_dir, manifest, row, options)
+    return backend.build(model_dir, target, options, out, on_progress)
 
 
 def _refuse_unfit(model_dir: Path, manifest: Manifest, target: Target, options: BuildOptions) -> None:
     """Refuse what no such device can hold, even without what its activations take."""
-    found = fit(model_dir, manifest, target, () if options.profile is None else (options.profile,))
-    if found.fits == NO and found.memory is not None:
+    found = fit(model_dir, manifest, target, options.profiles)
+    streamed = found.weights if options.weight_streaming else 0
+    if found.memory is not None and found.needs - streamed > found.memory[1]:
         raise UserError(
             f"{model_dir} needs {found.needs / GIGABYTE:.1f} GB at its largest shapes (weights "
             f"{found.weights / GIGABYTE:.1f}, cache {found.cache / GIGABYTE:.1f}), the largest {target.name} has "

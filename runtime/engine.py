@@ -10,8 +10,8 @@ from moe_spec.errors import UserError
 from moe_spec.files import inside, sha256_file
 from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest, TensorSpec, list_files
 from runtime.backend import ENGINE
-from runtime.profiles import Profile, ShapeRange, show_options
-from runtime.targets import Target
+from runtime.profiles import Profile
+from runtime.targets import Target, version_fits
 
 _GRAPHS = (MODEL, f"{MODEL}.data", OBSERVED)
 
@@ -73,8 +73,8 @@ def check_engine(engine_dir: Path, backend: str, library: str, version: str) -> 
         manifest.check_files(engine_dir)
     except UserError as damage:
         raise UserError(damage.what, hint=rebuild(manifest)) from damage
-    built = manifest.tools.get(library)
-    if built != version:
+    built = manifest.tools.get(library, "none")
+    if built != version and not (manifest.details.get("version_compatible") and _is_newer(version, built)):
         raise UserError(
             f"{engine_dir} was built with {library} {built}, but {version} is installed; engines are not portable",
             hint=rebuild(manifest),
@@ -82,12 +82,15 @@ def check_engine(engine_dir: Path, backend: str, library: str, version: str) -> 
     return manifest
 
 
+def _is_newer(version: str, built: str) -> bool:
+    """Whether what ``built`` made version-compatible runs in ``version``: newer ones of its major, or of the next."""
+    return version_fits(version, f">={built},<{int(built.partition('.')[0]) + 2}")
+
+
 def rebuild(manifest: Manifest) -> str:
     """The command that builds this engine again."""
     target = manifest.details.get("target", "TARGET")
-    ranges = manifest.details.get("profile", {})
-    profile = {name: ShapeRange(**{key: tuple(shape) for key, shape in row.items()}) for name, row in ranges.items()}
+    given = manifest.details.get("arguments", [])
     return " ".join(
-        ["build it again: moe-edge build MODEL_DIRECTORY -o ENGINE_DIRECTORY", f"--target {target}"]
-        + ([show_options(profile)] if profile else [])
+        ["build it again: moe-edge build MODEL_DIRECTORY -o ENGINE_DIRECTORY", f"--target {target}", *given]
     )

@@ -19,7 +19,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_directory
 from moe_spec.manifest import FILE_NAME, MODEL, Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
-from runtime.backend import ENGINE, BuildOptions
+from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.engine import check_engine, finish_engine
 from runtime.feeds import check_feeds, select_outputs
 from runtime.model_dir import model_file, why_not_buildable
@@ -81,7 +81,14 @@ class OnnxRuntimeBackend:
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
         return why_not_buildable(model_dir, target)
 
-    def build(self, model_dir: Path, target: Target, options: BuildOptions, out_dir: Path) -> Manifest:
+    def build(
+        self,
+        model_dir: Path,
+        target: Target,
+        options: BuildOptions,
+        out_dir: Path,
+        on_progress: Progress | None = None,  # noqa: ARG002 - it takes a moment and tells nothing
+    ) -> Manifest:
         """Write the graph as ONNX Runtime optimises it, with its weights beside it.
 
         Raises:
@@ -89,7 +96,7 @@ class OnnxRuntimeBackend:
         """
         if options != BuildOptions():
             raise UserError(
-                "ONNX Runtime takes any shape and has no profile, workspace or optimisation level",
+                f"ONNX Runtime takes any shape and none of TensorRT's options: {' '.join(options.arguments())}",
                 hint="leave these options out, or give a TensorRT target",
             )
         source = model_file(model_dir)

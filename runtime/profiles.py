@@ -1,9 +1,11 @@
 """Optimisation profiles: the range of shapes that an engine must take, in trtexec's syntax.
 
-``--minShapes=x:1x3x8,y:1 --optShapes=... --maxShapes=...``; ``--optShapes`` alone fixes the shapes.
+``--minShapes=x:1x3x8,y:1 --optShapes=... --maxShapes=...``; ``--optShapes`` alone fixes the shapes. Options that are
+given several times make several profiles, the first of each the first.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -62,6 +64,30 @@ def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None)
         listing = "; ".join(f"{option} names {', '.join(found)}" for option, found in names.items())
         raise UserError(f"the profile's options name different inputs: {listing}", hint="name the same inputs in each")
     return {name: ShapeRange(*(parsed[option][name] for option in given)) for name in names["--minShapes"]}
+
+
+def parse_profiles(minima: Sequence[str], optima: Sequence[str], maxima: Sequence[str]) -> tuple[Profile, ...]:
+    """The profiles that the three options give, each as often as it was given.
+
+    >>> len(parse_profiles(["x:1x8", "x:1x8"], ["x:1x8", "x:64x8"], ["x:1x8", "x:64x8"]))
+    2
+
+    Raises:
+        UserError: as `parse_profile`, or options that are given in different numbers.
+    """
+    counts = {
+        option: len(texts)
+        for option, texts in (("--minShapes", minima), ("--optShapes", optima), ("--maxShapes", maxima))
+        if texts
+    }
+    if len(set(counts.values())) > 1:
+        listing = ", ".join(f"{option} {count}" for option, count in counts.items())
+        raise UserError(
+            f"the options of profiles are given in different numbers: {listing}",
+            hint="give each of the three once for every profile",
+        )
+    parsed = (parse_profile(*texts) for texts in itertools.zip_longest(minima, optima, maxima))
+    return tuple(profile for profile in parsed if profile is not None)
 
 
 def _parse(option: str, text: str) -> dict[str, Shape]:

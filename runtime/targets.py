@@ -18,7 +18,7 @@ _ADA = _AMPERE | {"float8e4m3fn"}
 _BLACKWELL = _ADA | {"float4e2m1"}
 
 _RTX, _RTX_121 = ">=1.4", ">=1.5"
-_TRT, _TRT_BLACKWELL, _TRT_SPARK = ">=10.0", ">=10.8", ">=10.14.1"  # from TensorRT's release notes
+_TRT, _TRT_BLACKWELL, _TRT_SPARK = ">=10.3", ">=10.8", ">=10.14.1"  # from TensorRT's release notes
 _TRT_ORIN, _TRT_THOR = ">=10.3,<11 or >=11.4.1", ">=10.13,<11 or >=11.4.1"  # JetPack 6 or 7.0, or from 7.2.2
 _ORT = ">=1.23"
 

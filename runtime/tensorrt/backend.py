@@ -1,24 +1,25 @@
 """TensorRT and TensorRT-RTX as a backend.
 
 Executed by the tests: builds with TensorRT-RTX, which need no GPU. ``tensorrt`` takes the same path, but builds on the
-device only; it was type-checked, not run.
+device only; every name that is used of it is checked against the published bindings of 10.x and 11.x.
 """
 
 import contextlib
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, require_known
 from moe_spec.files import new_directory
 from moe_spec.manifest import Manifest, TensorSpec
-from runtime.backend import ENGINE_FILE, BuildOptions
+from runtime.backend import AMPERE_PLUS, ENGINE_FILE, SAME_CAPABILITY, BuildOptions, Progress
 from runtime.engine import check_engine, finish_engine, profile_to_json
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types
 from runtime.profiles import check_profile, default_profile
-from runtime.targets import TENSORRT_RTX, Target
+from runtime.targets import TENSORRT, TENSORRT_RTX, Target, version_fits
 from runtime.tensorrt.driver import compute_capability_here
 from runtime.tensorrt.library import PACKAGES, load_library
 from runtime.tensorrt.plan_header import plan_capabilities
@@ -40,10 +41,14 @@ class TensorRTBackend:
         return [*self._why_not_here(target), *why_not_buildable(model_dir, target)]
 
     def _why_not_here(self, target: Target) -> list[str]:
+        if target.backend != self.name:
+            return [f"{target.name} is a target of {target.backend}, not of {self.name}"]
         try:
-            load_library(self.name)
+            version = load_library(self.name).__version__
         except UserError as missing:
             return [f"{missing.what} ({missing.hint})"]
+        if not version_fits(version, target.versions):
+            return [f"{target.name} takes {self.name} {target.versions}, here is {version}"]
         if self.name == TENSORRT_RTX:
             return []
         found = compute_capability_here()
@@ -55,52 +60,69 @@ class TensorRTBackend:
             f"and {here}"
         ]
 
-    def build(self, model_dir: Path, target: Target, options: BuildOptions, out_dir: Path) -> Manifest:
+    def build(
+        self,
+        model_dir: Path,
+        target: Target,
+        options: BuildOptions,
+        out_dir: Path,
+        on_progress: Progress | None = None,
+    ) -> Manifest:
         """Write model.engine, build.log and what goes with the model.
 
         When TensorRT fails, the log stays at ``<out_dir>.build.log``.
 
         Raises:
-            UserError: the profile does not fit, the model is damaged, TensorRT refuses it or crashes, or ``out_dir``
-                exists.
+            UserError: an option that this library has not, a profile that does not fit, a damaged model, TensorRT
+                refuses it or crashes, or ``out_dir`` exists.
         """
+        _check_options(options, self.name)
         inputs = Manifest.load(model_dir).inputs
-        profile = default_profile(inputs) if options.profile is None else options.profile
-        check_profile(profile, inputs)
+        options = dataclasses.replace(options, profiles=options.profiles or (default_profile(inputs),))
+        for profile in options.profiles:
+            check_profile(profile, inputs)
         onnx = model_file(model_dir)
         tensors = check_external_data(onnx)
-        assert target.compute_capability is not None, f"{target.name} has a GPU"
         with new_directory(out_dir) as staging:
-            request = BuildRequest(
-                backend=self.name,
-                onnx=onnx.resolve(),
-                engine=(staging / ENGINE_FILE).resolve(),
-                compute_capability=target.compute_capability,
-                profile=profile,
-                workspace_bytes=options.workspace_bytes,
-                optimization_level=options.optimization_level,
-            )
+            request = self._request(onnx, target, options, staging)
             with _log_kept_on_failure(staging / LOG_FILE, out_dir.with_name(f"{out_dir.name}.{LOG_FILE}")) as log:
-                facts = build_in_fresh_process(request, log)
-            details = _details(request, facts, float_types(tensors))
-            return self._finish(model_dir, target, staging, facts, details)
+                facts = build_in_fresh_process(request, log, on_progress)
+            details = _details(request, facts, options, float_types(tensors))
+            return self._finish(model_dir, target, request, facts, details)
+
+    def _request(self, onnx: Path, target: Target, options: BuildOptions, staging: Path) -> BuildRequest:
+        capabilities = dict.fromkeys(row.compute_capability for row in (target, *options.also))
+        return BuildRequest(
+            backend=self.name,
+            target=target.name,
+            onnx=onnx.resolve(),
+            engine=(staging / ENGINE_FILE).resolve(),
+            compute_capabilities=tuple(capability for capability in capabilities if capability is not None),
+            profiles=options.profiles,
+            workspace_bytes=options.workspace_bytes,
+            optimization_level=options.optimization_level,
+            weight_streaming=options.weight_streaming,
+            timing_cache=None if options.timing_cache is None else options.timing_cache.resolve(),
+            version_compatible=options.version_compatible,
+            hardware_compatibility=options.hardware_compatibility,
+        )
 
     def _finish(
-        self, model_dir: Path, target: Target, staging: Path, facts: NetworkFacts, details: dict[str, object]
+        self, model_dir: Path, target: Target, request: BuildRequest, facts: NetworkFacts, details: dict[str, object]
     ) -> Manifest:
         if self.name == TENSORRT_RTX:
-            found = plan_capabilities(staging / ENGINE_FILE)
-            if found != [target.compute_capability]:
+            found = plan_capabilities(request.engine)
+            if set(found) != set(request.compute_capabilities):
                 raise UserError(
                     f"TensorRT-RTX built for compute capability {', '.join(found)}, asked for "
-                    f"{target.compute_capability}",
+                    f"{', '.join(request.compute_capabilities)}",
                     hint="use the TensorRT-RTX version that pyproject.toml names",
                 )
         parent = Manifest.load(model_dir)
         return finish_engine(
             model_dir,
             target,
-            staging,
+            request.engine.parent,
             inputs=_as_built(parent.inputs, facts.inputs, model_dir),
             outputs=_as_built(parent.outputs, facts.outputs, model_dir),
             tools={PACKAGES[self.name]: facts.library},
@@ -119,14 +141,46 @@ class TensorRTBackend:
         return EngineSession(trt, engine_dir / ENGINE_FILE, manifest)
 
 
-def _details(request: BuildRequest, facts: NetworkFacts, floats: list[str]) -> dict[str, object]:
+def _check_options(options: BuildOptions, backend: str) -> None:
+    """Refuse what only the other library has.
+
+    Raises:
+        UserError: one of TensorRT's options for TensorRT-RTX, or the other way round; or an unknown level.
+    """
+    if options.hardware_compatibility is not None:
+        levels = (AMPERE_PLUS, SAME_CAPABILITY)
+        require_known(options.hardware_compatibility, "level of --hardware-compatibility", levels)
+    of_the_other = {
+        TENSORRT_RTX: BuildOptions(
+            timing_cache=options.timing_cache,
+            version_compatible=options.version_compatible,
+            hardware_compatibility=options.hardware_compatibility,
+        ),
+        TENSORRT: BuildOptions(also=options.also),
+    }[backend]
+    if of_the_other != BuildOptions():
+        raise UserError(
+            f"{backend} has no {' '.join(of_the_other.arguments())}", hint="leave it out, or give another --target"
+        )
+
+
+def _details(request: BuildRequest, facts: NetworkFacts, options: BuildOptions, floats: list[str]) -> dict[str, object]:
+    by_format: Counter[str] = Counter()
+    for layer, count in facts.layers.items():
+        by_format[layer.rpartition(" ")[2]] += count
     return {
-        "compute_capability": request.compute_capability,
-        "profile": profile_to_json(request.profile),
+        "compute_capabilities": list(request.compute_capabilities),
+        "profiles": [profile_to_json(profile) for profile in request.profiles],
         "workspace_bytes": request.workspace_bytes,
         "optimization_level": request.optimization_level,
+        "weight_streaming": request.weight_streaming,
+        "version_compatible": request.version_compatible,
+        "hardware_compatibility": request.hardware_compatibility,
+        "arguments": options.arguments(),
         "float_types": floats,
         "layers": facts.layers,
+        "formats": dict(by_format),
+        "memory": facts.memory,
     }
 
 

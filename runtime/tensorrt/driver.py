@@ -7,8 +7,8 @@ has not run on a GPU yet.
 """
 
 import ctypes
-import ctypes.util
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from moe_spec.errors import UserError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+_CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may call what they like
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
@@ -38,6 +39,7 @@ class Driver:
         self._device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(0))
         self._buffers: dict[str, tuple[ctypes.c_uint64, int]] = {}
+        self._context = ctypes.c_void_p()
         self.stream = ctypes.c_void_p()
 
     def compute_capability(self) -> str:
@@ -50,11 +52,14 @@ class Driver:
         return ".".join(parts)
 
     def __enter__(self) -> Self:
-        context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self._call("cuCtxSetCurrent", context)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self.make_current()
         self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(0))
         return self
+
+    def make_current(self) -> None:
+        """Let the calling thread use the GPU: a session may run in another thread than it was opened in."""
+        self._call("cuCtxSetCurrent", self._context)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,7 +71,10 @@ class Driver:
         self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def buffer(self, name: str, size: int) -> int:
-        """Address of a device buffer of at least ``size`` bytes, which belongs to ``name`` and is used again."""
+        """Address of a device buffer of at least ``size`` bytes, which belongs to ``name`` and is used again.
+
+        It moves when it has to grow: whatever remembers addresses is out of date then.
+        """
         pointer, capacity = self._buffers.get(name, (ctypes.c_uint64(), -1))
         if capacity < size:
             if capacity >= 0:
@@ -83,7 +91,7 @@ class Driver:
         size = ctypes.c_size_t(array.nbytes)
         self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, self.stream)
 
-    def download(self, address: int, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    def download(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array from the device; its values are there once ``synchronize`` returned."""
         array = np.empty(shape, dtype)
         target = array.ctypes.data_as(ctypes.c_void_p)
@@ -94,6 +102,29 @@ class Driver:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self.stream)
+
+    def capture(self, work: Callable[[], bool]) -> ctypes.c_void_p | None:
+        """What ``work`` puts on the stream, as a CUDA graph to `launch`; None if that cannot be captured."""
+        self._call("cuStreamBeginCapture_v2", self.stream, ctypes.c_uint(_CAPTURE_THREAD_LOCAL))
+        done, graph, ready = work(), ctypes.c_void_p(), ctypes.c_void_p()
+        try:
+            self._call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+            if done:
+                self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+        except UserError:  # something in it cannot be captured; the stream goes on as before
+            return None
+        finally:
+            if graph:
+                self._call("cuGraphDestroy", graph)
+        return ready if done else None
+
+    def launch(self, graph: ctypes.c_void_p) -> None:
+        """Put a captured graph on the stream."""
+        self._call("cuGraphLaunch", graph, self.stream)
+
+    def forget(self, graph: ctypes.c_void_p) -> None:
+        """Free a captured graph."""
+        self._call("cuGraphExecDestroy", graph)
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._cuda, function)(*arguments)

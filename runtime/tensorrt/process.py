@@ -8,12 +8,13 @@ import tempfile
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from runtime.tensorrt.request import ERROR, FACTS, BuildRequest, NetworkFacts
+from runtime.backend import Progress
+from runtime.tensorrt.request import ERROR, FACTS, BuildRequest, NetworkFacts, Step
 
 _LAST_LINES = 3
 
 
-def build_in_fresh_process(request: BuildRequest, log: Path) -> NetworkFacts:
+def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progress | None = None) -> NetworkFacts:
     """Build ``request.engine``; what TensorRT says goes to ``log``. The process dies with this call, ctrl-C included.
 
     Raises:
@@ -24,12 +25,15 @@ def build_in_fresh_process(request: BuildRequest, log: Path) -> NetworkFacts:
         request.save(path)
         # -P: a `runtime` or `numpy` folder in the current directory must not be imported
         command = [sys.executable, "-P", "-m", "runtime.tensorrt.worker", str(path)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603 - our own worker
+        process = subprocess.Popen(  # noqa: S603 - our own worker
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output, text=True, encoding="utf-8"
+        )
         try:
+            _follow(process, on_progress)
             status = process.wait()
         finally:
             process.kill()  # no effect on a process that has ended
-            process.wait()
+            process.communicate()
         if status == 0:
             return NetworkFacts(**json.loads(path.with_name(FACTS).read_text(encoding="utf-8")))
         if path.with_name(ERROR).is_file():
@@ -39,6 +43,15 @@ def build_in_fresh_process(request: BuildRequest, log: Path) -> NetworkFacts:
         f"it last said: {_last_words(log)}",
         hint="free some memory and try again; if it crashes again, report it to NVIDIA with the log",
     )
+
+
+def _follow(process: subprocess.Popen[str], on_progress: Progress | None) -> None:
+    """Pass on what the process says of its progress, until it says no more."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if on_progress is not None and line.endswith("\n"):  # a process that was killed may leave half a line
+            step = Step.parse(line)
+            on_progress(step.phase, step.done, step.total)
 
 
 def _describe(status: int) -> str:

@@ -1,11 +1,13 @@
 """An engine that runs on a GPU.
 
-Executed by the tests: the refusal on a machine without a GPU. ``EngineSession`` was type-checked and read against the
-library's documentation only; it has not run on a GPU yet.
+Uploads, execution and downloads go onto one stream, which is waited for once a run. Device buffers stay between runs.
+What comes with the same shapes again is replayed as a CUDA graph: TensorRT-RTX captures it itself, for TensorRT it is
+done here.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +15,21 @@ from typing import Any, Self
 import numpy as np
 
 from moe_spec.errors import UserError
+from moe_spec.files import new_file
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
+from runtime.backend import AMPERE_PLUS
 from runtime.engine import rebuild
 from runtime.feeds import check_feeds, select_outputs
+from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here
+
+RUNTIME_CACHE = "runtime.cache"
+"""Kernels that TensorRT-RTX compiled on this GPU, beside the engine: the next session starts with them."""
+
+_GRAPHS = 8  # shapes whose CUDA graphs are kept
+
+Key = tuple[tuple[int, ...], ...]
 
 
 def require_gpu(manifest: Manifest, engine_dir: Path) -> None:
@@ -26,14 +38,16 @@ def require_gpu(manifest: Manifest, engine_dir: Path) -> None:
     Raises:
         UserError: there is no GPU, or one of another compute capability.
     """
-    needed, found = manifest.details["compute_capability"], compute_capability_here()
+    built: Sequence[str] = manifest.details["compute_capabilities"]
+    needed, found = " or ".join(built), compute_capability_here()
     if found is None:
         raise UserError(
             f"{engine_dir} is built, but running it needs a GPU of compute capability {needed} with its NVIDIA driver, "
             "and there is none here",
             hint="copy the directory to such a device; here, run or verify the model directory that it was built from",
         )
-    if found != needed:
+    ampere_plus = manifest.details.get("hardware_compatibility") == AMPERE_PLUS
+    if found not in built and not (ampere_plus and version_fits(found, ">=8.0")):
         raise UserError(
             f"{engine_dir} needs a GPU of compute capability {needed}, this one has {found}", hint=rebuild(manifest)
         )
@@ -42,70 +56,129 @@ def require_gpu(manifest: Manifest, engine_dir: Path) -> None:
 class EngineSession:
     """A deserialised engine with its buffers. Left by the ``with`` block, it frees them."""
 
-    def __init__(self, trt: Any, plan: Path, manifest: Manifest) -> None:
+    def __init__(self, trt: Any, plan: Path, manifest: Manifest, driver: Driver | None = None) -> None:
         """Deserialise ``plan``.
 
         Raises:
-            UserError: TensorRT cannot read it on this machine.
+            UserError: TensorRT cannot read it on this machine, or numpy has no type for an input or output.
         """
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
+        self._types = {spec.name: _numpy_type(spec, plan) for spec in (*self.inputs, *self.outputs)}
         self._where = str(plan.parent)
-        self._profile = manifest.details["profile"]
+        self._profiles: Sequence[Mapping[str, Any]] = manifest.details["profiles"]
+        self._profile = 0
+        self._graphs: OrderedDict[Key, Any] = OrderedDict()
+        self._seen: Key | None = None
         with contextlib.ExitStack() as undo:
-            self._driver = undo.enter_context(Driver())
+            self._driver = undo.enter_context(Driver() if driver is None else driver)
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            if manifest.details.get("version_compatible"):
+                self._runtime.engine_host_code_allowed = True  # the engine brings the runtime of its version
             self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
             if self._engine is None:
                 raise UserError(f"{plan} cannot be deserialised on this GPU", hint=rebuild(manifest))
-            self._context = self._engine.create_execution_context()
+            if manifest.details.get("weight_streaming"):
+                _stream_weights(self._engine)
+            self._cache = _RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
+            self._context = self._cache.create_context()
+            self._allocator = _make_allocator(trt, self._driver)
+            self._capture = not self._cache.captures and not manifest.details.get("weight_streaming")
             self._undo = undo.pop_all()
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name, those asked for or all.
 
         Raises:
-            UserError: the feeds do not fit the inputs or the profile, or an output is unknown or data-dependent.
+            UserError: the feeds do not fit the inputs or any profile, an output is unknown, or the GPU fails.
         """
         check_feeds(self.inputs, feeds, self._where)
         names = select_outputs(self.outputs, outputs, self._where)
-        self._check_profile(feeds)
+        self._driver.make_current()
+        self._choose_profile(feeds)
         for name, array in feeds.items():
             self._context.set_input_shape(name, array.shape)
-            address = self._driver.buffer(name, array.nbytes)
+            address = self._buffer(name, array.nbytes)
             self._driver.upload(address, np.ascontiguousarray(array))
             self._context.set_tensor_address(name, address)
         shapes = {spec.name: self._allocate(spec) for spec in self.outputs}
-        if not self._context.execute_async_v3(self._driver.stream.value):
-            raise UserError(f"{self._where} failed on the GPU", hint="see TensorRT's messages above")
-        results = {
-            spec.name: self._driver.download(self._driver.buffer(spec.name, 0), shapes[spec.name], spec.dtype)
-            for spec in self.outputs
-            if spec.name in names
-        }
+        self._execute(tuple(feeds[spec.name].shape for spec in self.inputs), shapes)
+        results = {spec.name: self._fetch(spec, shapes[spec.name]) for spec in self.outputs if spec.name in names}
         self._driver.synchronize()
         return results
 
-    def _allocate(self, spec: TensorSpec) -> tuple[int, ...]:
-        """Give an output a buffer; its shape, which follows from the inputs'."""
+    def _choose_profile(self, feeds: Feeds) -> None:
+        """Switch to the first profile that takes these shapes."""
+        index = next((index for index, profile in enumerate(self._profiles) if _takes(profile, feeds)), None)
+        if index is None:
+            found = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            ranges = "; ".join(
+                ", ".join(f"{name} {row['min']} to {row['max']}" for name, row in profile.items())
+                for profile in self._profiles
+            )
+            raise UserError(
+                f"{self._where}: the inputs are {found}, the engine was built for {ranges}",
+                hint="feed other shapes, or build it again with a wider profile",
+            )
+        if index != self._profile:  # which follows from the shapes, so that graphs need not be told apart by it
+            self._context.set_optimization_profile_async(index, self._driver.stream.value)
+            self._driver.synchronize()
+            self._profile = index
+
+    def _allocate(self, spec: TensorSpec) -> tuple[int, ...] | None:
+        """Give an output a buffer; its shape, which follows from the inputs', or None where it depends on the data."""
         shape = tuple(self._context.get_tensor_shape(spec.name))
         if any(dim < 0 for dim in shape):
-            raise UserError(
-                f"{self._where}: the shape of output {spec.name} depends on the data",
-                hint="write a form without data-dependent shapes: moe-edge optimize --form dense",
-            )
-        size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-        self._context.set_tensor_address(spec.name, self._driver.buffer(spec.name, size))
+            self._context.set_output_allocator(spec.name, self._allocator)
+            return None
+        size = int(np.prod(shape)) * self._types[spec.name].itemsize
+        self._context.set_tensor_address(spec.name, self._buffer(spec.name, size))
         return shape
 
-    def _check_profile(self, feeds: Feeds) -> None:
-        for name, bounds in self._profile.items():
-            shape, low, high = feeds[name].shape, tuple(bounds["min"]), tuple(bounds["max"])
-            if not all(least <= dim <= most for least, dim, most in zip(low, shape, high, strict=True)):
-                raise UserError(
-                    f"{self._where}: input {name} has shape {shape}, the engine was built for {low} to {high}",
-                    hint="feed other shapes, or build it again with a wider profile",
-                )
+    def _buffer(self, name: str, size: int) -> int:
+        """A device buffer; graphs know addresses, so none outlives a buffer that moved."""
+        before = self._driver.buffer(name, 0)
+        address = self._driver.buffer(name, size)
+        if address != before:
+            self._forget_graphs()
+        return address
+
+    def _execute(self, key: Key, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+        """Put the engine on the stream: as a graph once the shapes were the same twice in a row."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            self._driver.launch(graph)
+            return
+        repeated, self._seen = key == self._seen, key
+        self._enqueue()
+        if repeated and self._capture and None not in shapes.values():
+            self._keep_graph(key)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._driver.stream.value):
+            raise UserError(f"{self._where} failed on the GPU", hint="see TensorRT's messages above")
+
+    def _keep_graph(self, key: Key) -> None:
+        graph = self._driver.capture(lambda: bool(self._context.execute_async_v3(self._driver.stream.value)))
+        if graph is None:
+            self._capture = False  # this engine cannot be captured, it runs as it did
+            return
+        self._graphs[key] = graph
+        if len(self._graphs) > _GRAPHS:
+            _, oldest = self._graphs.popitem(last=False)
+            self._driver.forget(oldest)
+
+    def _fetch(self, spec: TensorSpec, shape: tuple[int, ...] | None) -> np.ndarray[Any, Any]:
+        if shape is None:
+            self._driver.synchronize()  # only now is it known
+            shape = self._allocator.shapes[spec.name]
+        return self._driver.download(self._driver.buffer(spec.name, 0), shape, self._types[spec.name])
+
+    def _forget_graphs(self) -> None:
+        for graph in self._graphs.values():
+            self._driver.forget(graph)
+        self._graphs.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -113,5 +186,83 @@ class EngineSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._forget_graphs()
+        self._cache.save()
         self._context = self._engine = self._runtime = None  # before the context that they live in
         self._undo.close()
+
+
+class _RuntimeCache:
+    """TensorRT-RTX compiles kernels when an engine first runs; they are kept in a file. TensorRT has no such thing."""
+
+    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
+        self._engine, self._path, self._cache, self._config = engine, path, None, None
+        self.captures = hasattr(trt, "CudaGraphStrategy")
+        """Whether the library captures CUDA graphs itself."""
+        if not self.captures:
+            return
+        self._config = engine.create_runtime_config()
+        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = self._config.create_runtime_cache()
+        self._before = path.read_bytes() if path.is_file() else b""
+        if self._before:
+            self._cache.deserialize(self._before)  # one of another GPU or version is not taken, and written anew
+        self._config.set_runtime_cache(self._cache)
+
+    def create_context(self) -> Any:
+        """An execution context that uses the cache."""
+        return self._engine.create_execution_context(*([] if self._config is None else [self._config]))
+
+    def save(self) -> None:
+        """Write the file, where kernels were added and the directory can be written to."""
+        if self._cache is None:
+            return
+        after = bytes(self._cache.serialize())
+        if after != self._before:
+            with contextlib.suppress(OSError), new_file(self._path) as staging:
+                staging.write_bytes(after)
+
+
+def _stream_weights(engine: Any) -> None:
+    """Keep as many weights on the GPU as TensorRT sees room for."""
+    engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+
+
+def _make_allocator(trt: Any, driver: Driver) -> Any:
+    """Gives outputs whose shape depends on the data their buffers while the engine runs; ``shapes`` has what came."""
+
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # the base class is known once it is imported
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: dict[str, tuple[int, ...]] = {}
+
+        def reallocate_output(self, name: str, _memory: int, size: int, _alignment: int) -> int:
+            return driver.buffer(name, size)
+
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, _stream: int) -> int:
+            return self.reallocate_output(name, memory, size, alignment)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self.shapes[name] = tuple(shape)
+
+    return Allocator()
+
+
+def _takes(profile: Mapping[str, Any], feeds: Feeds) -> bool:
+    return all(
+        low <= dim <= high
+        for name, row in profile.items()
+        for low, dim, high in zip(row["min"], feeds[name].shape, row["max"], strict=True)
+    )
+
+
+def _numpy_type(spec: TensorSpec, plan: Path) -> np.dtype[Any]:
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401  # numpy knows bfloat16 from then on
+    try:
+        return np.dtype(spec.dtype)
+    except TypeError as error:
+        raise UserError(
+            f"{plan}: {spec.name} is {spec.dtype}, which numpy does not know",
+            hint="pip install ml_dtypes; or export the model with float inputs and outputs",
+        ) from error

@@ -27,10 +27,11 @@ def test_an_engine_is_built_and_summed_up(model, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     engine = tmp_path / "engine"
     code, out, _ = invoke("build", model, "-o", engine, "--target", "sm89")
+    activations = Manifest.load(engine).details["memory"]["activations"]
     assert (code, out) == (
         0,
-        f"{engine}: rtx-ada, {model_bytes(engine):,} bytes, takes x 1x1x8 to 64x128x8 "
-        "(default; choose with --minShapes --optShapes --maxShapes)\n",
+        f"{engine}: rtx-ada, {model_bytes(engine):,} bytes and {activations:,} of activations, takes x 1x1x8 to "
+        "64x128x8 (default; choose with --minShapes --optShapes --maxShapes)\n",
     )
 
 
@@ -40,7 +41,7 @@ def test_shapes_are_given_as_to_trtexec(model, tmp_path):
     code, out, _ = invoke("build", model, "-o", tmp_path / "engine", "--target", "sm86", *shapes, "--json")
     manifest = json.loads(out)
     assert code == 0
-    assert manifest["details"]["profile"]["x"] == {"min": [1, 1, 8], "opt": [2, 5, 8], "max": [4, 5, 8]}
+    assert manifest["details"]["profiles"][0]["x"] == {"min": [1, 1, 8], "opt": [2, 5, 8], "max": [4, 5, 8]}
     assert manifest == json.loads(json.dumps(Manifest.load(tmp_path / "engine").to_json()))
 
 

@@ -96,4 +96,4 @@ def test_what_no_such_device_can_hold_is_refused_before_any_work(model, tmp_path
         f"hint: keep fewer experts, quantise them, or give smaller --maxShapes: moe-edge targets {model}"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        build(model, ADA, BuildOptions(profile), tmp_path / "engine")
+        build(model, ADA, BuildOptions((profile,)), tmp_path / "engine")

@@ -93,9 +93,10 @@ def test_an_engine_whose_bytes_changed_is_refused(model, tmp_path):
 
 
 def test_a_profile_is_not_for_onnx_runtime(model, tmp_path):
-    options = BuildOptions(profile={"x": ShapeRange((1, 1, 8), (1, 1, 8), (1, 1, 8))})
+    options = BuildOptions(({"x": ShapeRange((1, 1, 8), (1, 1, 8), (1, 1, 8))},))
     message = (
-        "ONNX Runtime takes any shape and has no profile, workspace or optimisation level\n"
+        "ONNX Runtime takes any shape and none of TensorRT's options: --minShapes=x:1x1x8 --optShapes=x:1x1x8 "
+        "--maxShapes=x:1x1x8\n"
         "hint: leave these options out, or give a TensorRT target"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

@@ -4,7 +4,7 @@ import pytest
 
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
-from runtime.profiles import ShapeRange, check_profile, default_profile, parse_profile, show_options
+from runtime.profiles import ShapeRange, check_profile, default_profile, parse_profile, parse_profiles, show_options
 
 INPUTS = (TensorSpec("x", "float32", ("batch", 3, 8)), TensorSpec("mask", "bool", ("batch", "length")))
 
@@ -101,3 +101,20 @@ def test_the_default_profile_of_a_decoder_begins_with_an_empty_cache():
 def test_a_profile_that_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         checked(*options)
+
+
+def test_options_given_twice_make_two_profiles_in_their_order():
+    first, second = parse_profiles(["x:1", "x:2"], ["x:1", "x:4"], ["x:1", "x:8"])
+    assert first == {"x": ShapeRange((1,), (1,), (1,))}
+    assert second == {"x": ShapeRange((2,), (4,), (8,))}
+    assert parse_profiles([], ["x:1", "x:4"], [])[1] == {"x": ShapeRange((4,), (4,), (4,))}
+    assert parse_profiles([], [], []) == ()
+
+
+def test_options_given_in_different_numbers_are_refused():
+    message = (
+        "the options of profiles are given in different numbers: --minShapes 1, --optShapes 2, --maxShapes 2\n"
+        "hint: give each of the three once for every profile"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        parse_profiles(["x:1"], ["x:1", "x:2"], ["x:1", "x:2"])

@@ -18,10 +18,14 @@ from moe_spec.manifest import Manifest, list_files
 from runtime.backend import BuildOptions
 from runtime.backends import BACKENDS, open_session
 from runtime.build import build
+from runtime.engine import rebuild
 from runtime.profiles import ShapeRange
 from runtime.targets import find_target
 from runtime.tensorrt.driver import Driver, compute_capability_here
+from runtime.tensorrt.failures import build_error
+from runtime.tensorrt.network import configure, keep_timings
 from runtime.tensorrt.plan_header import plan_capabilities
+from runtime.tensorrt.request import BuildRequest
 from tests.runtime import tiny
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -70,7 +74,7 @@ def test_an_engine_is_built_for_the_capability_asked_for_and_no_other(tmp_path, 
     model = tiny.write(tmp_path / "model", kind)
     manifest = build(model, find_target(target), BuildOptions(), tmp_path / "engine")
     assert plan_capabilities(tmp_path / "engine" / "model.engine") == [capability]
-    assert manifest.details["compute_capability"] == capability
+    assert manifest.details["compute_capabilities"] == [capability]
     manifest.check_files(tmp_path / "engine")
 
 
@@ -85,7 +89,11 @@ def test_the_manifest_says_all_that_cannot_be_asked_without_a_gpu(model, built):
     assert manifest.tools["tensorrt_rtx"] == trt.__version__
     assert manifest.details["layers"]["TOPK float32"] == 2
     assert manifest.details["float_types"] == ["float32"]
-    assert manifest.details["profile"] == {"x": {"min": [1, 1, 8], "opt": [8, 32, 8], "max": [64, 128, 8]}}
+    assert manifest.details["profiles"] == [{"x": {"min": [1, 1, 8], "opt": [8, 32, 8], "max": [64, 128, 8]}}]
+    assert manifest.details["formats"]["float32"] == sum(
+        count for layer, count in manifest.details["layers"].items() if layer.endswith(" float32")
+    )
+    assert manifest.details["memory"]["activations"] > 0
     assert "[INFO]" in (built / "build.log").read_text()
 
 
@@ -96,16 +104,16 @@ def test_the_same_model_gives_the_same_bytes(model, built, tmp_path):
 
 def test_options_reach_the_manifest(model, tmp_path):
     profile = {"x": ShapeRange((1, 4, 8), (2, 4, 8), (3, 4, 8))}
-    options = BuildOptions(profile, workspace_bytes=1 << 30, optimization_level=0)
+    options = BuildOptions((profile,), workspace_bytes=1 << 30, optimization_level=0)
     details = build(model, ADA, options, tmp_path / "engine").details
-    assert details["profile"] == {"x": {"min": [1, 4, 8], "opt": [2, 4, 8], "max": [3, 4, 8]}}
+    assert details["profiles"] == [{"x": {"min": [1, 4, 8], "opt": [2, 4, 8], "max": [3, 4, 8]}}]
     assert (details["workspace_bytes"], details["optimization_level"]) == (1 << 30, 0)
 
 
 def test_a_profile_that_does_not_fit_is_refused_before_any_work(model, tmp_path):
     profile = {"y": ShapeRange((1,), (1,), (1,))}
     with pytest.raises(UserError, match="the profile names y, but the model's inputs are x"):
-        build(model, ADA, BuildOptions(profile), tmp_path / "engine")
+        build(model, ADA, BuildOptions((profile,)), tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +126,8 @@ def test_the_parser_names_the_node_that_it_cannot_take_and_the_log_is_kept(model
     log = tmp_path / "engine.build.log"
     message = (
         "tensorrt-rtx cannot take model.onnx: node '/blocks.1/moe/Experts' (Experts): it knows no such operator\n"
-        "hint: write a form that the target takes: moe-edge optimize MODEL -o OUT --target TARGET; "
+        "hint: write the experts in a form that rtx-ada takes (dense, gather, ffn): moe-edge optimize MODEL -o OUT "
+        "--target rtx-ada; "
         f"TensorRT's log is {log}"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
@@ -141,11 +150,129 @@ def test_the_builder_says_why_it_cannot_compile(model, tmp_path):
 def test_a_capability_that_the_library_lacks_is_refused(model, tmp_path):
     hopper = dataclasses.replace(ADA, compute_capability="9.0")
     message = (
-        "this tensorrt-rtx knows no compute capability 9.0\n"
-        f"hint: update tensorrt-rtx, or choose another target; TensorRT's log is {tmp_path}/engine.build.log"
+        f"tensorrt-rtx {trt.__version__} knows no ComputeCapability SM90\n"
+        f"hint: update tensorrt-rtx, or choose another; TensorRT's log is {tmp_path}/engine.build.log"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         build(model, hopper, BuildOptions(), tmp_path / "engine")
+
+
+def test_one_engine_runs_on_several_targets_and_has_several_profiles(model, tmp_path):
+    tokens, prompts = ({"x": ShapeRange((1, low, 8), (1, low, 8), (4, high, 8))} for low, high in ((1, 1), (2, 64)))
+    options = BuildOptions((tokens, prompts), also=(find_target("rtx-blackwell"),), weight_streaming=True)
+    manifest = build(model, ADA, options, tmp_path / "engine")
+    assert plan_capabilities(tmp_path / "engine" / "model.engine") == ["8.9", "12.0"]
+    assert manifest.details["compute_capabilities"] == ["8.9", "12.0"]
+    assert [profile["x"]["max"] for profile in manifest.details["profiles"]] == [[4, 1, 8], [4, 64, 8]]
+    assert rebuild(manifest) == (
+        "build it again: moe-edge build MODEL_DIRECTORY -o ENGINE_DIRECTORY --target rtx-ada "
+        "--minShapes=x:1x1x8 --optShapes=x:1x1x8 --maxShapes=x:4x1x8 "
+        "--minShapes=x:1x2x8 --optShapes=x:1x2x8 --maxShapes=x:4x64x8 --also rtx-blackwell --weight-streaming"
+    )
+
+
+def test_a_build_tells_its_phases_and_their_steps(model, tmp_path):
+    told = []
+    build(model, ADA, BuildOptions(), tmp_path / "engine", lambda *step: told.append(step))
+    assert told[0][:2] == ("Building engine", 0)
+    assert told[-1] == (told[0][0], told[0][2], told[0][2])
+    assert all(0 <= done <= total for _, done, total in told)
+    assert {"Optimizing graph", "Timing tactics"} <= {phase for phase, _, _ in told}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            BuildOptions(timing_cache=Path("cache"), version_compatible=True),
+            "--timing-cache cache --version-compatible",
+        ),
+        (BuildOptions(hardware_compatibility="ampere+"), "--hardware-compatibility ampere+"),
+    ],
+)
+def test_what_only_tensorrt_has_is_refused_for_tensorrt_rtx(model, tmp_path, options, named):
+    message = f"tensorrt-rtx has no {named}\nhint: leave it out, or give another --target"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(model, ADA, options, tmp_path / "engine")
+
+
+def test_an_unknown_level_is_answered_with_the_closest(model, tmp_path):
+    message = "'ampere' is no level of --hardware-compatibility\nhint: did you mean 'ampere+'? "
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        build(model, ADA, BuildOptions(hardware_compatibility="ampere"), tmp_path / "engine")
+
+
+def test_a_workspace_that_is_too_small_is_named(model, tmp_path):
+    message = (
+        "tensorrt-rtx finds no kernel for a layer of model.onnx within the workspace of 1 MiB\n"
+        "hint: give more with --workspace, or leave it out; or make --maxShapes smaller; "
+        f"TensorRT's log is {tmp_path}/engine.build.log"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(model, ADA, BuildOptions(workspace_bytes=1 << 20), tmp_path / "engine")
+
+
+def in_fp8(graph):
+    """The last weights behind DequantizeLinear."""
+    (head,) = (tensor for tensor in graph.initializer if tensor.name == "head")
+    graph.initializer.remove(head)
+    weights = onnx.helper.make_tensor("head_q", onnx.TensorProto.FLOAT8E4M3FN, head.dims, [0.5] * 24)
+    graph.initializer.extend([weights, onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [0.1])])
+    graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", ["head_q", "scale"], ["head"]))
+
+
+def test_a_format_that_the_gpu_lacks_is_refused_before_the_build_and_by_it(model, tmp_path):
+    fp8, ampere = rewrite(model, tmp_path / "model", in_fp8), find_target("rtx-ampere")
+    with pytest.raises(UserError, match=r"model\.onnx holds float8e4m3fn, rtx-ampere takes bfloat16, float16, float32"):
+        build(fp8, ampere, BuildOptions(), tmp_path / "engine")
+    unaware = dataclasses.replace(ampere, precisions=ADA.precisions)
+    message = (
+        "model.onnx holds fp8_e4m3, which sm86 cannot compute with\n"
+        "hint: build for rtx-ada, rtx-blackwell, dgx-spark; or export without it; "
+        f"TensorRT's log is {tmp_path}/engine.build.log"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build(fp8, unaware, BuildOptions(), tmp_path / "engine")
+    assert build(fp8, ADA, BuildOptions(), tmp_path / "engine").details["formats"]["float8e4m3fn"] == 1
+
+
+def test_an_operator_outside_the_experts_is_not_blamed_on_their_form(model, tmp_path):
+    def with_det(graph):
+        (logits,) = (node for node in graph.node if node.output[0] == "logits")
+        logits.output[0] = "before"
+        graph.node.append(onnx.helper.make_node("Det", ["x"], ["det"], name="/head/Det"))
+        graph.node.append(onnx.helper.make_node("Add", ["before", "det"], ["logits"]))
+
+    message = (
+        "tensorrt-rtx cannot take model.onnx: node '/head/Det' (Det): it knows no such operator\nhint: moe-edge "
+        "optimize MODEL -o OUT --target rtx-ada rewrites experts (dense, gather, ffn); what is no part of them must be "
+        "exported otherwise; "
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        build(rewrite(model, tmp_path / "model", with_det), ADA, BuildOptions(), tmp_path / "engine")
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops in TensorRT-RTX:DeprecationWarning")
+def test_tensorrts_own_options_reach_its_configuration(tmp_path):
+    """With the library that is here: what it would do on a device is TensorRT's."""
+    request = BuildRequest(
+        "tensorrt", "a100", Path("model.onnx"), Path("model.engine"), ("8.0",), (),
+        weight_streaming=True, timing_cache=tmp_path / "timings", version_compatible=True, optimization_level=2,
+    )  # fmt: skip
+    builder = trt.Builder(trt.Logger())
+    config = configure(trt, builder, request)
+    keep_timings(config, tmp_path / "timings")
+    configure(trt, builder, request)  # and once more, with the file
+    assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    assert config.builder_optimization_level == 2
+    assert (tmp_path / "timings").stat().st_size > 0
+
+
+def test_out_of_memory_is_told_with_what_a_build_takes(tmp_path):
+    request = BuildRequest("tensorrt", "jetson-orin", Path("model.onnx"), Path("model.engine"), ("8.7",), ())
+    failure = build_error(request, ["[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"])
+    assert failure.what == "tensorrt ran out of memory while it built model.onnx"
 
 
 def workers() -> list[int]:

@@ -1,0 +1,73 @@
+"""What TensorRT calls while it builds: a logger, and a progress monitor. Their base classes come with the library."""
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from runtime.tensorrt.request import Step
+
+_MEMORY = {
+    "activations": re.compile(r"Total Activation Memory: (\d+)"),
+    "weights": re.compile(r"Total Weights Memory: (\d+)"),
+    "scratch": re.compile(r"Max Scratch Memory: (\d+)"),
+}
+"""What TensorRT says of the engine's memory, in bytes, once for each engine in the plan."""
+
+_SECONDS_BETWEEN = 0.1
+
+
+def make_logger(trt: Any, log: TextIO) -> Any:
+    """A logger that writes to ``log``, with the attributes ``errors`` (messages) and ``memory`` (largest of each)."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known once it is imported
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.memory: dict[str, int] = {}
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity == trt.ILogger.Severity.VERBOSE:
+                return
+            log.write(f"[{severity.name}] {message}\n")
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                log.flush()
+                self.errors.append(message)
+            for what, pattern in _MEMORY.items():
+                if found := pattern.search(message):
+                    self.memory[what] = max(self.memory.get(what, 0), int(found[1]))
+
+    return Logger()
+
+
+def make_monitor(trt: Any, tell: Callable[[Step], None]) -> Any:
+    """A progress monitor that tells of every phase, and of its steps ten times a second at most.
+
+    TensorRT calls it from several threads.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # likewise
+        def __init__(self) -> None:
+            super().__init__()
+            self._lock = threading.Lock()
+            self._totals: dict[str, int] = {}
+            self._told = 0.0
+
+        def phase_start(self, phase: str, _parent: str | None, steps: int) -> None:
+            with self._lock:
+                self._totals[phase] = steps
+                tell(Step(phase, 0, steps))
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            with self._lock:
+                if time.monotonic() - self._told >= _SECONDS_BETWEEN:
+                    self._told = time.monotonic()
+                    tell(Step(phase, step + 1, self._totals[phase]))
+            return True  # go on
+
+        def phase_finish(self, phase: str) -> None:
+            with self._lock:
+                tell(Step(phase, self._totals[phase], self._totals[phase]))
+
+    return Monitor()
