@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from exporter.bind import Pieces
 from models.checkpoints import load_empty, load_model
-from models.moe_layers import tensors_by_expert
+from models.moe_layers import tensors_by_expert, tensors_of_routers
+from models.stored_merges import StoredMerges
 from models.stored_names import is_cut
 from models.stored_parameters import StoredParameters
 from moe_spec.plan import PruningPlan
@@ -23,24 +24,43 @@ def open_model(
 ) -> tuple[PreTrainedModel, Pieces]:
     """The model to trace, and the values of its parameters.
 
-    Where nothing is changed, or experts are only dropped, the model has no values, and no more of the checkpoint is
-    read than what is left of it. Where ``prepare`` makes new values, as a plan that merges asks it to, or where the
-    loader cuts what is stored, they are those of the model in memory.
+    Where experts are only dropped or merged, the model has no values, but for the routers of a plan that merges, and no
+    more of the checkpoint is read than what is left of it. Where ``prepare`` makes new values that no plan tells of, or
+    where the loader cuts what is stored, they are those of the model in memory.
 
     Raises:
         UserError: no checkpoint, an unknown family, or what ``prepare`` refuses.
     """
     model = load_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
-    if is_cut(model) or (prepare is not None and (plan is None or plan.merges)):
+    if is_cut(model) or (prepare is not None and plan is None):
         model = prepared(checkpoint, prepare, trust_remote_code=trust_remote_code)
         return model, pieces_of(model)
     stored, whole = StoredParameters(checkpoint, torch.float32, trust_remote_code=trust_remote_code), model.state_dict()
+    if prepare is None or plan is None:
+        return model, lambda name, dtype: stored.pieces(name, None, dtype)
     layers = {name: layer.name for name, layer in tensors_by_expert(model).items()}
-    if prepare is not None:
-        prepare(model)
-    narrowed = [name for name, left in model.state_dict().items() if left.shape != whole[name].shape]
-    keeps = {name: _keep(plan, layers[name]) for name in narrowed}
-    return model, lambda name, dtype: stored.pieces(name, keeps.get(name), dtype)
+    averaged = _fill_routers(model, stored) if plan.merges else ()
+    prepare(model)
+    left, merges = model.state_dict(), StoredMerges(model, stored, plan)
+    keeps = {name: _keep(plan, layers[name]) for name in left if left[name].shape != whole[name].shape}
+
+    def pieces(name: str, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        if name in averaged:
+            return iter([left[name] if dtype is None else left[name].to(dtype)])
+        return merges.pieces(name, dtype) if name in merges else stored.pieces(name, keeps.get(name), dtype)
+
+    return model, pieces
+
+
+def _fill_routers(model: PreTrainedModel, stored: StoredParameters) -> set[str]:
+    """Read the routers of ``model``, whose rows are averaged or drawn anew in memory; their parameters and buffers."""
+    names = tensors_of_routers(model)
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module, values = model.get_submodule(path), stored[name]
+        is_parameter = attribute in module._parameters
+        setattr(module, attribute, torch.nn.Parameter(values, requires_grad=False) if is_parameter else values)
+    return names
 
 
 def prepared(checkpoint: Path, prepare: Prepare | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -65,7 +85,7 @@ def pieces_of(model: PreTrainedModel) -> Pieces:
     return pieces
 
 
-def _keep(plan: PruningPlan | None, layer: str) -> Sequence[int]:
-    planned = None if plan is None else plan.layer(layer)
+def _keep(plan: PruningPlan, layer: str) -> Sequence[int]:
+    planned = plan.layer(layer)
     assert planned is not None, f"layer {layer} was narrowed, and no plan says so"
     return planned.keep

@@ -35,7 +35,7 @@ class Merging:
         """
         self._neurons, self._read, self._align = neurons, read, plan.align
         self._merge_of = dict(zip(plan.keep, plan.merge, strict=True))
-        self._order = functools.cache(self._find_order)
+        self._orders = functools.cache(self._find_orders)
 
     def mean(self, name: str, survivor: int) -> Doubles:
         """What weight ``name`` of ``survivor`` becomes, its neurons on axis 0 if it has any."""
@@ -43,14 +43,15 @@ class Merging:
         return weighted_mean((weight, self.aligned(name, survivor, expert)) for weight, expert in members)
 
     def aligned(self, name: str, survivor: int, expert: int) -> Array:
-        """Weight ``name`` of ``expert``, its neurons in the order of those of ``survivor`` where the plan aligns."""
+        """Weight ``name`` of ``expert``, its neurons in the order in which it is averaged with ``survivor``."""
         weight = self._read(name, expert)
-        if not self._align or expert == survivor or name not in self._neurons:
-            return weight
-        return weight[self._order(survivor, expert)]
+        order = self._orders(survivor).get(expert) if self._align and name in self._neurons else None
+        return weight if order is None else weight[order]
 
-    def _find_order(self, survivor: int, expert: int) -> npt.NDArray[np.intp]:
-        return best_order(self._by_neuron(survivor), self._by_neuron(expert))
+    def _find_orders(self, survivor: int) -> dict[int, npt.NDArray[np.intp]]:
+        reference_FD = self._by_neuron(survivor)
+        others = (expert for _, expert in self._merge_of[survivor].weighted if expert != survivor)
+        return {expert: best_order(reference_FD, self._by_neuron(expert)) for expert in others}
 
     def _by_neuron(self, expert: int) -> Doubles:
         weights = (self._read(name, expert) for name in self._neurons)
