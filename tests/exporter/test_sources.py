@@ -1,6 +1,5 @@
 """Values for an export: what is read from a checkpoint's files is what the changed model in memory has."""
 
-import dataclasses
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ GROUPS = {0: (0, 1), 2: (2, 3), 4: (4, 7), 5: (5, 6)}
 """By survivor; inside routing groups where there are any."""
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "aria", "vmoe", "ernie4_5_moe", "dbrx", "jetmoe")
-"""Fused or not, transposed, biased, in turns, without gate; selection biases; stored as one, in runs, or an expert each."""
+"""Fused or not, transposed, biased, in turns; with selection biases; stored as one, in runs, or an expert each."""
 
 
 def plan_of(checkpoint, name: str, router: str) -> PruningPlan:
