@@ -13,6 +13,7 @@ from exporter.cache import State, find_states
 from moe_spec.dataset import MASK
 from moe_spec.decoder import BATCH, IDS, POSITIONS, SEQUENCE, TOTAL_LENGTH, positions_of
 from moe_spec.errors import UserError, did_you_mean
+from moe_spec.runner import LOGITS
 
 Feeds = dict[str, npt.NDArray[Any]]
 
@@ -77,11 +78,11 @@ FEATURE_EXTRACTION = "feature-extraction"
 
 TASKS: Mapping[str, Task] = {
     FEATURE_EXTRACTION: Task(_TEXT_AXES, (_FEATURES,), _text, headless=True),
-    "image-classification": Task({"pixel_values": {0: BATCH}}, ("logits",), _image),
-    "text2text-generation": Task(_PAIR_AXES, ("logits",), _text_pair),
-    "text-classification": Task(_TEXT_AXES, ("logits",), _text),
-    "text-generation": Task(_TEXT_AXES, ("logits",), _text, generates=True),
-    "token-classification": Task(_TEXT_AXES, ("logits",), _text),
+    "image-classification": Task({"pixel_values": {0: BATCH}}, (LOGITS,), _image),
+    "text2text-generation": Task(_PAIR_AXES, (LOGITS,), _text_pair),
+    "text-classification": Task(_TEXT_AXES, (LOGITS,), _text),
+    "text-generation": Task(_TEXT_AXES, (LOGITS,), _text, generates=True),
+    "token-classification": Task(_TEXT_AXES, (LOGITS,), _text),
 }
 """By the name that `--task` takes, which is Hugging Face's."""
 

@@ -11,6 +11,9 @@ import numpy.typing as npt
 Feeds = Mapping[str, npt.NDArray[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
+LOGITS = "logits"
+"""The output that scores classes or tokens."""
+
 
 class OpenModel(Protocol):
     """An ONNX file that is loaded."""

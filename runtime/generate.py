@@ -12,12 +12,12 @@ from moe_spec.dataset import MASK
 from moe_spec.decoder import IDS, as_past, complete
 from moe_spec.errors import UserError
 from moe_spec.record import parse_object
+from moe_spec.runner import LOGITS
 from runtime.backend import Session
 from runtime.parity import softmax
 
 Tokens = npt.NDArray[np.int64]
 
-LOGITS = "logits"
 FILE_NAME = "generation_config.json"
 
 

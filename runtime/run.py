@@ -15,12 +15,10 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_file, refuse_existing
 from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
 from runtime.image_files import SUFFIXES, read_images
 from runtime.parity import softmax
-
-LOGITS = "logits"
 
 
 @dataclasses.dataclass(frozen=True)

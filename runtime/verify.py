@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import Dataset
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.feeds import RANDOM_SHAPES
 from runtime.parity import Flags, compare_routing
 from runtime.report import ParityReport
@@ -102,7 +102,7 @@ class _Comparison:
     def _logits(self, outputs: Arrays) -> str | None:
         """The output (N, C) that classifies: `logits`, or the only one of that shape."""
         tables = [tally.name for tally in self._outputs if outputs[tally.name].ndim == 2]
-        return "logits" if "logits" in tables else tables[0] if len(tables) == 1 else None
+        return LOGITS if LOGITS in tables else tables[0] if len(tables) == 1 else None
 
     def report(self, data: Dataset | None, precision: str) -> ParityReport:
         """The verdict on all batches."""
