@@ -15,7 +15,7 @@ from torch import Tensor
 from exporter.fold import Array, evaluate
 from exporter.weightless import Traced
 from moe_spec.errors import UserError
-from moe_spec.external_data import INLINE_BYTES, aligned
+from moe_spec.external_data import INLINE_BYTES, aligned, lie_in
 
 Pieces = Callable[[str, torch.dtype | None], Iterator[Tensor]]
 """``pieces(name, dtype)``: the values of a parameter in order, cut along the first axis; None: in their own dtype."""
@@ -132,9 +132,7 @@ def _append(tensor: onnx.TensorProto, data: _DataFile, location: str, values: It
         data.write(piece)
     assert data.size - offset == nbytes(tensor), (tensor.name, data.size - offset, nbytes(tensor))
     tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(nbytes(tensor)))):
-        tensor.external_data.add(key=key, value=value)
+    lie_in(tensor, location, offset, nbytes(tensor))
 
 
 def _values(tensor: onnx.TensorProto, traced: Traced, pieces: Pieces) -> Iterator[Array]:

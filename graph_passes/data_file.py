@@ -11,7 +11,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.stored import ExternalValues, packed_bytes
 from graph_passes.weights import Array, Weight, bits_of
-from moe_spec.external_data import INLINE_BYTES, aligned
+from moe_spec.external_data import INLINE_BYTES, aligned, lie_in
 
 CHUNK_BYTES = 1 << 18
 """Written at once: what stays in a core's cache between the copy out of the source and the copy into the file."""
@@ -70,8 +70,7 @@ def _chunks(array: Array) -> Iterator[Array]:
 
 def external(name: str, weight: Weight, location: str, offset: int) -> onnx.TensorProto:
     """An initialiser whose values lie in the file ``location``."""
-    proto = onnx.TensorProto(name=name, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
+    proto = onnx.TensorProto(name=name, dims=weight.shape)
     proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(weight.nbytes))):
-        proto.external_data.add(key=key, value=value)
+    lie_in(proto, location, offset, weight.nbytes)
     return proto
