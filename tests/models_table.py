@@ -27,18 +27,18 @@ from models.vmoe.modeling import VMoeForImageClassification
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 8, 2, 32, 48, 128
 
-_DECODER: dict[str, Any] = {
+DENSE_DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_experts_per_tok": TOP_K,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_DECODER: dict[str, Any] = {**DENSE_DECODER, "num_experts_per_tok": TOP_K}
 _HEADS: dict[str, Any] = {"head_dim": HIDDEN // 4}
 _LATENT_ATTENTION: dict[str, Any] = {
     "num_key_value_heads": 4,

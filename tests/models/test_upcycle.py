@@ -13,18 +13,9 @@ from models.families import DENSE
 from models.moe_layers import find_moe_layers
 from models.upcycle import mix, upcycle
 from moe_spec import UserError
-from tests.models_table import HIDDEN, TINY, VOCABULARY, WIDTH
+from tests.models_table import DENSE_DECODER, HIDDEN, TINY, WIDTH
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES: dict[str, Any] = {**DENSE_DECODER, "initializer_range": 0.2}
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
