@@ -227,7 +227,7 @@ def memory_to_compare(read: int, exported: int) -> int:
 def _too_large(read: int, traced: Traced, max_memory: int | None) -> str | None:
     """Why the export cannot be compared with torch here, if it cannot."""
     graph = sum(math.prod(tensor.dims) for tensor in traced.proto.graph.initializer)
-    needed, there = memory_to_compare(read, graph), memory_for_weights() if max_memory is None else max_memory
+    needed, there = memory_to_compare(read, graph), memory_for_weights(max_memory)
     if needed <= there:
         return None
     return f"torch and ONNX Runtime together need {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB may be used"

@@ -72,5 +72,5 @@ def preview(
         compare_bytes=memory_to_compare(
             sum(tensor.size for tensor in stored), sum(tensor.numel() for tensor in values.values())
         ),
-        free_bytes=memory_for_weights() if max_memory is None else max_memory,
+        free_bytes=memory_for_weights(max_memory),
     )

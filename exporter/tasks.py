@@ -152,8 +152,7 @@ def with_cache(task: Task, model: PreTrainedModel) -> Task:
 
 
 def _random(state: State, batch: int, past: int, rng: np.random.Generator) -> npt.NDArray[Any]:
-    lengths = {BATCH: batch}
-    shape = tuple(lengths.get(dim, past) if isinstance(dim, str) else dim for dim in state.shape)
+    shape = [dim if isinstance(dim, int) else batch if dim == BATCH else past for dim in state.shape]
     floating = state.dtype.is_floating_point  # halves are fed as float32, and cast where the graph wants them
     dtype = np.dtype(np.float32) if floating else torch.empty((), dtype=state.dtype).numpy().dtype
     return rng.standard_normal(shape).astype(dtype)

@@ -66,11 +66,11 @@ def load_spread(
     return model
 
 
-def memory_for_weights() -> int:
-    """Bytes of this machine's memory that are free, but for a tenth."""
+def memory_for_weights(at_most: int | None = None) -> int:
+    """Bytes of this machine's memory that weights may fill: ``at_most``, or what is free but for a tenth."""
     from accelerate.utils import get_max_memory
 
-    return int(_SHARE * get_max_memory()["cpu"])
+    return int(_SHARE * get_max_memory()["cpu"]) if at_most is None else at_most
 
 
 def parse_memory(text: str) -> int:
@@ -93,7 +93,7 @@ def _places(model: PreTrainedModel, order: str, max_memory: int | None) -> dict[
     from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 
     memory, whole_layers = get_max_memory(), model._no_split_modules
-    memory["cpu"] = memory_for_weights() if max_memory is None else max_memory
+    memory["cpu"] = memory_for_weights(max_memory)
     if order != "sequential":
         memory = get_balanced_memory(model, memory, whole_layers)
     places: dict[str, Any] = infer_auto_device_map(model, memory, whole_layers)
