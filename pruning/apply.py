@@ -18,7 +18,7 @@ from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
-from pruning.behind_router import lead_to
+from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
 from pruning.stream import pruned_parameters, without_dropped
 
@@ -177,8 +177,8 @@ def _require_tensors(model: PreTrainedModel, layer: MoELayer, row: Family) -> No
             f"experts as {row.model_type} does elsewhere",
             hint="leave the layer out of the plan",
         )
-    rows = len(there[row.routing_tensors[0]])
-    if rows != layer.num_experts:
+    if is_led(layer):
+        rows = len(there[row.routing_tensors[0]])
         raise UserError(
             f"the router of layer {layer.name} has {rows} rows and leads to {layer.num_experts} experts: a plan that "
             "keeps it full was applied before",
