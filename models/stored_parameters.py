@@ -40,7 +40,7 @@ class StoredParameters(Mapping[str, Tensor]):
 
         Raises:
             UserError: no checkpoint of a known family, files that are not complete, or weights that do not fill the
-                model.
+                model, or of which one is cut into several parameters (`models.stored_names.is_cut`).
         """
         self._directory, self._dtype = directory, dtype
         self._skeleton = load_skeleton(directory, trust_remote_code=trust_remote_code)
@@ -56,6 +56,12 @@ class StoredParameters(Mapping[str, Tensor]):
             home = self._home[name]
             if self._read_as.setdefault(home, name) == name:  # of tied weights that are stored twice, one
                 self._parts[home].append(stored)
+        cut = sorted(set(self._home.values()) - self._parts.keys())
+        if cut:
+            raise UserError(
+                f"{directory} has {cut[0]!r} as a part of another tensor, which only the whole model is read from",
+                hint="leave out --device-map; the model must fit into memory",
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)

@@ -20,7 +20,7 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
-from pruning.stream import pruned_parameters, without_dropped
+from pruning.stream import lie_by_layer, pruned_parameters, without_dropped
 
 PLAN = "plan.json"
 """The plan that a pruned checkpoint was made by, kept in its directory."""
@@ -35,7 +35,8 @@ def prune(
     """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
 
     Weights keep their dtype. The plan stands in the new directory as plan.json. A plan that merges nothing is carried
-    out from file to file, so memory does not grow with the model; one that merges has the model in memory.
+    out from file to file, so memory does not grow with the model. One that merges has the model in memory, and so has
+    one for experts of several layers that the files have as one list (ERNIE 4.5 VL).
 
     Args:
         checkpoint: config.json and safetensors weights.
@@ -59,9 +60,10 @@ def prune(
     apply_plan(skeleton, plan)  # refusals come before a weight is read
     _require_config_counts(skeleton, plan, checkpoint)
     in_runs = family_of(skeleton.config).in_runs
-    kept = without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
+    in_memory = bool(plan.merges) or not lie_by_layer(pruned, names)
+    kept = {} if in_memory else without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
     with new_directory(out) as staging:
-        if plan.merges:
+        if in_memory:
             model = load_model(checkpoint, dtype=None, trust_remote_code=trust_remote_code)
             apply_plan(model, plan)
             save_model(model, staging)

@@ -110,13 +110,13 @@ def by_size(checkpoint: Path, *, trust_remote_code: bool = False) -> Costs:
     which are all that is read.
 
     Raises:
-        UserError: no checkpoint of a known family, or files that are not complete.
+        UserError: no checkpoint of a known family, files that are not complete, or that hold two layers in one list.
     """
     # torch takes seconds to import, and what only names a budget needs none
     from models.checkpoints import load_skeleton, stored_tensors
     from models.moe_layers import find_moe_layers
     from models.stored_names import parameter_names
-    from pruning.stream import pruned_parameters
+    from pruning.stream import pruned_parameters, require_by_layer
 
     skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
     layers = find_moe_layers(skeleton)
@@ -125,8 +125,10 @@ def by_size(checkpoint: Path, *, trust_remote_code: bool = False) -> Costs:
         for layer in layers
     )
     of_experts = pruned_parameters(skeleton, PruningPlan("", "", tuple(everyone)))
+    names = parameter_names(skeleton, tensors, checkpoint)
+    require_by_layer(of_experts, names, checkpoint)
     sizes: Counter[str] = Counter()
-    for stored, name in parameter_names(skeleton, tensors, checkpoint).items():
+    for stored, name in names.items():
         if name in of_experts:
             sizes[of_experts[name].name] += tensors[stored].nbytes
     rest = sum(tensor.nbytes for tensor in tensors.values()) - sum(sizes.values())

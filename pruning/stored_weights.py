@@ -14,9 +14,9 @@ from torch import Tensor
 
 from models.checkpoints import load_skeleton, stored_tensors
 from models.families import family_of
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, tensors_by_expert
 from models.stored_names import EXPERT_ID, parameter_names
-from pruning.stream import require_experts
+from pruning.stream import require_by_layer, require_experts
 
 _PIECE = 2**18
 """Elements that are made float64 at a time: 2 MiB."""
@@ -37,13 +37,16 @@ class StoredWeights:
         """Read the headers of a checkpoint's files.
 
         Raises:
-            UserError: no checkpoint of a known family, files that are not complete, or experts that are missing.
+            UserError: no checkpoint of a known family, files that are not complete or hold two layers in one list, or
+                experts that are missing.
         """
         self.checkpoint = checkpoint
         skeleton = load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
         self._tensors = stored_tensors(checkpoint)
         self._parts: dict[str, list[str]] = defaultdict(list)
-        for stored, name in parameter_names(skeleton, self._tensors, checkpoint).items():
+        names = parameter_names(skeleton, self._tensors, checkpoint)
+        require_by_layer(tensors_by_expert(skeleton), names, checkpoint)
+        for stored, name in names.items():
             self._parts[name].append(stored)
         self._family = family_of(skeleton.config)
         self.layers = find_moe_layers(skeleton)

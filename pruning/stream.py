@@ -1,7 +1,7 @@
 """Stream: drop experts from files to files. Bytes of survivors are copied as they lie; no weight is ever in memory."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,6 +17,27 @@ def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str,
     """The router's and experts' parameters and buffers that lose experts, by name."""
     plans = {name: plan.layer(layer.name) for name, layer in tensors_by_expert(skeleton).items()}
     return {name: layer_plan for name, layer_plan in plans.items() if layer_plan is not None}
+
+
+def lie_by_layer(parameters: Iterable[str], names: Mapping[str, str]) -> bool:
+    """Whether stored tensors go to each of ``parameters``. ERNIE 4.5 VL has the experts of two layers in one list.
+
+    ``names``: the parameter that each stored tensor goes to.
+    """
+    return set(parameters) <= set(names.values())
+
+
+def require_by_layer(parameters: Iterable[str], names: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse what is read from a checkpoint's files layer by layer, where they hold two layers in one list.
+
+    Raises:
+        UserError: see `lie_by_layer`.
+    """
+    if not lie_by_layer(parameters, names):
+        raise UserError(
+            f"{checkpoint} has the experts of several layers in one list",
+            hint="plan from statistics of `moe-edge calibrate`, by --keep with a number or a share of experts",
+        )
 
 
 def without_dropped(

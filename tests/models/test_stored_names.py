@@ -69,3 +69,21 @@ def test_too_many_values_are_refused(tmp_path):
 
 def test_a_stored_tensor_that_is_cut_into_several_parameters_is_known_by_its_family():
     assert [name for name in ("mixtral", "gpt_oss", "unlimited_ocr") if is_cut(tiny(name))] == ["unlimited_ocr"]
+
+
+def test_a_part_that_is_missing_of_what_is_cut_into_several_is_missed(tmp_path):
+    """Of the stored rows two thirds fill two of three parameters."""
+    save_model(tiny("unlimited_ocr"), tmp_path)
+    stored = stored_tensors(tmp_path)
+    name = "model.vision_model.transformer.layers.0.self_attn.qkv_proj.bias"
+    values = stored[name].size
+    stored[name] = StoredTensor("F32", (values * 2 // 3,), stored[name].spans)
+    with pytest.raises(UserError) as caught:
+        parameter_names(load_skeleton(tmp_path), stored, tmp_path)
+    first = "model.vision_tower.vision_encoder.encoder.layers.0.self_attn.q_proj.bias"
+    assert caught.value.what == (
+        f"{tmp_path} has {values * 2 // 3} values for {first!r}, its config.json asks for {values}"
+    )
+    del stored[name]
+    with pytest.raises(UserError, match=r"lacks 3 weights that its config\.json asks for"):
+        parameter_names(load_skeleton(tmp_path), stored, tmp_path)

@@ -99,3 +99,13 @@ def test_values_of_another_shape_are_refused(tmp_path):
         f"{tmp_path} has {name!r} in another shape than its config.json asks for\n"
         "hint: config.json and the weights must describe the same model; get the checkpoint again"
     )
+
+
+def test_what_is_cut_into_several_parameters_is_not_read_one_by_one(tmp_path):
+    save_model(tiny("step3p7"), tmp_path)
+    with pytest.raises(UserError) as refusal:
+        StoredParameters(tmp_path, torch.float32)
+    assert str(refusal.value) == (
+        f"{tmp_path} has 'model.vision_model.layers.0.self_attn.k_proj.bias' as a part of another tensor, "
+        "which only the whole model is read from\nhint: leave out --device-map; the model must fit into memory"
+    )

@@ -9,6 +9,8 @@ from pruning.apply import prune
 from pruning.budget import RankedLayer
 from pruning.cost import BYTES, MILLISECONDS, AtMost, Costs, Limit, by_latency, by_number, by_size
 from pruning.plan import PlanOptions, plan
+from pruning.stored_weights import StoredWeights
+from tests.families.configs import tiny
 from tests.models_table import TINY
 
 
@@ -99,3 +101,14 @@ def test_latency_is_interpolated_between_what_was_measured_and_never_falls():
 
 def test_every_expert_counts_as_one():
     assert (by_number(layers()).total([3, 5]), by_number(layers()).whole) == (8, 16)
+
+
+def test_two_layers_in_one_list_have_no_sizes_of_their_own(tmp_path):
+    save_model(tiny("ernie4_5_vl_moe"), tmp_path)
+    for ask in (by_size, StoredWeights):
+        with pytest.raises(UserError) as error:
+            ask(tmp_path)
+        assert (error.value.what, error.value.hint) == (
+            f"{tmp_path} has the experts of several layers in one list",
+            "plan from statistics of `moe-edge calibrate`, by --keep with a number or a share of experts",
+        )

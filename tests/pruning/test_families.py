@@ -45,7 +45,14 @@ def outputs(model):
         return model(**example_inputs(model, batch=3, sequence=6, seed=0))[0]
 
 
-@peculiar
+CUT = {
+    "ernie4_5_vl_moe": "one list of the experts for words and of those for images",
+    "step3p7": "queries, keys and values of its vision tower are one tensor",
+}
+"""What the loader makes several parameters of."""
+
+
+@pytest.mark.parametrize("name", [*PECULIAR, *CUT])
 def test_a_pruned_checkpoint_is_the_model_whose_dropped_experts_cannot_be_selected(tmp_path, name):
     model = tiny(name)
     save_model(model, tmp_path / "checkpoint")
