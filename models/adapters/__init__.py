@@ -1,4 +1,4 @@
-"""Families whose MoE blocks are none of transformers' experts interface, and what takes the place of these blocks.
+"""Families whose blocks are none of transformers' experts interface, or not what was trained, and what replaces them.
 
 An adapter is a function ``block -> module`` for a class of blocks. Within `adapted` every new model of its family gets
 the module instead, before weights are loaded, so whatever finds, ranks, prunes or exports layers sees standard parts.
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import WeightTransform
 
-from models.adapters import dbrx, jetmoe, llama4, step3p7, switch_transformers
+from models.adapters import dbrx, jetmoe, llama4, nemotron_h, step3p7, switch_transformers
 from models.families import family, is_known
 from models.moe_block import StackedExperts
 
@@ -40,6 +40,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     "dbrx": Adapter({"DbrxFFN": dbrx.adapt}, dbrx.conversions),
     "jetmoe": Adapter({"JetMoeMoE": jetmoe.JetMoeMoe, "JetMoeMoA": jetmoe.JetMoeStaticAttention}, jetmoe.conversions),
     "llama4": Adapter({"Llama4TextMoe": llama4.Llama4Moe}),
+    "nemotron_h": Adapter({"NemotronHMamba2Mixer": nemotron_h.adapt}),
     "step3p7": Adapter({"Step3p7Experts": step3p7.adapt}),
     "switch_transformers": Adapter(
         {"SwitchTransformersSparseMLP": switch_transformers.SwitchMoe}, switch_transformers.conversions
