@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from exporter.fold import empty_tensor, fold
+from exporter.upstream import rewritten_quickly
 from models.moe_layers import find_moe_layers, tensors_of_routers
 
 
@@ -91,7 +92,8 @@ def without_values(program: torch.onnx.ONNXProgram, prefix: str, names: Containe
         value.name = str(value.name).removeprefix(prefix)
         value.const_value = None
     graph.inputs.extend(lifted)
-    program.optimize()
+    with rewritten_quickly():
+        program.optimize()
     proto = program.model_proto
     count = len(proto.graph.input) - len(lifted)
     parameters = {value.name: empty_tensor(value.name, value) for value in proto.graph.input[count:]}
