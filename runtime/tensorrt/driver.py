@@ -18,6 +18,7 @@ import numpy.typing as npt
 from moe_spec.errors import UserError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it waits for nothing on the default stream, so that it can be captured
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may call what they like
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -54,7 +55,7 @@ class Driver:
     def __enter__(self) -> Self:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self.make_current()
-        self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(0))
+        self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(_NON_BLOCKING))
         return self
 
     def make_current(self) -> None:

@@ -80,10 +80,10 @@ class EngineSession:
                 raise UserError(f"{plan} cannot be deserialised on this GPU", hint=rebuild(manifest))
             if manifest.details.get("weight_streaming"):
                 _stream_weights(self._engine)
-            self._cache = _RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
-            self._context = self._cache.create_context()
+            self._kernels = _RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
+            self._context = self._kernels.create_context()
             self._allocator = _make_allocator(trt, self._driver)
-            self._capture = not self._cache.captures and not manifest.details.get("weight_streaming")
+            self._capture = not self._kernels.captures and not manifest.details.get("weight_streaming")
             self._undo = undo.pop_all()
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
@@ -187,7 +187,7 @@ class EngineSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._forget_graphs()
-        self._cache.save()
+        self._kernels.save()
         self._context = self._engine = self._runtime = None  # before the context that they live in
         self._undo.close()
 
