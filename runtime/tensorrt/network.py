@@ -101,8 +101,9 @@ def _take_timings(config: Any, path: Path) -> None:
 
 def keep_timings(config: Any, path: Path) -> None:
     """Write the timing cache with what this build measured."""
+    cache = config.get_timing_cache()
     with new_file(path) as staging:
-        staging.write_bytes(config.get_timing_cache().serialize())
+        staging.write_bytes(cache.serialize())
 
 
 def _profile(builder: Any, shapes: Profile) -> Any:

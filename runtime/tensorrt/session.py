@@ -3,6 +3,8 @@
 Uploads, execution and downloads go onto one stream, which is waited for once a run. Device buffers stay between runs.
 What comes with the same shapes again is replayed as a CUDA graph: TensorRT-RTX captures it itself, for TensorRT it is
 done here.
+
+Executed by the tests: over a stand-in for the GPU and the engine. It has not run on a GPU yet.
 """
 
 import contextlib
