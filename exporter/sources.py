@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from exporter.bind import Pieces
 from models.checkpoints import load_empty, load_model
-from models.moe_layers import tensors_by_expert, tensors_of_routers
-from models.stored_merges import StoredMerges
+from models.moe_layers import tensors_by_expert
+from models.stored_merges import StoredMerges, fill_routers
 from models.stored_names import is_cut
 from models.stored_parameters import StoredParameters
 from moe_spec.plan import PruningPlan
@@ -39,7 +39,7 @@ def open_model(
     if prepare is None or plan is None:
         return model, lambda name, dtype: stored.pieces(name, None, dtype)
     layers = {name: layer.name for name, layer in tensors_by_expert(model).items()}
-    averaged = _fill_routers(model, stored) if plan.merges else ()
+    averaged = fill_routers(model, stored) if plan.merges else ()
     prepare(model)
     left, merges = model.state_dict(), StoredMerges(model, stored, plan)
     keeps = {name: _keep(plan, layers[name]) for name in left if left[name].shape != whole[name].shape}
@@ -50,17 +50,6 @@ def open_model(
         return merges.pieces(name, dtype) if name in merges else stored.pieces(name, keeps.get(name), dtype)
 
     return model, pieces
-
-
-def _fill_routers(model: PreTrainedModel, stored: StoredParameters) -> set[str]:
-    """Read the routers of ``model``, whose rows are averaged or drawn anew in memory; their parameters and buffers."""
-    names = tensors_of_routers(model)
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module, values = model.get_submodule(path), stored[name]
-        is_parameter = attribute in module._parameters
-        setattr(module, attribute, torch.nn.Parameter(values, requires_grad=False) if is_parameter else values)
-    return names
 
 
 def prepared(checkpoint: Path, prepare: Prepare | None, *, trust_remote_code: bool = False) -> PreTrainedModel:

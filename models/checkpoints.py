@@ -33,7 +33,7 @@ AUTO_CLASSES: Mapping[str, type] = {
 }
 """How an entry of config.architectures ends, and the auto class that it asks for; any other gets AutoModel."""
 
-_FLOATS: Mapping[str, torch.dtype] = {
+FLOATS: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -108,7 +108,7 @@ def cast_like(model: PreTrainedModel, directory: Path, *, trust_remote_code: boo
     """
     tensors = stored_tensors(directory)
     names = parameter_names(load_skeleton(directory, trust_remote_code=trust_remote_code), tensors, directory)
-    dtypes = {name: _FLOATS.get(tensors[stored].dtype) for stored, name in names.items()}
+    dtypes = {name: FLOATS.get(tensors[stored].dtype) for stored, name in names.items()}
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         weight.data = weight.data.to(dtypes.get(name) or weight.dtype)
 

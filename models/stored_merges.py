@@ -1,5 +1,6 @@
 """Merged experts of a checkpoint, computed from its files whenever they are asked for, one after the other."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 
 from models.families import family_of
 from models.merged_experts import MergedExperts
-from models.moe_layers import MoELayer, find_moe_layers
+from models.moe_layers import MoELayer, find_moe_layers, tensors_of_routers
 from models.stored_parameters import StoredParameters
 from moe_spec.plan import ALIAS, LayerPlan, PruningPlan
 
@@ -25,7 +26,10 @@ class StoredMerges:
             plan: of that model.
         """
         self._stored = stored
+        self._whole = functools.lru_cache(maxsize=2)(stored.__getitem__)  # what goes into an expert, and what comes out
         self._merged: dict[str, tuple[MergedExperts, LayerPlan]] = {}
+        self.parameters: list[tuple[str, ...]] = []
+        """For each layer the names of its experts' parameters."""
         experts = family_of(model.config).experts
         for layer in find_moe_layers(model):
             planned = plan.layer(layer.name)
@@ -34,12 +38,15 @@ class StoredMerges:
 
     def _add(self, path: str, layer: MoELayer, plan: LayerPlan) -> None:
         def read(name: str, expert: int) -> Tensor:
+            if not self._stored.lies_by_expert(f"{path}.{name}"):
+                return self._whole(f"{path}.{name}")[expert]
             (piece,) = self._stored.pieces(f"{path}.{name}", [expert])
             return piece[0]
 
         merged = MergedExperts(layer.experts, plan, read)
-        for name, _ in layer.experts.named_parameters(recurse=False):
-            self._merged[f"{path}.{name}"] = (merged, plan)
+        names = tuple(f"{path}.{name}" for name, _ in layer.experts.named_parameters(recurse=False))
+        self._merged.update(dict.fromkeys(names, (merged, plan)))
+        self.parameters.append(names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._merged
@@ -53,5 +60,15 @@ class StoredMerges:
         """
         merged, plan = self._merged[name]
         for survivor in plan.survivor_of if plan.router == ALIAS else plan.keep:
-            values = merged.parameter(name.rpartition(".")[2], survivor).float()
-            yield values[None] if dtype is None else values[None].to(dtype)
+            yield merged.parameter(name.rpartition(".")[2], survivor)[None].float().to(dtype or torch.float32)
+
+
+def fill_routers(model: PreTrainedModel, stored: StoredParameters) -> set[str]:
+    """Read the routers of ``model``, which has no values, to average or draw them; their parameters and buffers."""
+    names = tensors_of_routers(model)
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module, values = model.get_submodule(path), stored[name]
+        is_parameter = attribute in module._parameters
+        setattr(module, attribute, torch.nn.Parameter(values, requires_grad=False) if is_parameter else values)
+    return names

@@ -90,7 +90,7 @@ class StoredParameters(Mapping[str, Tensor]):
         """
         home, dtype = self._home[name], dtype or self._dtype
         layer = self._layers.get(home)
-        if layer is None or not self._lies_by_expert(home, layer.num_experts):
+        if layer is None or not self.lies_by_expert(name):
             whole = self._read(home, dtype)
             if layer is not None and keep is not None:
                 whole = whole.index_select(axis_of_experts(whole, layer.num_experts), torch.tensor(keep))
@@ -102,8 +102,10 @@ class StoredParameters(Mapping[str, Tensor]):
         for start in range(0, len(ids), step):
             yield self._read(home, dtype, ids[start : start + step])
 
-    def _lies_by_expert(self, home: str, experts: int) -> bool:
-        """Whether the files hold a tensor an expert, or rows of one that become rows of the parameter."""
+    def lies_by_expert(self, name: str) -> bool:
+        """Whether the files hold a tensor an expert of this parameter, or one whose rows become its rows."""
+        home = self._home[name]
+        experts = self._layers[home].num_experts
         numbers = [EXPERT_ID.search(stored) for stored in self._parts[home]]
         patterns = {EXPERT_ID.sub("*", stored) for stored in self._parts[home]}
         if all(number is not None for number in numbers):

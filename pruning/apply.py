@@ -1,5 +1,6 @@
 """Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from models.checkpoints import load_model, load_skeleton, save_model, stored_ten
 from models.families import GROUP_COUNTS, Family, family_of
 from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, require_gated_outputs, set_top_k
 from models.own_code import copy_code
-from models.stored_names import parameter_names
+from models.stored_merges import StoredMerges, fill_routers
+from models.stored_names import is_cut, parameter_names
+from models.stored_parameters import StoredParameters
 from models.tensor_files import SHARD_BYTES, write_tensors
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
@@ -20,6 +23,7 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
+from pruning.merging.stored import are_saved_as_stored, merged_tensors
 from pruning.stream import lie_by_layer, pruned_parameters, without_dropped
 
 PLAN = "plan.json"
@@ -34,9 +38,10 @@ def prune(
 ) -> Path:
     """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
 
-    Weights keep their dtype. The plan stands in the new directory as plan.json. A plan that merges nothing is carried
-    out from file to file, so memory does not grow with the model. One that merges has the model in memory, and so has
-    one for experts of several layers that the files have as one list (ERNIE 4.5 VL).
+    Weights keep their dtype. The plan stands in the new directory as plan.json. It is carried out from file to file, so
+    memory does not grow with the model. The model is in memory for experts of several layers that the files have as one
+    list (ERNIE 4.5 VL), and to merge experts that transformers would not save as they are stored, such as stacked ones
+    where it saves one tensor an expert.
 
     Args:
         checkpoint: config.json and safetensors weights.
@@ -57,17 +62,25 @@ def prune(
     skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
     names = parameter_names(skeleton, tensors, checkpoint)
     pruned = pruned_parameters(skeleton, plan)
-    apply_plan(skeleton, plan)  # refusals come before a weight is read
+    merges = None
+    if plan.merges and not is_cut(skeleton):
+        stored = StoredParameters(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
+        fill_routers(skeleton, stored)
+        merges = StoredMerges(skeleton, stored, plan)
+    apply_plan(skeleton, plan)  # refusals come before a weight of an expert is read
     _require_config_counts(skeleton, plan, checkpoint)
+    in_memory = not lie_by_layer(pruned, names) or (plan.merges and merges is None)
+    in_memory |= merges is not None and not are_saved_as_stored(skeleton, merges, tensors, names)
     in_runs = family_of(skeleton.config).in_runs
-    in_memory = bool(plan.merges) or not lie_by_layer(pruned, names)
     kept = {} if in_memory else without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
-    with new_directory(out) as staging:
+    with new_directory(out) as staging, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         if in_memory:
             model = load_model(checkpoint, dtype=None, trust_remote_code=trust_remote_code)
             apply_plan(model, plan)
             save_model(model, staging)
         else:
+            if merges is not None:
+                kept |= merged_tensors(skeleton, merges, tensors, names, Path(scratch))
             skeleton.config.save_pretrained(staging)
             write_tensors(kept, staging, shard_bytes)
         copy_companions(checkpoint, staging)
@@ -79,8 +92,7 @@ def prune(
 def unloaded_experts(checkpoint: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Stored tensors of experts that no plan reaches, because transformers loads no layer for them.
 
-    DeepSeek-V3's are those of the layers that predict further tokens. ``prune`` copies them as they are, all E experts
-    of them, and a plan that merges leaves them out.
+    DeepSeek-V3's are those of the layers that predict further tokens. ``prune`` copies them as they are, all E experts.
 
     Raises:
         UserError: no checkpoint of a known family, or files that are not complete.

@@ -14,6 +14,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec import LayerPlan, PruningPlan, UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, Merge
+from pruning import apply
 from pruning.apply import apply_plan, prune
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
@@ -31,7 +32,8 @@ def merging(model, groups=GROUPS, weights=(1.0, 3.0), router=ROWS, align=True, s
     merges = tuple(Merge(tuple(group), tuple(weights)) for group in groups)
     keep = tuple(group[survivor] for group in groups)
     layers = tuple(
-        LayerPlan(layer.name, 8, 2, keep, (), layer.groups, router, merges, align) for layer in find_moe_layers(model)
+        LayerPlan(layer.name, 8, layer.top_k, keep, (), layer.groups, router, merges, align)
+        for layer in find_moe_layers(model)
     )
     return PruningPlan("", "by hand", layers, options)
 
@@ -215,13 +217,15 @@ def test_new_rows_are_drawn_like_those_of_a_new_model_and_repeat_with_their_seed
 
 @pytest.mark.parametrize("router", [ROWS, MEAN, NEW])
 @pytest.mark.parametrize("name", TINY)
-def test_a_merged_checkpoint_loads_with_auto_classes(name, router, tmp_path):
+def test_a_merged_checkpoint_loads_with_auto_classes(name, router, tmp_path, monkeypatch):
     checkpoint, out = tmp_path / name, tmp_path / "merged"
     save_model(TINY[name](), checkpoint)
     model = load_model(checkpoint)
     plan = dataclasses.replace(merging(model, router=router), model_sha256=checkpoint_sha256(checkpoint))
     plan.save(tmp_path / "plan.json")
-    prune(checkpoint, tmp_path / "plan.json", out)
+    with monkeypatch.context() as patched:
+        patched.setattr(apply, "load_model", None)  # the model is never in memory
+        prune(checkpoint, tmp_path / "plan.json", out)
     apply_plan(model, plan)
     merged = auto_class(model).from_pretrained(out, local_files_only=True)
     assert [layer.num_experts for layer in find_moe_layers(merged)] == [4, 4]
