@@ -1,10 +1,10 @@
-"""What TensorRT calls while it builds: a logger, and a progress monitor. Their base classes come with the library."""
+"""What TensorRT calls while it builds: a logger, a progress monitor, a writer. Their base classes come with it."""
 
 import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from runtime.tensorrt.request import Step
 
@@ -71,3 +71,21 @@ def make_monitor(trt: Any, tell: Callable[[Step], None]) -> Any:
                 tell(Step(phase, self._totals[phase], self._totals[phase]))
 
     return Monitor()
+
+
+def make_writer(trt: Any, file: BinaryIO) -> Any:
+    """Writes the engine to ``file``. TensorRT knows no exceptions: an error ends the build, and is kept in ``failure``."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]  # likewise
+        def __init__(self) -> None:
+            super().__init__()
+            self.failure: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.failure = error
+                return 0
+
+    return Writer()

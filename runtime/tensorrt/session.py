@@ -77,7 +77,7 @@ class EngineSession:
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             if manifest.details.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # the engine brings the runtime of its version
-            self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+            self._engine = self._runtime.deserialize_cuda_engine(np.memmap(plan, np.uint8, "r"))
             if self._engine is None:
                 raise UserError(f"{plan} cannot be deserialised on this GPU", hint=rebuild(manifest))
             if manifest.details.get("weight_streaming"):

@@ -27,14 +27,19 @@ def main(path: Path) -> int:
         progress.flush()
 
     try:
-        plan, facts = build_engine(load_library(request.backend), request, sys.stderr, tell)
+        facts = build_engine(load_library(request.backend), request, sys.stderr, tell)
     except UserError as error:
-        path.with_name(ERROR).write_text(json.dumps({"what": error.what, "hint": error.hint}), encoding="utf-8")
-        return 1
-    with request.engine.open("wb") as file:
-        file.write(plan)
+        return _fail(path, error)
+    except OSError as error:
+        what = f"the disk of {request.engine.parent} cannot hold the engine: {error.strerror}"
+        return _fail(path, UserError(what, hint="make room there, or give another -o"))
     path.with_name(FACTS).write_text(json.dumps(dataclasses.asdict(facts)), encoding="utf-8")
     return 0
+
+
+def _fail(path: Path, error: UserError) -> int:
+    path.with_name(ERROR).write_text(json.dumps({"what": error.what, "hint": error.hint}), encoding="utf-8")
+    return 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -14,23 +15,25 @@ import pytest
 
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.manifest import Manifest, list_files
+from moe_spec.manifest import Manifest, TensorSpec, list_files
 from runtime.backend import BuildOptions
 from runtime.backends import BACKENDS, open_session
 from runtime.build import build
 from runtime.engine import rebuild
-from runtime.profiles import ShapeRange
+from runtime.profiles import ShapeRange, default_profile
 from runtime.targets import find_target
 from runtime.tensorrt.driver import Driver, compute_capability_here
 from runtime.tensorrt.failures import build_error
-from runtime.tensorrt.network import configure, keep_timings
+from runtime.tensorrt.network import configure, keep_timings, write_plan
 from runtime.tensorrt.plan_header import plan_capabilities
+from runtime.tensorrt.process import build_in_fresh_process
 from runtime.tensorrt.request import BuildRequest
 from tests.runtime import tiny
 
 trt = pytest.importorskip("tensorrt_rtx")
 
 ADA = find_target("rtx-ada")
+INPUTS = (TensorSpec("x", "float32", ("batch", "sequence", tiny.HIDDEN)),)
 without_gpu = pytest.mark.skipif(compute_capability_here() is not None, reason="there is a GPU here")
 
 
@@ -275,6 +278,40 @@ def test_out_of_memory_is_told_with_what_a_build_takes(tmp_path):
     assert failure.what == "tensorrt ran out of memory while it built model.onnx"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full")
+def test_a_disk_that_cannot_hold_the_engine_is_named(model, tmp_path):
+    request = BuildRequest(
+        "tensorrt-rtx", "rtx-ada", model / "model.onnx", Path("/dev/full"), ("8.9",), (default_profile(INPUTS),)
+    )
+    message = (
+        "the disk of /dev cannot hold the engine: No space left on device\nhint: make room there, or give another -o"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build_in_fresh_process(request, tmp_path / "build.log")
+
+
+def test_of_two_builds_into_one_directory_one_is_refused(model, tmp_path):
+    with ThreadPoolExecutor(2) as both:
+        builds = [both.submit(build, model, ADA, BuildOptions(), tmp_path / "engine") for _ in range(2)]
+    (failure,) = (str(done.exception()) for done in builds if done.exception() is not None)
+    assert failure.startswith(f"{tmp_path}/engine already exists\n")
+    Manifest.load(tmp_path / "engine").check_files(tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_an_older_library_gives_the_plan_in_one_piece(model, built, tmp_path):
+    """Builder without ``build_serialized_network_to_stream``: TensorRT 10.3."""
+    written = tmp_path / "model.engine"
+
+    class Old:
+        def build_serialized_network(self, _network, _config):
+            return (built / "model.engine").read_bytes()
+
+    with written.open("wb") as file:
+        assert write_plan(trt, Old(), None, None, file)
+    assert sha256_file(written) == sha256_file(built / "model.engine")
+
+
 def workers() -> list[int]:
     """Build processes that this process started."""
     tasks = Path("/proc/self/task").iterdir()
@@ -336,6 +373,16 @@ def test_an_engine_that_was_cut_is_refused(engine):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
     message = f"{path} has {size - 1} bytes, manifest.json says {size}\n"
+    with pytest.raises(UserError, match=f"^{re.escape(message + REBUILD)}$"):
+        open_session(engine)
+
+
+def test_an_engine_with_a_flipped_bit_is_refused(engine):
+    path = engine / "model.engine"
+    plan = bytearray(path.read_bytes())
+    plan[len(plan) // 2] ^= 1
+    path.write_bytes(plan)
+    message = f"{path} is not the file that manifest.json describes (sha256 differs)\n"
     with pytest.raises(UserError, match=f"^{re.escape(message + REBUILD)}$"):
         open_session(engine)
 

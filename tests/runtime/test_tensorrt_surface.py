@@ -64,8 +64,13 @@ ONLY_RTX = {
 }
 """Behind ``hasattr`` of one of the first two, and what only they lead to."""
 
-FROM_10_16 = {"ICudaEngine": {"create_runtime_config"}}
-"""Behind them too, and meanwhile in TensorRT."""
+FROM_10_16 = {
+    "ICudaEngine": {"create_runtime_config"},  # behind them too
+    "Builder": {"build_serialized_network_to_stream"},
+    "IStreamWriter": {"write"},
+    "": {"IStreamWriter"},
+}
+"""Behind ``hasattr``, and not in TensorRT 10.3."""
 
 
 def touched(module, receivers):
@@ -130,7 +135,9 @@ def test_tensorrt_10_and_11_have_every_name(surface):
 
 def test_what_is_said_to_be_of_tensorrt_rtx_only_is():
     assert {(kind, name) for kind, names in ONLY_RTX.items() for name in names if versions_with(kind, name)} == set()
-    assert versions_with("ICudaEngine", "create_runtime_config") == {"10.16.1.11", "11.0.0.114", "11.4.0.106"}
+    for kind, names in FROM_10_16.items():
+        for name in names:
+            assert versions_with(kind, name) == {"10.16.1.11", "11.0.0.114", "11.4.0.106"}
 
 
 def test_tensorrt_rtx_has_every_name(surface):
