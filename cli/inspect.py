@@ -116,8 +116,10 @@ def _engine(path: Path) -> Description:
     from moe_spec.manifest import Manifest
 
     manifest = Manifest.load(path)
+    known = {key: value for key, value in manifest.details.items() if key != "profiles"}  # `arguments` has them
     lines = [f"{path}: {manifest.kind}, {sum(entry.bytes for entry in manifest.files):,} bytes"]
-    lines += [f"  {key}: {value}" for key, value in manifest.details.items() if isinstance(value, str | int | float)]
+    said = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in known.items()}
+    lines += [f"  {key}: {value}" for key, value in said.items() if value and isinstance(value, str | int | float)]
     lines += [_row(block) for block in manifest.to_json()["blocks"]]
     return "\n".join(lines), manifest.to_json()
 

@@ -4,7 +4,8 @@ Without a model: one table of the devices that moe-edge builds for, and of Tenso
 a pruned checkpoint (`moe-edge plan --target`). Forms are those of the experts, as `moe-edge optimize` writes them.
 
 With a model or an engine: what weights, the cache of a decoder, inputs and outputs take at the largest shapes, and the
-build (three times the weights). Activations are known once TensorRT has built the engine. --maxShapes chooses the
+build (three times the weights). Activations, with the workspace of kernels, are known once TensorRT has built the
+engine. --maxShapes chooses the
 shapes, else they are those of `moe-edge build`; --memory says what your device has.
 
 Example: moe-edge targets
@@ -33,7 +34,7 @@ SHORT = {
 }  # fmt: skip
 """Formats as people say them, in the order in which they are shown."""
 
-SIZES = ("weights", "cache", "in and out", "activations")
+SIZES = "weights + cache + inputs and outputs + activations"
 
 
 def targets(
@@ -59,7 +60,9 @@ def targets(
     rows = fits_of(model, target or [], [] if profile is None else [profile], bytes_there)
     taken = [row.target for row in rows if not row.why_not]
     console.result(
-        f"{model}: {len(taken)} of {len(rows)} targets take it", {row.target: _fit_json(row) for row in rows}, as_json
+        f"{model}: {len(taken)} of {len(rows)} targets take it; needs are of {SIZES}",
+        {row.target: _fit_json(row) for row in rows},
+        as_json,
     )
     if not as_json:
         console.out.print(_fit_table(rows))
@@ -120,19 +123,19 @@ def _plugins(rows: Sequence["Plugin"]) -> Table:
 
 def _fit_table(rows: Sequence["Fit"]) -> Table:
     table = Table(box=rich.box.SIMPLE)
-    for column in ("target", "takes it", *SIZES, "needs", "GB", "fits", "build"):
-        table.add_column(column, justify="left" if column in ("target", "takes it", "fits") else "right")
+    for column in ("target", "takes it", "needs", "GB", "fits", "build"):
+        table.add_column(column, no_wrap=column in ("target", "needs", "GB"))
+    table.add_column("of what", min_width=16)
     for row in rows:
-        least = "" if row.activations is not None else "≥ "
+        known = row.activations is not None
         table.add_row(
             row.target,
             "no" if row.why_not else "yes",
-            *map(_size, (row.weights, row.cache, row.tensors)),
-            "?" if row.activations is None else _size(row.activations),
-            least + _size(row.needs),
+            _size(row.needs) if known else f">= {_size(row.needs)}",
             _span(None if row.memory is None else [size / 10**9 for size in row.memory]),
-            row.fits,
+            "?" if row.memory is None else row.fits,
             _size(row.build),
+            " + ".join(map(_size, (row.weights, row.cache, row.tensors, row.activations))),
         )
     return table
 
@@ -143,12 +146,14 @@ def _span(numbers: Sequence[float] | None) -> str:
     return " to ".join(dict.fromkeys(f"{number:g}" for number in numbers))
 
 
-def _size(count: int) -> str:
+def _size(count: int | None) -> str:
     """Bytes as people say them.
 
-    >>> _size(0), _size(8544), _size(1_200_000_000)
-    ('0', '8.5 KB', '1.2 GB')
+    >>> _size(None), _size(0), _size(8544), _size(1_200_000_000)
+    ('?', '0', '8.5 KB', '1.2 GB')
     """
+    if count is None:
+        return "?"
     for name, unit in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

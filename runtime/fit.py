@@ -17,7 +17,7 @@ GIGABYTE = 10**9
 YES, SOME, NO, UNKNOWN = "yes", "the larger", "no", "unknown"
 
 _BUILD_FACTOR = 3
-"""Memory of a build over bytes of weights: TensorRT-RTX 1.7 took 3.7 GB for 1.21 GB of fp16 experts, 1.0 GB for 0.40."""
+"""Memory of a build over bytes of weights: TensorRT-RTX 1.7 took 3.7 GB for 1.21 GB of experts, 1.0 GB for 0.40."""
 
 _BITS = {
     "float64": 64, "int64": 64, "uint64": 64, "float32": 32, "int32": 32, "uint32": 32, "float16": 16, "bfloat16": 16,

@@ -74,7 +74,7 @@ def make_monitor(trt: Any, tell: Callable[[Step], None]) -> Any:
 
 
 def make_writer(trt: Any, file: BinaryIO) -> Any:
-    """Writes the engine to ``file``. TensorRT knows no exceptions: an error ends the build, and is kept in ``failure``."""
+    """Writes the engine to ``file``. An error ends the build, and is kept in ``failure``: C++ takes no exceptions."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]  # likewise
         def __init__(self) -> None:

@@ -83,7 +83,7 @@ def test_outputs_of_a_run_are_those_of_the_task(pruned):
 def test_an_engine_is_built_for_an_empty_cache_and_a_full_one(pruned):
     pytest.importorskip("tensorrt_rtx")
     done("build", pruned / "optimized", "--target", "rtx-ada", "-o", pruned / "engine")
-    profile = Manifest.load(pruned / "engine").details["profile"]["past_key_values.0.key"]
+    profile = Manifest.load(pruned / "engine").details["profiles"][0]["past_key_values.0.key"]
     assert (profile["min"], profile["max"]) == ([1, 2, 0, 8], [64, 2, 512, 8])
     for stage in ("optimized", "engine"):
         assert leftovers(pruned / stage) >= TRAVELLERS
