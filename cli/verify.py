@@ -16,9 +16,10 @@ import typer
 
 from cli import console
 from cli.options import AsJson
-from moe_spec.errors import VerificationError
+from moe_spec.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
+    from moe_spec.cut import ForcedModel
     from moe_spec.dataset import Dataset
     from moe_spec.plan import PruningPlan
     from runtime.report import LayerParity, OutputParity, ParityReport
@@ -30,7 +31,8 @@ def verify(
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="parity.json; it must not exist yet.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Judge as float32, float16 or bfloat16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Judge as float32, float16, bfloat16, int8 or int4.")] = None,
+    tolerances: Annotated[Path | None, typer.Option(help='Other tolerances: {"int8": {"element": 0.05}}.')] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,
     bisect: Annotated[bool, typer.Option(help="Search a failing candidate for the part that went wrong.")] = True,
@@ -44,12 +46,13 @@ def verify(
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor
     from moe_spec.plan import PruningPlan
-    from runtime.tolerances import tolerance_of
+    from runtime.tolerances import TOLERANCES, load_tolerances, tolerance_of
     from runtime.verify import verify as compare
 
     if output is not None:
         refuse_existing(output)
-    tolerance = None if precision is None else tolerance_of(precision)
+    rows = TOLERANCES if tolerances is None else load_tolerances(tolerances)
+    tolerance = None if precision is None else tolerance_of(precision, rows)
     given = None if plan is None else PruningPlan.load(plan)
     preprocessors = (ImagePreprocessor.load(_home(path)) for path in (candidate, reference))
     preprocessor = next((found for found in preprocessors if found is not None), None)
@@ -57,7 +60,16 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as scratch, console.status(f"verifying {candidate}"):
         parent = _reference(reference, candidate, given, Path(scratch) / "reference")
         child = _observable(candidate, Path(scratch) / "candidate")
-        report = compare(child, parent, task, batch_size=batch_size, threads=threads, tolerance=tolerance)
+        report = compare(
+            child,
+            parent,
+            task,
+            batch_size=batch_size,
+            threads=threads,
+            tolerance=tolerance,
+            tolerances=rows,
+            forced=_forced(candidate, Path(scratch) / "forced"),
+        )
         if bisect and not report.passed:
             report = _with_fault(report, candidate, parent, Path(scratch) / "cut", task, batch_size, threads)
     if output is not None:
@@ -72,15 +84,19 @@ def _home(model: Path) -> Path:
     return model if model.is_dir() else model.parent
 
 
-def _observable(candidate: Path, scratch: Path) -> Path:
-    """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
-    from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
+def _is_engine(candidate: Path) -> bool:
+    from moe_spec.manifest import FILE_NAME, Manifest
     from runtime.backend import ENGINE
 
+    return (candidate / FILE_NAME).is_file() and Manifest.load(candidate).kind == ENGINE
+
+
+def _observable(candidate: Path, scratch: Path) -> Path:
+    """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
+    from moe_spec.manifest import FILE_NAME, OBSERVED
+
     is_known = (candidate / FILE_NAME).is_file()
-    if not candidate.exists() or (is_known and (candidate / OBSERVED).is_file()):
-        return candidate
-    if is_known and Manifest.load(candidate).kind == ENGINE:
+    if not candidate.exists() or _is_engine(candidate) or (is_known and (candidate / OBSERVED).is_file()):
         return candidate
     from graph_passes.mask import mask_model
 
@@ -105,6 +121,19 @@ def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scr
 
     mask_model(reference, missing, scratch)
     return scratch
+
+
+def _forced(candidate: Path, scratch: Path) -> "ForcedModel | None":
+    """``candidate`` with its routing as inputs; None where there is no graph to change, or an op routes by itself."""
+    if not candidate.exists() or _is_engine(candidate):
+        return None
+    try:
+        from graph_passes.cut import save_forced_routing
+
+        model = save_forced_routing(candidate, scratch)
+    except (UserError, ModuleNotFoundError):
+        return None
+    return model if model.layers else None
 
 
 def _with_fault(
@@ -153,7 +182,14 @@ def _summary(report: "ParityReport") -> str:
         summary += f", accuracy {report.accuracy.candidate:.1%} (reference {report.accuracy.reference:.1%})"
     layers = [_layer(layer) for layer in report.layers or ()]
     outputs = [_output(output) for output in _worst_of_cache(report.outputs)]
-    return "\n".join([summary, *layers, *outputs, *(f"  note: {note}" for note in report.notes)])
+    return "\n".join([summary, *layers, *outputs, *_interval(report), *(f"  note: {note}" for note in report.notes)])
+
+
+def _interval(report: "ParityReport") -> list[str]:
+    if report.accuracy is None:
+        return []
+    low, high = (f"{100 * bound:+.1f}" for bound in (report.accuracy.low, report.accuracy.high))
+    return [f"  accuracy: changes by {low} to {high} points, with 95 % confidence"]
 
 
 def _worst_of_cache(outputs: Sequence["OutputParity"]) -> "list[OutputParity]":
@@ -173,8 +209,11 @@ def _layer(layer: "LayerParity") -> str:
 
 
 def _output(output: "OutputParity") -> str:
+    forced = (
+        "" if output.forced_max_rel is None else f"{_number(output.forced_max_rel)} under the reference's routing, "
+    )
     return (
-        f"  {output.name}: differs by {_number(output.max_rel)} on {output.examples} examples without flips, "
+        f"  {output.name}: differs by {_number(output.max_rel)} on {output.examples} examples without flips, {forced}"
         f"cosine {_number(output.cosine)}, KL {_number(output.kl)}, same top-1 {_number(output.top1_agreement)}, "
         f"ESAP {_number(output.esap)}"
     )

@@ -19,12 +19,12 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.describe import inspect_model
 from graph_passes.emitter import FLOAT, Emitter, Names
-from graph_passes.force import force_routing, read_instead
+from graph_passes.force import FORCED, force_routing, read_instead
 from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import is_observable, observe_routing, routing_of
 from graph_passes.order import sort_nodes
 from graph_passes.walk import source
-from moe_spec.cut import CutLayer, CutModel, WatchedLayer, WatchedModel
+from moe_spec.cut import CutLayer, CutModel, ForcedLayer, ForcedModel, WatchedLayer, WatchedModel
 from moe_spec.errors import UserError
 
 L = TypeVar("L")
@@ -41,7 +41,8 @@ def save_watched(model: Path, out: Path) -> WatchedModel:
     Raises:
         UserError: no ONNX model, or weights that are missing or cut.
     """
-    return WatchedModel(*_save(model, out / WATCHED, None, _watch))
+    path, layers, outputs = _save(model, out / WATCHED, None, _watch)
+    return WatchedModel(path, tuple(layer for layer in layers if layer is not None), outputs)
 
 
 def save_cut(model: Path, out: Path, layers: Collection[str]) -> CutModel:
@@ -50,7 +51,18 @@ def save_cut(model: Path, out: Path, layers: Collection[str]) -> CutModel:
     Raises:
         UserError: no ONNX model, or weights that are missing or cut.
     """
-    return CutModel(*_save(model, out / CUT, layers, _cut))
+    path, cut, outputs = _save(model, out / CUT, layers, _cut)
+    return CutModel(path, tuple(layer for layer in cut if layer is not None), outputs)
+
+
+def save_forced_routing(model: Path, out: Path) -> ForcedModel:
+    """Write ``model`` to directory ``out`` with the routing of all layers as inputs.
+
+    Raises:
+        UserError: no ONNX model, weights that are missing or cut, or a layer whose routing cannot be an input.
+    """
+    path, layers, _ = _save(model, out / FORCED, None, _routed)
+    return ForcedModel(path, layers)
 
 
 def _save(
@@ -65,14 +77,16 @@ def _save(
     changed = tuple(
         change(graph, Emitter(graph, block.name, names).within("cut"), block)
         for block in read.blocks
-        if is_observable(block) and (layers is None or block.name in layers)
+        if layers is None or block.name in layers
     )
     sort_nodes(graph)
     save_variant(graph, target)
     return target, changed, outputs
 
 
-def _watch(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> WatchedLayer:
+def _watch(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> WatchedLayer | None:
+    if not is_observable(block):
+        return None
     return _shown(graph, emitter, block, _hidden(block))
 
 
@@ -89,7 +103,9 @@ def _shown(graph: gs.Graph, emitter: Emitter, block: MoEBlock, hidden: gs.Tensor
     )
 
 
-def _cut(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> CutLayer:
+def _cut(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> CutLayer | None:
+    if not is_observable(block):
+        return None
     hidden = _hidden(block)  # before what reads it reads something else
     forced = _force(graph, emitter, block)
     given_hidden = _give(graph, emitter, hidden, "hidden", block.experts.up_EHF.shape[1])
@@ -101,6 +117,11 @@ def _cut(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> CutLayer:
 def _hidden(block: MoEBlock) -> gs.Tensor:
     """What the experts read, and the router in another shape or dtype perhaps."""
     return source(block.hidden)
+
+
+def _routed(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> ForcedLayer:
+    ids, weights = force_routing(graph, emitter, block)
+    return ForcedLayer(block.name, block.keep, block.router.top_k, (ids, weights))
 
 
 def _force(graph: gs.Graph, emitter: Emitter, block: MoEBlock) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""A model cut at its MoE layers: what `graph_passes.cut` writes, and what a search for a fault runs."""
+"""A model cut at its MoE layers, or whose routing is an input: what `graph_passes.cut` writes and `verify` runs."""
 
 import dataclasses
 from pathlib import Path
@@ -59,3 +59,28 @@ class CutModel:
     path: Path
     layers: tuple[CutLayer, ...]
     outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedLayer:
+    """One MoE layer whose routing is an input.
+
+    Attributes:
+        name: of the layer.
+        keep: for each expert its id in the source model.
+        top_k: K of this graph.
+        inputs: ids and weights (T, K), as ``CutLayer.forced``.
+    """
+
+    name: str
+    keep: tuple[int, ...]
+    top_k: int
+    inputs: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedModel:
+    """An .onnx file of which every router is idle."""
+
+    path: Path
+    layers: tuple[ForcedLayer, ...]

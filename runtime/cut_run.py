@@ -15,7 +15,7 @@ from moe_spec.cut import CutLayer, CutModel, WatchedLayer, WatchedModel
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
-from runtime.parity import Floats
+from runtime.parity import Floats, slots_of
 from runtime.sides import run_cast
 
 
@@ -112,9 +112,7 @@ class CutRun:
 def _chosen_by(source: WatchedLayer, gates_TE: npt.NDArray[np.float32], layer: CutLayer) -> Arrays:
     """The ids and weights for ``layer`` that say what the router of ``source`` chose."""
     place_of = {expert: place for place, expert in enumerate(source.keep)}
-    own_TE = gates_TE[:, [place_of[expert] for expert in layer.keep]]
-    ids_TK = np.argsort(-np.abs(own_TE), axis=1, kind="stable")[:, : layer.top_k]
-    return _routing(layer, ids_TK, np.take_along_axis(own_TE, ids_TK, axis=1))
+    return _routing(layer, *slots_of(gates_TE[:, [place_of[expert] for expert in layer.keep]], layer.top_k))
 
 
 def _sent_to(layer: CutLayer, chosen_T: npt.NDArray[np.int64]) -> Arrays:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moe_spec.runner import error_between
 from runtime.parity import Floats, Routing
 
 Table = tuple[Floats, Floats]
@@ -43,6 +44,13 @@ def what_experts_do(tables: Mapping[int, Table], wrong: Sequence[int], experts: 
     if not wrong:
         return "each gives what it should by itself, but not their sum"
     words = {expert: _what_expert_does(expert, tables, tolerance) for expert in tables}
+    if len(words) > 1 and not any(words.values()):
+        errors = np.array([_error(*table) for table in tables.values()])
+        return f"they differ by {_range(errors)} of their largest magnitude"
+    words = {
+        expert: does or f"differs by {_error(*tables[expert]):.3g} of its largest magnitude"
+        for expert, does in words.items()
+    }
     if len(set(words.values())) > 1:
         return "; ".join(f"expert {expert} {does}" for expert, does in words.items())
     everybody = "every expert of the layer" if len(wrong) == experts else "it" if len(wrong) == 1 else "each"
@@ -50,6 +58,7 @@ def what_experts_do(tables: Mapping[int, Table], wrong: Sequence[int], experts: 
 
 
 def _what_expert_does(expert: int, tables: Mapping[int, Table], tolerance: float) -> str:
+    """In words; empty for a difference that is none of the mistakes known here."""
     wanted, found = tables[expert]
     if not found.any():
         return "gives nothing"
@@ -59,8 +68,11 @@ def _what_expert_does(expert: int, tables: Mapping[int, Table], tolerance: float
     factor = float((wanted * found).sum() / max(float((wanted * wanted).sum()), _TINY))
     if _close(found, wanted * factor, tolerance):
         return f"gives {factor:.3g} times what it should"
-    error = float(np.abs(wanted - found).max() / max(float(np.abs(wanted).max()), _TINY))
-    return f"differs by {error:.1e} of its largest magnitude"
+    return ""
+
+
+def _error(wanted: Floats, found: Floats) -> float:
+    return error_between(wanted, found)[1]
 
 
 def _moved(scores_TE: Floats, others_TE: Floats, tolerance: float) -> dict[int, int]:

@@ -4,6 +4,7 @@ T tokens, E experts of the source model, R rows of an output (everything but the
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,16 @@ def compare_routing(reference: Routing, candidate: Routing, top_k: int) -> Token
     )
 
 
+def slots_of(gates_TE: npt.NDArray[Any], top_k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Ids and weights (T, K) that say the same as gates: those that are not 0 first.
+
+    >>> slots_of(np.array([[0.0, 0.4, 0.0, 0.6]]), top_k=3)
+    (array([[3, 1, 0]]), array([[0.6, 0.4, 0. ]], dtype=float32))
+    """
+    ids_TK = np.argsort(-np.abs(gates_TE), axis=1, kind="stable")[:, :top_k]
+    return ids_TK, np.take_along_axis(gates_TE, ids_TK, axis=1).astype(np.float32)
+
+
 def selection_margin(scores_TE: Floats, top_k: int) -> Floats:
     """``(s_k - s_{k+1}) / scale`` (T,), over what is selectable; infinite where there was no choice.
 
@@ -110,6 +121,21 @@ def selection_margin(scores_TE: Floats, top_k: int) -> Floats:
         scale = np.maximum(scale, magnitudes[choice])
     margins[choice] = (last - next_one) / np.maximum(scale, _TINY)
     return margins
+
+
+def paired_interval(lost: int, gained: int, examples: int) -> tuple[float, float]:
+    """The 95 % confidence interval of ``(gained - lost) / examples``, of two models on the same examples.
+
+    Only examples that one of the two gets right count. Half an example is added to each cell of the table of both, so
+    that few examples prove little (Agresti and Min, https://doi.org/10.1002/sim.1781).
+
+    >>> low, high = paired_interval(lost=10, gained=0, examples=1000)
+    >>> round(low, 4), round(high, 4)
+    (-0.0164, -0.0035)
+    """
+    total, change, discordant = examples + 2, gained - lost, gained + lost + 1
+    half = 1.959964 * math.sqrt(discordant - change * change / total) / total
+    return max(change / total - half, -1.0), min(change / total + half, 1.0)
 
 
 def softmax(logits_RV: Floats) -> Floats:

@@ -8,7 +8,7 @@ from moe_spec.record import Json, Record, load_record, save_record
 from runtime.fault import Fault
 from runtime.tolerances import Tolerance
 
-SCHEMA = 1
+SCHEMA = 2
 _REMAKE = "make it again with `moe-edge verify`"
 
 
@@ -53,6 +53,8 @@ class OutputParity:
         examples: without any flip, on which elements were compared.
         max_abs: largest difference of an element on these examples; None if there are none, or if it is not finite.
         max_rel: ``max_abs`` over the reference's largest magnitude; None likewise.
+        forced_max_rel: the same on all examples, the candidate's experts chosen by the reference's routers; None where
+            that was not run, or if it is not finite.
         cosine: mean cosine of rows over all examples; None, like what follows, where the output is not floating.
         kl: mean ``KL(reference || candidate)`` of the softmax of rows.
         top1_agreement: share of rows whose largest entry is at the same place.
@@ -63,6 +65,7 @@ class OutputParity:
     examples: int
     max_abs: float | None
     max_rel: float | None
+    forced_max_rel: float | None
     cosine: float | None
     kl: float | None
     top1_agreement: float | None
@@ -71,12 +74,23 @@ class OutputParity:
 
 @dataclasses.dataclass(frozen=True)
 class TaskAccuracy:
-    """Top-1 accuracy on labelled data; ``difference`` is candidate minus reference."""
+    """Top-1 accuracy on labelled data.
+
+    Attributes:
+        reference: share of examples that it gets right.
+        candidate: likewise.
+        difference: candidate minus reference.
+        examples: that both saw.
+        low: the difference is at least this, with 95 % confidence.
+        high: and at most this.
+    """
 
     reference: float
     candidate: float
     difference: float
     examples: int
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +109,7 @@ class ParityReport:
         examples: fed.
         precision: the number format that the tolerance belongs to, or ``as given``.
         tolerance: what was allowed.
+        forced: whether the candidate was also run with the reference's routing.
         layers: in model order; None where the candidate is an engine, which shows no routers.
         outputs: in model order.
         accuracy: None without labels.
@@ -112,6 +127,7 @@ class ParityReport:
     examples: int
     precision: str
     tolerance: Tolerance
+    forced: bool
     layers: tuple[LayerParity, ...] | None
     outputs: tuple[OutputParity, ...]
     accuracy: TaskAccuracy | None
@@ -162,6 +178,7 @@ class ParityReport:
             examples=record.take("examples", int),
             precision=record.take("precision", str),
             tolerance=_row(Tolerance, tolerance),
+            forced=record.take("forced", bool),
             layers=None if layers is None else tuple(_row(LayerParity, row) for row in record.records("layers")),
             outputs=tuple(_row(OutputParity, row) for row in record.records("outputs")),
             accuracy=None if accuracy is None else _row(TaskAccuracy, accuracy),

@@ -18,7 +18,7 @@ from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
 from runtime.feeds import RandomFeeds
 from runtime.model_dir import model_file, observed_file
-from runtime.onnx_file import check_external_data, float_types
+from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
 from runtime.tolerances import coarsest
 
@@ -62,9 +62,13 @@ class Side:
         return sha256_file(self.path / FILE_NAME)
 
     def precision(self) -> str:
-        """The number format that decides how exact this model can be."""
+        """The number format that decides how exact this model can be: that of its experts where they are quantised."""
         known = self.manifest.details.get("float_types")
-        return coarsest(float_types(check_external_data(model_file(self.path))) if known is None else known)
+        formats = number_formats(check_external_data(model_file(self.path))) if known is None else list(known)
+        quantization = self.manifest.details.get("quantization")  # bytes of two 4-bit numbers are not told from others
+        if quantization is not None:
+            formats.append(f"int{quantization['bits']}")
+        return coarsest(name.removeprefix("u") for name in formats)
 
     def routing(self, block: BlockEntry, outputs: Arrays, tokens: int, experts: int) -> Routing:
         """What ``block`` did with ``tokens`` tokens, over ``experts`` experts of the source model."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.decoder import PRESENT
+from moe_spec.runner import error_between
 from runtime import parity
 from runtime.parity import Flags, TokenParity
 from runtime.report import LayerParity, OutputParity, TaskAccuracy
@@ -73,6 +74,8 @@ class OutputTally:
     kl: float = 0.0
     same_top1: int = 0
     esap: float = 0.0
+    forced_abs: float | None = None
+    largest: float = 0.0
 
     def add(self, reference: npt.NDArray[Any], candidate: npt.NDArray[Any], clean_B: Flags) -> None:
         """Take in a batch of one shape; ``clean_B`` marks the examples without any flip."""
@@ -82,6 +85,12 @@ class OutputTally:
         if np.issubdtype(reference.dtype, np.floating) and reference.ndim > 0 and reference.shape[-1] > 0:
             width = reference.shape[-1]
             self._add_rows(reference.reshape(-1, width).astype(float), candidate.reshape(-1, width).astype(float))
+
+    def add_forced(self, reference: npt.NDArray[Any], forced: npt.NDArray[Any]) -> None:
+        """Take in the same batch, of a candidate whose experts the reference's routers chose."""
+        wide = reference.astype(np.float64)
+        self.forced_abs = max(self.forced_abs or 0.0, error_between(wide, forced)[0])
+        self.largest = max(self.largest, float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0)))
 
     def _add_elements(self, reference: parity.Floats, candidate: parity.Floats, clean_B: Flags) -> None:
         if len(reference) % len(clean_B):  # no axis of examples: one flip anywhere may change anything
@@ -113,6 +122,7 @@ class OutputTally:
             examples=self.examples,
             max_abs=_finite(self.max_abs) if compared else None,
             max_rel=_finite(self.max_abs / max(self.magnitude, 1e-30)) if compared else None,
+            forced_max_rel=None if self.forced_abs is None else _finite(self.forced_abs / max(self.largest, 1e-30)),
             cosine=mean(self.cosine),
             kl=mean(self.kl),
             top1_agreement=mean(self.same_top1),
@@ -124,24 +134,28 @@ class OutputTally:
 class AccuracyTally:
     """Correct answers of both models."""
 
-    reference: int = 0
-    candidate: int = 0
+    both: int = 0
+    only_reference: int = 0
+    only_candidate: int = 0
     examples: int = 0
 
     def add(
         self, reference_NC: npt.NDArray[Any], candidate_NC: npt.NDArray[Any], labels_N: npt.NDArray[np.int64]
     ) -> None:
         """Take in a batch of logits."""
-        self.reference += int((reference_NC.argmax(axis=-1) == labels_N).sum())
-        self.candidate += int((candidate_NC.argmax(axis=-1) == labels_N).sum())
+        mine_N, theirs_N = (table.argmax(axis=-1) == labels_N for table in (reference_NC, candidate_NC))
+        self.both += int((mine_N & theirs_N).sum())
+        self.only_reference += int((mine_N & ~theirs_N).sum())
+        self.only_candidate += int((~mine_N & theirs_N).sum())
         self.examples += len(labels_N)
 
     def report(self) -> TaskAccuracy | None:
         """What came of it; None without labels."""
         if not self.examples:
             return None
-        mine, theirs = self.reference / self.examples, self.candidate / self.examples
-        return TaskAccuracy(mine, theirs, theirs - mine, self.examples)
+        mine, theirs = ((self.both + only) / self.examples for only in (self.only_reference, self.only_candidate))
+        interval = parity.paired_interval(self.only_reference, self.only_candidate, self.examples)
+        return TaskAccuracy(mine, theirs, theirs - mine, self.examples, *interval)
 
 
 def _finite(value: float) -> float | None:

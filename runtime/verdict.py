@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 
-from runtime.report import LayerParity, OutputParity
+from runtime.report import LayerParity, OutputParity, TaskAccuracy
 from runtime.tolerances import Tolerance
 
 
 def why_it_failed(
-    layers: Sequence[LayerParity], outputs: Sequence[OutputParity], allowed: Tolerance
+    layers: Sequence[LayerParity],
+    outputs: Sequence[OutputParity],
+    accuracy: TaskAccuracy | None,
+    allowed: Tolerance,
+    *,
+    forced: bool = False,
 ) -> tuple[str, ...]:
-    """One sentence for everything that is out of tolerance; empty: it passed."""
+    """One sentence for everything that is out of tolerance; empty: it passed.
+
+    ``forced`` says whether the candidate was also run with the reference's routing.
+    """
     reasons = [reason for layer in layers for reason in _layer(layer, allowed)]
-    return (*reasons, *(reason for output in outputs for reason in _output(output, allowed)))
+    reasons += [reason for output in outputs for reason in _output(output, forced, allowed)]
+    return (*reasons, *_accuracy(accuracy, allowed))
 
 
 def _layer(layer: LayerParity, allowed: Tolerance) -> list[str]:
@@ -31,17 +40,28 @@ def _layer(layer: LayerParity, allowed: Tolerance) -> list[str]:
     return reasons
 
 
-def _output(output: OutputParity, allowed: Tolerance) -> list[str]:
-    if not output.examples:
+def _output(output: OutputParity, forced: bool, allowed: Tolerance) -> list[str]:
+    if not output.examples and not forced:
         return [f"output {output.name}: every example flipped, so no element could be compared"]
-    if output.max_rel is None:
+    measured = [(output.max_rel, f"on the {output.examples} examples without flips")] if output.examples else []
+    if forced:
+        measured.append((output.forced_max_rel, "where the reference's routers choose the experts"))
+    if any(error is None for error, _ in measured):
         return [f"output {output.name}: differs by a value that is not finite"]
-    if output.max_rel > allowed.element:
-        return [
-            f"output {output.name}: differs by {output.max_rel:.1e} of its largest magnitude on the {output.examples} "
-            f"examples without flips, allowed {allowed.element:.1e}"
-        ]
-    return []
+    return [
+        f"output {output.name}: differs by {error:.1e} of its largest magnitude {where}, allowed {allowed.element:.1e}"
+        for error, where in measured
+        if error is not None and error > allowed.element
+    ]
+
+
+def _accuracy(accuracy: TaskAccuracy | None, allowed: Tolerance) -> list[str]:
+    if accuracy is None or accuracy.high >= -allowed.accuracy:
+        return []
+    return [
+        f"accuracy: {accuracy.candidate:.1%} instead of {accuracy.reference:.1%} on {accuracy.examples} examples, "
+        f"a loss of {-accuracy.high:.1%} to {-accuracy.low:.1%} with 95 % confidence, allowed {allowed.accuracy:.1%}"
+    ]
 
 
 def first_wrong_layer(layers: Sequence[LayerParity], allowed: Tolerance) -> str | None:

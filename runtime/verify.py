@@ -6,15 +6,19 @@ flipped; and measures over everything (cosine, KL, top-1 agreement, task accurac
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
 from moe_spec.runner import LOGITS, Arrays, Feeds
+from runtime.backend import Session
+from runtime.backends import open_session
 from runtime.feeds import RANDOM_SHAPES
-from runtime.parity import Flags, compare_routing
+from runtime.parity import Flags, compare_routing, slots_of
 from runtime.report import ParityReport
 from runtime.sides import Side, batches_of, check_comparable, run_cast
 from runtime.tally import AccuracyTally, LayerTally, OutputTally
@@ -33,6 +37,8 @@ def verify(
     batch_size: int = 32,
     threads: int = 0,
     tolerance: Tolerance | None = None,
+    tolerances: Mapping[str, Tolerance] = TOLERANCES,
+    forced: ForcedModel | None = None,
 ) -> ParityReport:
     """Compare two model directories, or an engine with a model directory.
 
@@ -42,7 +48,10 @@ def verify(
         data: task data; without it both see random feeds at three shapes, one of them a single token.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
-        tolerance: what is allowed; by default what ``TOLERANCES`` says of the coarser model's number format.
+        tolerance: what is allowed; by default what ``tolerances`` says of the coarser model's number format.
+        tolerances: by number format (`load_tolerances`).
+        forced: the candidate with its routing as inputs, as `graph_passes.cut` writes it; it is run with the choices of
+            the reference's routers, so that all elements can be compared, and nothing flips.
 
     Raises:
         UserError: a directory is damaged or cannot be run here, or the two are not comparable.
@@ -55,18 +64,30 @@ def verify(
         precision = "as given"
         if tolerance is None:
             precision = max(mine.precision(), theirs.precision(), key=list(TOLERANCES).index)
-            tolerance = TOLERANCES[precision]
-        comparison = _Comparison(mine, theirs, tolerance)
+            tolerance = tolerances[precision]
+        routed = None
+        if forced is not None and _is_forced_throughout(mine, theirs, forced):
+            routed = stack.enter_context(open_session(forced.path, threads)), forced
+        comparison = _Comparison(mine, theirs, tolerance, routed)
         for feeds, labels in batches_of(mine.session.inputs, reference, data, batch_size):
             comparison.add(feeds, labels)
         return comparison.report(data, precision)
 
 
+def _is_forced_throughout(reference: Side, candidate: Side, forced: ForcedModel) -> bool:
+    """Whether nothing can flip in ``forced``, and the reference shows what its layers are to be told."""
+    names = {layer.name for layer in forced.layers}
+    shown = {block.name for block in reference.manifest.blocks if block.gates is not None}
+    return names <= shown and names >= {block.name for block in candidate.manifest.blocks if block.gates is not None}
+
+
 class _Comparison:
     """Both models on the same batches."""
 
-    def __init__(self, reference: Side, candidate: Side, tolerance: Tolerance) -> None:
-        self._reference, self._candidate, self._tolerance = reference, candidate, tolerance
+    def __init__(
+        self, reference: Side, candidate: Side, tolerance: Tolerance, routed: tuple[Session, ForcedModel] | None
+    ) -> None:
+        self._reference, self._candidate, self._tolerance, self._routed = reference, candidate, tolerance, routed
         blocks = zip(reference.manifest.blocks, candidate.manifest.blocks, strict=True) if candidate.observed else ()
         self._layers = [(mine, theirs, LayerTally(mine.name, tolerance)) for mine, theirs in blocks]
         self._outputs = [OutputTally(spec.name) for spec in reference.manifest.outputs]
@@ -80,6 +101,8 @@ class _Comparison:
         clean_B = self._compare_layers(mine, theirs, np.ones(batch, dtype=np.bool_))
         for tally in self._outputs:
             tally.add(mine[tally.name], theirs[tally.name], clean_B)
+        if self._routed is not None:
+            self._compare_forced(feeds, mine, *self._routed)
         logits = self._logits(mine)
         if labels is not None and logits is not None:
             self._accuracy.add(mine[logits], theirs[logits], labels)
@@ -99,6 +122,18 @@ class _Comparison:
             clean_B = clean_B & ~_per_example(compared.flipped, len(clean_B))
         return clean_B
 
+    def _compare_forced(self, feeds: Feeds, mine: Arrays, session: Session, model: ForcedModel) -> None:
+        """Run the candidate with the choices that the reference's routers made."""
+        blocks, given = {block.name: block for block in self._reference.manifest.blocks}, dict(feeds)
+        for layer in model.layers:
+            block = blocks[layer.name]
+            assert block.gates is not None
+            own_TE = mine[block.gates][:, [block.keep.index(expert) for expert in layer.keep]]
+            given.update(zip(layer.inputs, slots_of(own_TE, layer.top_k), strict=True))
+        outputs = run_cast(session, given)
+        for tally in self._outputs:
+            tally.add_forced(mine[tally.name], outputs[tally.name])
+
     def _logits(self, outputs: Arrays) -> str | None:
         """The output (N, C) that classifies: `logits`, or the only one of that shape."""
         tables = [tally.name for tally in self._outputs if outputs[tally.name].ndim == 2]
@@ -108,7 +143,9 @@ class _Comparison:
         """The verdict on all batches."""
         layers = tuple(tally.report() for _, _, tally in self._layers) if self._candidate.observed else None
         outputs = tuple(tally.report() for tally in self._outputs)
-        reasons = why_it_failed(layers or (), outputs, self._tolerance)
+        accuracy = self._accuracy.report()
+        is_forced = self._routed is not None
+        reasons = why_it_failed(layers or (), outputs, accuracy, self._tolerance, forced=is_forced)
         return ParityReport(
             passed=not reasons,
             reasons=reasons,
@@ -120,9 +157,10 @@ class _Comparison:
             examples=self._examples,
             precision=precision,
             tolerance=self._tolerance,
+            forced=is_forced,
             layers=layers,
             outputs=outputs,
-            accuracy=self._accuracy.report(),
+            accuracy=accuracy,
             notes=() if self._candidate.observed else (_NO_ROUTERS,),
         )
 

@@ -65,7 +65,7 @@ def test_a_precision_may_be_chosen_to_judge_by(model, tmp_path):
         1,
         [
             "error: unknown precision 'fp16'",
-            "hint: known: bfloat16, float16, float32",
+            "hint: known: bfloat16, float16, float32, int4, int8",
         ],
     )
 

@@ -7,9 +7,13 @@ import onnx
 import pytest
 
 from benchmarks.planted import FAULTS, plant
+from graph_passes.optimize import optimize
+from graph_passes.quantize import Quantization
 from runtime.fault import EXPERTS, REST, ROUTER, Fault
 from runtime.report import ParityReport
+from runtime.tolerances import TOLERANCES
 from tests.cli.helpers import invoke
+from tests.zoo import RUNNER
 
 FOUND = {
     "two experts swapped": (
@@ -91,6 +95,46 @@ def test_a_fault_outside_the_moe_layers_is_found_between_them(zoo, tmp_path, wei
     found = report["fault"]
     assert (code, found["part"], found["layer"], found["experts"]) == (3, REST, layer, [])
     assert f"; the fault is in {place}: it differs by " in err
+
+
+def test_int8_experts_pass_by_their_own_tolerance_and_fail_by_that_of_float32(zoo, tmp_path):
+    exported = zoo.exported("mixtral")
+    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    code, report, _ = verify(tmp_path / "int8", exported)
+    assert (code, report["precision"]) == (0, "int8")
+    assert 1e-3 < report["outputs"][0]["forced_max_rel"] < TOLERANCES["int8"].element
+    code, report, _ = verify(tmp_path / "int8", exported, "--precision", "float32")
+    assert (code, report["fault"]["part"], report["fault"]["layer"]) == (3, EXPERTS, "model.layers.0.mlp")
+    assert re.fullmatch(r"they differ by [\d.]+ to [\d.]+ of their largest magnitude", report["fault"]["says"])
+
+
+@pytest.mark.parametrize("fault", ["two experts swapped", "a scale applied twice", "an expert zeroed"])
+def test_a_fault_beside_int8_experts_is_caught_too(zoo, tmp_path, fault):
+    exported = zoo.exported("mixtral")
+    broken = plant(exported, tmp_path / "broken", FAULTS[fault], 1)
+    optimize(broken, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    code, report, _ = verify(tmp_path / "int8", exported)
+    assert (code, report["precision"], report["fault"]["part"]) == (3, "int8", FOUND[fault][0])
+    assert report["fault"]["experts"] == FOUND[fault][1]
+
+
+def test_tolerances_come_from_a_file_that_changes_some(zoo, tmp_path):
+    exported, path = zoo.exported("mixtral"), tmp_path / "tolerances.json"
+    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    path.write_text('{"int8": {"element": 1e-3}}')
+    code, report, err = verify(tmp_path / "int8", exported, "--tolerances", path, "--no-bisect")
+    assert (code, report["tolerance"]["element"], report["tolerance"]["margin"]) == (3, 1e-3, TOLERANCES["int8"].margin)
+    assert "where the reference's routers choose the experts, allowed 1.0e-03" in err
+
+
+def test_what_an_op_routes_by_itself_is_not_forced_and_what_flips_everywhere_is(zoo, tmp_path):
+    exported = zoo.exported("mixtral")
+    fused = plant(exported, tmp_path / "moe", lambda block: block, 0, "moe")
+    assert verify(fused, exported)[1]["forced"] is False
+    rolled = plant(exported, tmp_path / "rolled", FAULTS["router rows off by one"], 1)
+    _, report, _ = verify(rolled, exported, "--no-bisect")
+    assert report["forced"] is True
+    assert report["outputs"][0]["forced_max_rel"] < 1e-5
 
 
 def test_the_search_may_be_left_out_and_a_report_with_a_fault_is_read_back(zoo, tmp_path):

@@ -51,7 +51,8 @@ def test_what_a_router_does_is_told(router, says):
             {expert: 3 * OUTPUTS[expert] for expert in range(5)},
             "every expert of the layer gives 3 times what it should",
         ),
-        ({0: OUTPUTS[0] + 0.1}, "it differs by 3.7e-02 of its largest magnitude"),
+        ({0: OUTPUTS[0] + 0.1}, "it differs by 0.0369 of its largest magnitude"),
+        ({0: OUTPUTS[0] + 0.1, 1: OUTPUTS[1] + 0.2}, "they differ by 0.0369 to 0.121 of their largest magnitude"),
         ({}, "each gives what it should by itself, but not their sum"),
     ],
 )

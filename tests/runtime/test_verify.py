@@ -224,7 +224,7 @@ def test_a_missing_or_damaged_side_is_named(tmp_path):
 def test_a_format_without_a_tolerance_is_refused():
     message = (
         "there is no element tolerance for float8e4m3fn\n"
-        "hint: choose the format to judge by: --precision float32, float16 or bfloat16"
+        "hint: choose the format to judge by: --precision float32, float16, bfloat16, int8, int4"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         coarsest(["float32", "float8e4m3fn"])
