@@ -13,6 +13,7 @@ from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from runtime.backend import BuildOptions
 from runtime.build import build
+from runtime.report import SCHEMA
 from runtime.targets import find_target
 from runtime.verify import verify
 from tests.cli.helpers import invoke, leftovers
@@ -129,7 +130,7 @@ def test_a_parity_report(made, tmp_path):
     text, payload = described(made / "parity.json")
     assert text.startswith(f"{made / 'parity.json'}: PASS, {payload['examples']} examples of random feeds")
     assert text.count("\n") == 1
-    failed = payload | {"passed": False, "reasons": ["out differs"], "artifact": "parity", "schema": 1}
+    failed = payload | {"passed": False, "reasons": ["out differs"], "artifact": "parity", "schema": SCHEMA}
     (tmp_path / "failed.json").write_text(json.dumps(failed))
     assert described(tmp_path / "failed.json")[0].splitlines()[1:] == ["  out differs"]
 
