@@ -29,6 +29,7 @@ def build(
     target: Annotated[str, typer.Option(help="Device to build for, e.g. rtx-ada or sm89.")],
     backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="TensorRT-RTX: further targets of the same engine.")] = None,
+    profile: Annotated[list[int] | None, typer.Option(help="Numbers of the profiles, as trtexec has them.")] = None,
     min_shapes: Annotated[list[str] | None, typer.Option("--minShapes", help="Smallest: NAME:DIMxDIM,...")] = None,
     opt_shapes: Annotated[list[str] | None, typer.Option("--optShapes", help="Shapes to be quick at.")] = None,
     max_shapes: Annotated[list[str] | None, typer.Option("--maxShapes", help="Largest shapes.")] = None,
@@ -71,7 +72,7 @@ def build(
 
     device = find_target(target, backend)
     options = BuildOptions(
-        profiles=parse_profiles(min_shapes or [], opt_shapes or [], max_shapes or []),
+        profiles=parse_profiles(min_shapes or [], opt_shapes or [], max_shapes or [], profile or []),
         workspace_bytes=None if workspace is None else workspace << 20,
         optimization_level=optimization_level,
         weight_streaming=weight_streaming,

@@ -122,6 +122,8 @@ def _plugins(rows: Sequence["Plugin"]) -> Table:
 
 
 def _fit_table(rows: Sequence["Fit"]) -> Table:
+    from runtime.fit import NO, SOME
+
     table = Table(box=rich.box.SIMPLE)
     for column in ("target", "takes it", "needs", "GB", "fits", "build"):
         table.add_column(column, no_wrap=column in ("target", "needs", "GB"))
@@ -134,7 +136,7 @@ def _fit_table(rows: Sequence["Fit"]) -> Table:
             _size(row.needs) if known else f">= {_size(row.needs)}",
             _span(None if row.memory is None else [size / 10**9 for size in row.memory]),
             "?" if row.memory is None else row.fits,
-            _size(row.build),
+            _size(row.build) + {SOME: ", swap on the smaller", NO: ", needs swap"}.get(row.builds, ""),
             " + ".join(map(_size, (row.weights, row.cache, row.tensors, row.activations))),
         )
     return table

@@ -11,7 +11,7 @@ from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
 from runtime.backend import ENGINE
 from runtime.model_dir import model_bytes, model_file, why_not_buildable
 from runtime.profiles import Profile, check_profile, default_profile
-from runtime.targets import TARGETS, Target, find_target
+from runtime.targets import TARGETS, TENSORRT, Target, find_target
 
 GIGABYTE = 10**9
 YES, SOME, NO, UNKNOWN = "yes", "the larger", "no", "unknown"
@@ -39,7 +39,7 @@ class Fit:
         activations: what the engine keeps between its layers, as TensorRT said when it built it; None before a build.
         build: what a build takes.
         memory: of the smallest and of the largest such device; None where that is not known.
-        shared: whether a build on the device takes from this memory too.
+        shared: whether it is built on the device, from this memory too.
     """
 
     target: str
@@ -126,7 +126,7 @@ def fit(
         activations=logged.get("activations"),
         build=0 if is_engine else _BUILD_FACTOR * weights,
         memory=_memory(target) if memory is None else (memory, memory),
-        shared=target.shared,
+        shared=target.shared and target.backend == TENSORRT,  # TensorRT-RTX builds elsewhere
     )
 
 

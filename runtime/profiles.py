@@ -1,7 +1,8 @@
 """Optimisation profiles: the range of shapes that an engine must take, in trtexec's syntax.
 
 ``--minShapes=x:1x3x8,y:1 --optShapes=... --maxShapes=...``; ``--optShapes`` alone fixes the shapes. Options that are
-given several times make several profiles, the first of each the first.
+given several times make several profiles, the first of each the first; ``--profile=0``, ``--profile=1`` may stand
+before them, as they do for trtexec.
 """
 
 import dataclasses
@@ -66,14 +67,17 @@ def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None)
     return {name: ShapeRange(*(parsed[option][name] for option in given)) for name in names["--minShapes"]}
 
 
-def parse_profiles(minima: Sequence[str], optima: Sequence[str], maxima: Sequence[str]) -> tuple[Profile, ...]:
-    """The profiles that the three options give, each as often as it was given.
+def parse_profiles(
+    minima: Sequence[str], optima: Sequence[str], maxima: Sequence[str], numbers: Sequence[int] = ()
+) -> tuple[Profile, ...]:
+    """The profiles that the three options give, each as often as it was given; and their ``numbers``, if they were.
 
     >>> len(parse_profiles(["x:1x8", "x:1x8"], ["x:1x8", "x:64x8"], ["x:1x8", "x:64x8"]))
     2
 
     Raises:
-        UserError: as `parse_profile`, or options that are given in different numbers.
+        UserError: as `parse_profile`, or options that are given in different numbers, or profiles that are numbered
+            otherwise than 0, 1, ...
     """
     counts = {
         option: len(texts)
@@ -87,7 +91,13 @@ def parse_profiles(minima: Sequence[str], optima: Sequence[str], maxima: Sequenc
             hint="give each of the three once for every profile",
         )
     parsed = (parse_profile(*texts) for texts in itertools.zip_longest(minima, optima, maxima))
-    return tuple(profile for profile in parsed if profile is not None)
+    profiles = tuple(profile for profile in parsed if profile is not None)
+    if numbers and list(numbers) != list(range(len(profiles))):
+        found = " ".join(f"--profile={number}" for number in numbers)
+        raise UserError(
+            f"{found} for {len(profiles)} profiles", hint="number them 0, 1, ... in their order, or leave --profile out"
+        )
+    return profiles
 
 
 def _parse(option: str, text: str) -> dict[str, Shape]:

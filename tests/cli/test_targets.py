@@ -44,3 +44,8 @@ def test_memory_and_shapes_are_given(model):
 def test_an_unknown_target_is_answered_with_the_closest():
     code, _, stderr = invoke("targets", "--target", "jetson-orim")
     assert (code, stderr.splitlines()[0]) == (1, "error: unknown target 'jetson-orim'")
+
+
+def test_a_build_that_the_device_cannot_hold_without_swap_is_told(model):
+    shown = done("targets", model, "--target", "jetson-orin", "--memory", 0.00001)
+    assert shown.split()[-1] == "swap"  # "needs swap", in two lines

@@ -66,9 +66,9 @@ def test_memory_is_judged_by_the_smallest_and_the_largest_device(model):
 
 
 def test_nothing_is_said_of_memory_that_is_not_known_or_not_where_the_build_is(model):
-    cpu, ada = targets(model, ["cpu", "rtx-ada"])
+    cpu, ada, spark = targets(model, ["cpu", "rtx-ada", "dgx-spark"])
     assert (cpu.fits, cpu.builds) == (UNKNOWN, UNKNOWN)
-    assert (ada.fits, ada.builds) == (YES, UNKNOWN)
+    assert (ada.fits, ada.builds) == (spark.fits, spark.builds) == (YES, UNKNOWN)
 
 
 def test_an_engine_fits_its_own_target(model, tmp_path):

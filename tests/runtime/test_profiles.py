@@ -118,3 +118,13 @@ def test_options_given_in_different_numbers_are_refused():
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         parse_profiles(["x:1"], ["x:1", "x:2"], ["x:1", "x:2"])
+
+
+def test_profiles_are_numbered_as_trtexec_numbers_them():
+    texts = (["x:1", "x:2"], ["x:1", "x:2"], ["x:1", "x:2"])
+    assert parse_profiles(*texts, [0, 1]) == parse_profiles(*texts)
+    message = (
+        "--profile=1 --profile=0 for 2 profiles\nhint: number them 0, 1, ... in their order, or leave --profile out"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        parse_profiles(*texts, [1, 0])

@@ -19,7 +19,7 @@ from moe_spec.manifest import Manifest, TensorSpec, list_files
 from runtime.backend import BuildOptions
 from runtime.backends import BACKENDS, open_session
 from runtime.build import build
-from runtime.engine import rebuild
+from runtime.engine import check_engine, rebuild
 from runtime.profiles import ShapeRange, default_profile
 from runtime.targets import find_target
 from runtime.tensorrt.driver import Driver, compute_capability_here
@@ -408,3 +408,26 @@ def test_tensorrt_for_a_jetson_is_not_built_elsewhere(model):
         r"|TensorRT builds jetson-orin on the device itself \(compute capability 8.7\), and there is no GPU here",
         reason,
     )
+
+
+def test_a_target_of_a_newer_or_another_library_is_not_built(model):
+    newer = dataclasses.replace(ADA, versions=">=99")
+    assert BACKENDS["tensorrt-rtx"].why_not(model, newer) == [
+        f"rtx-ada takes tensorrt-rtx >=99, here is {trt.__version__}"
+    ]
+    message = f"{model} cannot be built for rtx-ada: a100 is a target of tensorrt, not of tensorrt-rtx\nhint: "
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        build(model, ADA, BuildOptions(also=(find_target("a100"),)), model.parent / "engine")
+
+
+def test_an_engine_that_is_version_compatible_is_opened_by_newer_versions_of_its_major_and_the_next(engine):
+    manifest = Manifest.load(engine)
+    made_by = {**manifest.tools, "tensorrt_rtx": "10.3.0"}
+    dataclasses.replace(manifest, tools=made_by, details={**manifest.details, "version_compatible": True}).save(engine)
+    for version in ("10.3.0", "10.16.1", "11.4.1"):
+        assert check_engine(engine, "tensorrt-rtx", "tensorrt_rtx", version).tools == made_by
+    for version in ("10.2.0", "12.0.0"):
+        with pytest.raises(
+            UserError, match=re.escape(f"was built with tensorrt_rtx 10.3.0, but {version} is installed")
+        ):
+            check_engine(engine, "tensorrt-rtx", "tensorrt_rtx", version)
