@@ -2,8 +2,8 @@
 
 The driver library is on every GPU machine; the CUDA toolkit and its Python packages are not.
 
-Executed by the tests: that there is no driver. Everything else was type-checked and read against ``cuda.h`` only; it
-has not run on a GPU yet. What sessions make of it is tested over a stand-in in the host's memory.
+Executed by the tests: every call, into a library of the same names and types (read from ``cuda.h``) over the host's
+memory. It has not run on a GPU yet.
 """
 
 import ctypes
