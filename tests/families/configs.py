@@ -166,10 +166,49 @@ _SAM = {
     "patch_size": 4,
 }
 _ENCODER = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
 
 AROUND: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2": {"vision_config": {"encoder_config": {**_ENCODER, "num_key_value_heads": 2}, "sam_config": _SAM}},
-    "ernie4_5_vl_moe": {"vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}},
+    "ernie4_5_vl_moe": {"vision_config": _VISION},
+    "glm4v_moe": {"vision_config": {**_VISION, "image_size": 28, "out_hidden_size": HIDDEN}},
+    "glm5_next": {
+        "vision_config": {
+            **_VISION,
+            "image_size": 28,
+            "out_hidden_size": HIDDEN,
+            "projection_intermediate_size": 16,
+        }
+    },
+    "mistral_large4": {
+        "vision_config": {
+            "head_dim": 8,
+            "hidden_size": 16,
+            "image_size": 28,
+            "intermediate_size": 16,
+            "model_type": "pixtral",
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "patch_size": 14,
+        }
+    },
+    "muse_spark": {
+        "audio_config": {
+            "depths": [1],
+            "hidden_sizes": [16],
+            "num_hidden_layers": 1,
+            "out_hidden_size": HIDDEN,
+            "patch_sizes": [16],
+        },
+        "out_hidden_size": 64,
+        "projector_hidden_size": 16,
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+        },
+    },
     "qwen3_omni_moe": {
         "audio_config": {
             "d_model": 16,
@@ -180,14 +219,15 @@ AROUND: Mapping[str, Mapping[str, Any]] = {
             "output_dim": HIDDEN,
         },
         "vision_start_token_id": 3,
+        "vision_config": {**_VISION, "deepstack_visual_indexes": [], "out_hidden_size": HIDDEN},
+    },
+    "qwen3_vl_moe": {
         "vision_config": {
+            **_VISION,
             "deepstack_visual_indexes": [],
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
+            "num_position_embeddings": 16,
             "out_hidden_size": HIDDEN,
-        },
+        }
     },
     "step3p7": {
         "vision_config": {
@@ -200,7 +240,7 @@ AROUND: Mapping[str, Mapping[str, Any]] = {
     },
     "unlimited_ocr": {"vision_config": {"encoder_config": _ENCODER, "sam_config": _SAM}},
 }
-"""What is around the language model of those that transformers has as a whole only."""
+"""What is around the language model of those that transformers has as a whole only, or without a head by itself."""
 
 AUTO = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -219,6 +259,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     row = family(model_type)
     config_class: Any = CONFIG_MAPPING[row.text_type or model_type]
     if model_type in AROUND:
+        config_class = config_class if "text_config" in config_class.sub_configs else CONFIG_MAPPING[model_type]
         text = _sizes(config_class.sub_configs["text_config"], row)
         config = config_class(text_config={**text, **CONFIGS[model_type]}, **AROUND[model_type])
     else:

@@ -31,7 +31,7 @@ PECULIAR = {
     "muse_spark": "a norm after each expert",
     "openai_privacy_filter": "the block multiplies by K",
     "phimoe": "sparsemixer",
-    "qwen3_vl_moe": "a language model without a head",
+    "qwen3_vl_moe": "a language model within another",
 }
 peculiar = pytest.mark.parametrize("name", PECULIAR)
 
