@@ -70,7 +70,7 @@ UNKNOWN: Mapping[str, str] = {
     "nemo_speechlm": "takes speech; its language model is a nemotron_h",
     "nllb-moe": "transformers 5.23 sends every token to the experts 0 and 1, whatever the router says",
     "vitpose_backbone": "no router: the data set that an image is from chooses the expert",
-    "zaya": "its router is an MLP that reads the router before it, and has a row for tokens that skip all experts",
+    "zaya": "its router is an MLP that reads the one before it, and has a row for tokens that skip all experts",
 }
 """What else transformers has with experts, and why it is no family here."""
 

@@ -29,7 +29,7 @@ def test_one_family_says_what_was_proven_and_why_the_rest_was_not():
 def test_what_is_no_family_says_why():
     assert invoke("families", "zaya")[1].splitlines()[:2] == [
         "zaya: no model was made",
-        "  read: no, its router has one class more than there are experts, for tokens that skip them",
+        "  read: no, its router is an MLP that reads the one before it, and has a row for tokens that skip all experts",
     ]
 
 
