@@ -103,5 +103,5 @@ def tidy(messages: list[str]) -> str:
     >>> tidy(["IBuilder::build: Error Code 1: Myelin (No GEMM. In compileGraph at /_src/codeGenerator.cpp:2012)"])
     'Myelin (No GEMM.)'
     """
-    found = next((message for message in messages if _NO_DRIVER not in message), "no reason was given, see the log")
+    found = next((message for message in messages if _NO_DRIVER not in message), "it gave no reason")
     return " ".join(_NOISE.sub("", found).split())

@@ -18,7 +18,7 @@ _MEMORY = {
 _SECONDS_BETWEEN = 0.1
 
 
-def make_logger(trt: Any, log: TextIO) -> Any:
+def make_logger(trt: Any, log: TextIO | None = None) -> Any:
     """A logger that writes to ``log``, with the attributes ``errors`` (messages) and ``memory`` (largest of each)."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known once it is imported
@@ -30,10 +30,13 @@ def make_logger(trt: Any, log: TextIO) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity == trt.ILogger.Severity.VERBOSE:
                 return
-            log.write(f"[{severity.name}] {message}\n")
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                log.flush()
+            is_error = severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            if is_error:
                 self.errors.append(message)
+            if log is not None:
+                log.write(f"[{severity.name}] {message}\n")
+                if is_error:
+                    log.flush()
             for what, pattern in _MEMORY.items():
                 if found := pattern.search(message):
                     self.memory[what] = max(self.memory.get(what, 0), int(found[1]))

@@ -25,6 +25,8 @@ from runtime.engine import rebuild
 from runtime.feeds import check_feeds, select_outputs
 from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here
+from runtime.tensorrt.failures import tidy
+from runtime.tensorrt.listeners import make_logger
 
 RUNTIME_CACHE = "runtime.cache"
 """Kernels that TensorRT-RTX compiled on this GPU, beside the engine: the next session starts with them."""
@@ -74,12 +76,15 @@ class EngineSession:
         self._seen: Key | None = None
         with contextlib.ExitStack() as undo:
             self._driver = undo.enter_context(Driver() if driver is None else driver)
-            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            self._logger = make_logger(trt)
+            self._runtime = trt.Runtime(self._logger)
             if manifest.details.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # the engine brings the runtime of its version
             self._engine = self._runtime.deserialize_cuda_engine(np.memmap(plan, np.uint8, "r"))
             if self._engine is None:
-                raise UserError(f"{plan} cannot be deserialised on this GPU", hint=rebuild(manifest))
+                raise UserError(
+                    f"{plan} cannot be deserialised on this GPU: {tidy(self._logger.errors)}", hint=rebuild(manifest)
+                )
             if manifest.details.get("weight_streaming"):
                 _stream_weights(self._engine)
             self._kernels = _RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
@@ -158,8 +163,10 @@ class EngineSession:
             self._keep_graph(key)
 
     def _enqueue(self) -> None:
+        self._logger.errors.clear()
         if not self._context.execute_async_v3(self._driver.stream.value):
-            raise UserError(f"{self._where} failed on the GPU", hint="see TensorRT's messages above")
+            said = tidy(self._logger.errors)
+            raise UserError(f"{self._where} failed on the GPU: {said}", hint="check the GPU with nvidia-smi")
 
     def _keep_graph(self, key: Key) -> None:
         graph = self._driver.capture(lambda: bool(self._context.execute_async_v3(self._driver.stream.value)))

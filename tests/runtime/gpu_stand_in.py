@@ -7,6 +7,7 @@ that moved is overwritten. So a graph that should have been forgotten gives wron
 
 import ctypes
 import dataclasses
+import enum
 import types
 from collections.abc import Callable
 from typing import Any
@@ -180,12 +181,27 @@ class OutputAllocator:
     """``IOutputAllocator``."""
 
 
+class Logger:
+    """``ILogger``."""
+
+    class Severity(enum.Enum):
+        """Of a message."""
+
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+def _say(logger: Any, runtime: Any) -> Any:
+    """What TensorRT says when it can neither read a plan nor run an engine."""
+    logger.log(Logger.Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 6: Version tag does not match")
+    return runtime
+
+
 def library(engine: Engine | None, rtx: bool = False) -> Any:
     """The Python module, as far as a session needs it. ``engine`` None: the plan cannot be read."""
     runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda _plan: engine, engine_host_code_allowed=False)
     trt = types.SimpleNamespace(
-        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda _self, _level: None}),
-        Runtime=lambda _logger: runtime,
+        ILogger=Logger,
+        Runtime=lambda logger: _say(logger, runtime),
         IOutputAllocator=OutputAllocator,
         runtime=runtime,
     )

@@ -1,6 +1,7 @@
 """Sessions of engines, over a stand-in for the GPU and the engine, whose names are checked. TensorRT is not run."""
 
 import contextlib
+import dataclasses
 import re
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_spec.errors import UserError
+from moe_spec.manifest import TensorSpec
 from runtime.tensorrt import session as sessions
 from runtime.tensorrt.session import RUNTIME_CACHE, EngineSession, require_gpu
 from tests.runtime import gpu_stand_in
@@ -97,7 +99,8 @@ def test_an_output_whose_shape_depends_on_the_data_is_allocated_while_the_engine
 
 
 def test_a_failure_on_the_gpu_is_an_error(tmp_path):
-    with opened(tmp_path, fails=True) as (session, _, _), pytest.raises(UserError, match="failed on the GPU\nhint: "):
+    message = f"{tmp_path} failed on the GPU: it gave no reason\nhint: check the GPU with nvidia-smi"
+    with opened(tmp_path, fails=True) as (session, _, _), pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         session.run({"x": columns(1)})
 
 
@@ -123,10 +126,26 @@ def test_tensorrt_rtx_captures_by_itself_and_its_kernels_are_kept_beside_the_eng
 def test_a_plan_that_cannot_be_read_is_refused_and_the_gpu_given_back(tmp_path):
     driver, plan = cast("Any", HostDriver()), tmp_path / "model.engine"
     plan.write_bytes(b"plan")
-    message = f"{plan} cannot be deserialised on this GPU\nhint: build it again: moe-edge build "
+    message = (
+        f"{plan} cannot be deserialised on this GPU: Version tag does not match\nhint: build it again: moe-edge build "
+    )
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         EngineSession(library(None), plan, manifest(8), driver)
     assert driver.closed
+
+
+def test_the_library_itself_says_why_it_cannot_read_a_plan(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "model.engine").write_bytes(b"vtrt" + bytes(60))
+    with pytest.raises(UserError, match=r"model\.engine cannot be deserialised on this GPU: \w+"):
+        EngineSession(trt, tmp_path / "model.engine", manifest(8), cast("Any", HostDriver()))
+
+
+def test_a_type_that_numpy_does_not_know_is_refused(tmp_path):
+    unknown = dataclasses.replace(manifest(8), outputs=(TensorSpec("double", "float3", ("batch", "n")),))
+    message = f"{tmp_path}/model.engine: double is float3, which numpy does not know\nhint: pip install ml_dtypes; "
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        EngineSession(library(None), tmp_path / "model.engine", unknown, cast("Any", HostDriver()))
 
 
 def test_a_version_compatible_engine_may_bring_its_runtime(tmp_path):
