@@ -102,9 +102,11 @@ class EngineSession:
         check_feeds(self.inputs, feeds, self._where)
         names = select_outputs(self.outputs, outputs, self._where)
         self._driver.make_current()
+        self._logger.errors.clear()
         self._choose_profile(feeds)
         for name, array in feeds.items():
-            self._context.set_input_shape(name, array.shape)
+            if not self._context.set_input_shape(name, array.shape):
+                raise self._failure()
             address = self._buffer(name, array.nbytes)
             self._driver.upload(address, np.ascontiguousarray(array))
             self._context.set_tensor_address(name, address)
@@ -163,10 +165,12 @@ class EngineSession:
             self._keep_graph(key)
 
     def _enqueue(self) -> None:
-        self._logger.errors.clear()
         if not self._context.execute_async_v3(self._driver.stream.value):
-            said = tidy(self._logger.errors)
-            raise UserError(f"{self._where} failed on the GPU: {said}", hint="check the GPU with nvidia-smi")
+            raise self._failure()
+
+    def _failure(self) -> UserError:
+        said = tidy(self._logger.errors)
+        return UserError(f"{self._where} failed on the GPU: {said}", hint="check the GPU with nvidia-smi")
 
     def _keep_graph(self, key: Key) -> None:
         graph = self._driver.capture(lambda: bool(self._context.execute_async_v3(self._driver.stream.value)))

@@ -89,6 +89,29 @@ def test_an_engine_is_built_for_an_empty_cache_and_a_full_one(pruned):
         assert leftovers(pruned / stage) >= TRAVELLERS
 
 
+def shapes(batch, new, past):
+    lengths = {"input_ids": f"{new}", "attention_mask": f"{past + new}", "position_ids": f"{new}"}
+    cache = [f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    lengths |= dict.fromkeys(cache, f"2x{past}x8")
+    return ",".join(f"{name}:{batch}x{length}" for name, length in lengths.items())
+
+
+def test_an_engine_has_a_profile_for_prompts_and_one_for_single_tokens(pruned):
+    pytest.importorskip("tensorrt_rtx")
+    prompt = [f"--{which}Shapes={shapes(1, new, 0)}" for which, new in (("min", 1), ("opt", 16), ("max", 64))]
+    token = [f"--{which}Shapes={shapes(1, 1, past)}" for which, past in (("min", 1), ("opt", 64), ("max", 128))]
+    arguments = ("--target", "rtx-ada", "--also", "sm120", "--profile=0", *prompt, "--profile=1", *token)
+    summary = done("build", pruned / "optimized", *arguments, "-o", pruned / "two")
+    assert "two: rtx-ada, rtx-blackwell, " in summary
+    fitted = json.loads(done("targets", pruned / "two", "--json"))["rtx-ada"]
+    assert fitted["cache"] == 2 * 2 * (2 * 8 * 4) * (128 + 129)  # layers, keys and values; in and out
+    details = Manifest.load(pruned / "two").details
+    assert [profile["past_key_values.0.key"]["max"] for profile in details["profiles"]] == [
+        [1, 2, 0, 8],
+        [1, 2, 128, 8],
+    ]
+
+
 def test_a_cache_that_cannot_be_an_input_can_be_left_out(tmp_path):
     save_model(tiny("deepseek_v4"), tmp_path / "checkpoint")
     message = (
