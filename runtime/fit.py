@@ -9,6 +9,7 @@ from moe_spec.decoder import PAST, PRESENT
 from moe_spec.errors import UserError
 from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
 from runtime.backend import ENGINE
+from runtime.engine import profiles_of
 from runtime.model_dir import model_bytes, model_file, why_not_buildable
 from runtime.profiles import Profile, check_profile, default_profile
 from runtime.targets import TARGETS, TENSORRT, Target, find_target
@@ -83,7 +84,7 @@ def targets(
     Args:
         model: model directory or engine directory.
         names: of targets; all, if none is given.
-        profiles: shapes that the engine must take; ``default_profile`` if there are none.
+        profiles: shapes that the engine must take; an engine's own or ``default_profile`` if there are none.
         memory: bytes that the device has, instead of what the table says.
 
     Raises:
@@ -110,7 +111,7 @@ def fit(
     Raises:
         UserError: a profile does not fit the model.
     """
-    profiles = tuple(profiles) or (default_profile(manifest.inputs),)
+    profiles = tuple(profiles) or profiles_of(manifest) or (default_profile(manifest.inputs),)
     for profile in profiles:
         check_profile(profile, manifest.inputs)
     is_engine = manifest.kind == ENGINE
