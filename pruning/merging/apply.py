@@ -74,8 +74,13 @@ def _merge_rows(block: nn.Module, plan: LayerPlan, row: Family) -> None:
 
 
 def _draw(model: PreTrainedModel, router: nn.Module, row: Family) -> None:
-    """Fill a router as a new model's would be: rows are drawn one like the other, so those that stay are as good."""
+    """Fill a router as a new model's would be: rows are drawn one like the other, so those that stay are as good.
+
+    The innermost model that holds it draws: the config of one of several parts (ERNIE 4.5 VL) need not say how.
+    """
     for name in row.router_tensors:
         tensor = operator.attrgetter(name)(router)
         vars(tensor).pop("_is_hf_initialized", None)  # set on loaded tensors, which init leaves alone
-    model._init_weights(router)  # type: ignore[no-untyped-call]
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    *_, innermost = (module for module in models if any(part is router for part in module.modules()))
+    innermost._init_weights(router)  # type: ignore[no-untyped-call]

@@ -10,14 +10,14 @@ from exporter.sources import open_model, prepared
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, LayerPlan, Merge, PruningPlan
+from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan, Merge, PruningPlan
 from pruning.apply import apply_plan
 from tests.families.configs import tiny
 
 GROUPS = {0: (0, 1), 2: (2, 3), 4: (4, 7), 5: (5, 6)}
 """By survivor; inside routing groups where there are any."""
 
-FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "aria", "vmoe", "ernie4_5_moe", "dbrx", "jetmoe")
+FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "dbrx", "vmoe")
 """Fused or not, transposed, biased, in turns; with selection biases; stored as one, in runs, or an expert each."""
 
 
@@ -34,7 +34,7 @@ def plan_of(checkpoint, name: str, router: str) -> PruningPlan:
 def test_merged_experts_are_those_of_the_model_in_memory(name, tmp_path, monkeypatch):
     checkpoint = tmp_path / name
     save_model(tiny(name), checkpoint)
-    for router in (ROWS, MEAN, NEW, ALIAS):
+    for router in (MEAN, NEW, ALIAS):
         plan = plan_of(checkpoint, name, router)
         whole = prepared(checkpoint, partial(apply_plan, plan=plan)).state_dict()
         with monkeypatch.context() as patched:

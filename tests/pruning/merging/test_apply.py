@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import operator
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, Merge
 from pruning import apply
 from pruning.apply import apply_plan, prune
+from tests.families.configs import tiny
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
 
@@ -49,7 +51,7 @@ def experts_of(model):
 
 def routers_of(model):
     names = family(model.config.model_type).router_tensors
-    return [{name: getattr(layer.router, name) for name in names} for layer in find_moe_layers(model)]
+    return [{name: operator.attrgetter(name)(layer.router) for name in names} for layer in find_moe_layers(model)]
 
 
 def test_the_worked_means():
@@ -213,6 +215,12 @@ def test_new_rows_are_drawn_like_those_of_a_new_model_and_repeat_with_their_seed
     assert not torch.equal(first[0]["weight"], other[0]["weight"])
     assert not torch.equal(first[0]["weight"], first[1]["weight"])
     assert_drawn(first, model.config)
+
+
+def test_the_language_model_within_a_model_draws_its_rows():
+    model = tiny("ernie4_5_vl_moe")
+    apply_plan(model, merging(model, router=NEW, align=False))
+    assert_drawn(routers_of(model), model.config.get_text_config())
 
 
 @pytest.mark.parametrize("router", [ROWS, MEAN, NEW])
