@@ -16,7 +16,7 @@ from graph_passes.block import MoEBlock
 from graph_passes.choices import ChoiceEntry, Watched, check_choices, compare_choices
 from graph_passes.describe import Model
 from graph_passes.emitter import Names
-from graph_passes.feeds import random_batches
+from graph_passes.feeds import batches_for
 from graph_passes.mask import save_masked, save_observed
 from graph_passes.merge import merges
 from graph_passes.model_file import link_weights, load_graph, save_variant
@@ -77,7 +77,7 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
     check_runnable(work.model.graph.nodes, f"the result of {original}")
     graph = load_graph(original)  # anew: the one that was read before has become the candidate
     check_runnable(graph.nodes, str(original))
-    batches = random_batches(graph, work.model.blocks)
+    batches = batches_for(original, graph, work.model.blocks, runner)
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as directory:
         reference = _reference(work, graph, batches, runner, Path(directory) / "masked")
         files = (reference.directory / OBSERVED, candidate / OBSERVED)
@@ -103,7 +103,7 @@ def prove_variant(directory: Path, variant: str, runner: Runner) -> None:
         VerificationError: an output differs.
     """
     graph = load_graph(directory / MODEL)
-    batches = random_batches(graph, read_blocks(graph, directory).blocks)
+    batches = batches_for(directory / MODEL, graph, read_blocks(graph, directory).blocks, runner)
     between = f"{variant} differs from that of {MODEL}"
     check(batches, directory / MODEL, directory / variant, runner, between)
 

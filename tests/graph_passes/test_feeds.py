@@ -1,10 +1,13 @@
 """Inputs for graphs that nobody has told us anything about."""
 
+import numpy as np
 import pytest
 
-from graph_passes.feeds import random_batches
+from graph_passes.feeds import batches_for, random_batches
 from graph_passes.model_file import load_graph
 from graph_passes.readers import read_blocks
+from moe_spec.runner import Arrays
+from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import Spec, save
 
 
@@ -36,3 +39,22 @@ def test_a_decoder_goes_on_and_begins_and_both(zoo):
     assert [feeds["attention_mask"].shape for feeds in batches] == [(1, 5), (3, 7), (2, 36)]
     assert [feeds["past_key_values.1.value"].shape[2] for feeds in batches] == [4, 0, 5]
     assert [feeds["position_ids"][0, 0] for feeds in batches] == [4, 0, 5]
+
+
+def test_a_cache_holds_what_the_model_keeps_of_tokens(zoo):
+    """Not random numbers, which make a trained model magnify rounding."""
+    given: list[Arrays] = []
+
+    class Recording(OnnxRuntimeRunner):
+        def run(self, model, batches, outputs=None):
+            given.extend(super().run(model, batches, outputs))
+            return given
+
+    model = zoo.cached("mixtral") / "model.onnx"
+    graph = load_graph(model)
+    random, kept = random_batches(graph, ()), batches_for(model, graph, (), Recording(threads=1))
+    for before, after in zip(random, kept, strict=True):
+        assert [(name, before[name].shape) for name in before] == [(name, after[name].shape) for name in before]
+        assert all((before[name] == after[name]).all() for name in ("input_ids", "attention_mask", "position_ids"))
+    for feeds, outputs in zip((kept[0], kept[2]), given, strict=True):
+        np.testing.assert_array_equal(feeds["past_key_values.1.key"], outputs["present.1.key"])
