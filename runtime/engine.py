@@ -10,23 +10,15 @@ from moe_spec.errors import UserError
 from moe_spec.files import inside, sha256_file
 from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest, TensorSpec, list_files
 from runtime.backend import ENGINE
-from runtime.profiles import Profile, ShapeRange
+from runtime.profiles import Profile, profile_from_json
 from runtime.targets import Target, version_fits
 
 _GRAPHS = (MODEL, f"{MODEL}.data", OBSERVED)
 
 
-def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
-    """As it stands in the manifest."""
-    return {name: {key: list(shape) for key, shape in vars(shapes).items()} for name, shapes in profile.items()}
-
-
 def profiles_of(manifest: Manifest) -> tuple[Profile, ...]:
     """The profiles that an engine was built for; none for models, and for engines that take any shape."""
-    return tuple(
-        {name: ShapeRange(**{key: tuple(shape) for key, shape in row.items()}) for name, row in profile.items()}
-        for profile in manifest.details.get("profiles", ())
-    )
+    return tuple(map(profile_from_json, manifest.details.get("profiles", ())))
 
 
 def finish_engine(

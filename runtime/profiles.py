@@ -111,6 +111,20 @@ def _parse(option: str, text: str) -> dict[str, Shape]:
     return shapes
 
 
+def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
+    """As it stands in manifests."""
+    return {name: {key: list(shape) for key, shape in vars(shapes).items()} for name, shapes in profile.items()}
+
+
+def profile_from_json(rows: Mapping[str, Mapping[str, Sequence[int]]]) -> Profile:
+    """What `profile_to_json` wrote.
+
+    >>> profile_from_json(profile_to_json({"x": ShapeRange((1, 8), (4, 8), (64, 8))}))
+    {'x': ShapeRange(min=(1, 8), opt=(4, 8), max=(64, 8))}
+    """
+    return {name: ShapeRange(*(tuple(row[key]) for key in ("min", "opt", "max"))) for name, row in rows.items()}
+
+
 def dynamic(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
     """The inputs that have an axis whose length is not fixed."""
     return [spec for spec in inputs if any(isinstance(dim, str) for dim in spec.shape)]

@@ -15,10 +15,10 @@ from moe_spec.errors import UserError, require_known
 from moe_spec.files import new_directory
 from moe_spec.manifest import Manifest, TensorSpec
 from runtime.backend import AMPERE_PLUS, ENGINE_FILE, SAME_CAPABILITY, BuildOptions, Progress
-from runtime.engine import check_engine, finish_engine, profile_to_json
+from runtime.engine import check_engine, finish_engine
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types
-from runtime.profiles import check_profile, default_profile
+from runtime.profiles import check_profile, default_profile, profile_to_json
 from runtime.targets import TENSORRT, TENSORRT_RTX, Target, version_fits
 from runtime.tensorrt.driver import compute_capability_here
 from runtime.tensorrt.library import PACKAGES, load_library

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from runtime.profiles import Profile, ShapeRange
+from runtime.profiles import Profile, profile_from_json
 
 FACTS, ERROR = "facts.json", "error.json"
 
@@ -49,10 +49,7 @@ class BuildRequest:
     def load(cls, path: Path) -> "BuildRequest":
         """Read a request that ``save`` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        profiles = tuple(
-            {name: ShapeRange(**{key: tuple(shape) for key, shape in row.items()}) for name, row in profile.items()}
-            for profile in values["profiles"]
-        )
+        profiles = tuple(map(profile_from_json, values["profiles"]))
         paths = {key: Path(values[key]) for key in ("onnx", "engine", "timing_cache") if values[key] is not None}
         capabilities = tuple(values["compute_capabilities"])
         return cls(**{**values, **paths, "profiles": profiles, "compute_capabilities": capabilities})
