@@ -11,7 +11,7 @@ from graph_passes.describe import read_model
 from graph_passes.model_file import save_graph
 from graph_passes.order import tidy
 from graph_passes.rewrite import Decision, carry_out
-from graph_passes.weights import from_array
+from graph_passes.weights import Weight, from_array
 from moe_spec.companions import copy_companions
 from moe_spec.manifest import MODEL
 
@@ -46,9 +46,13 @@ def forget_renormalisation(block: MoEBlock) -> MoEBlock:
 
 def zero_expert(block: MoEBlock) -> MoEBlock:
     """Expert 5 gives zeros."""
-    down_EFH = block.experts.down_EFH.load().copy()
-    down_EFH[5] = 0
-    return dataclasses.replace(block, experts=dataclasses.replace(block.experts, down_EFH=from_array(down_EFH)))
+    experts, bias_EH = block.experts, block.experts.down_bias_EH
+    zeroed = dataclasses.replace(
+        experts,
+        down_EFH=_without(experts.down_EFH, 5),
+        down_bias_EH=None if bias_EH is None else _without(bias_EH, 5),
+    )
+    return dataclasses.replace(block, experts=zeroed)
 
 
 FAULTS: Mapping[str, Change] = {
@@ -75,6 +79,12 @@ def plant(source: Path, out: Path, change: Change, layer: int, form: str = "sort
     save_graph(model.graph, model.path.parent, out / MODEL)
     copy_companions(model.path.parent, out)
     return out / MODEL
+
+
+def _without(weight: Weight, expert: int) -> Weight:
+    values = weight.load().copy()
+    values[expert] = 0
+    return from_array(values)
 
 
 def _order(block: MoEBlock, taken: Mapping[int, int]) -> Sequence[int]:

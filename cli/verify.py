@@ -7,7 +7,6 @@ Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o par
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,12 +15,9 @@ import typer
 
 from cli import console
 from cli.options import AsJson
-from moe_spec.errors import UserError, VerificationError
+from moe_spec.errors import VerificationError
 
 if TYPE_CHECKING:
-    from moe_spec.cut import ForcedModel
-    from moe_spec.dataset import Dataset
-    from moe_spec.plan import PruningPlan
     from runtime.report import LayerParity, OutputParity, ParityReport
 
 
@@ -36,142 +32,48 @@ def verify(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,
     bisect: Annotated[bool, typer.Option(help="Search a failing candidate for the part that went wrong.")] = True,
+    greedy_tokens: Annotated[int, typer.Option(min=0, help="Tokens that decoders write to be compared; 0: none.")] = 16,
+    cost: Annotated[bool, typer.Option("--cost", help="Time both, too, and measure their memory.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that a candidate computes what its reference computes; exit with 3 when it does not.
 
     Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
     """
+    from cli.judge import home, judge
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor
     from moe_spec.plan import PruningPlan
     from runtime.tolerances import TOLERANCES, load_tolerances, tolerance_of
-    from runtime.verify import verify as compare
 
     if output is not None:
         refuse_existing(output)
     rows = TOLERANCES if tolerances is None else load_tolerances(tolerances)
     tolerance = None if precision is None else tolerance_of(precision, rows)
     given = None if plan is None else PruningPlan.load(plan)
-    preprocessors = (ImagePreprocessor.load(_home(path)) for path in (candidate, reference))
+    preprocessors = (ImagePreprocessor.load(home(path)) for path in (candidate, reference))
     preprocessor = next((found for found in preprocessors if found is not None), None)
     task = None if data is None else load_dataset(data, preprocessor)
-    with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as scratch, console.status(f"verifying {candidate}"):
-        parent = _reference(reference, candidate, given, Path(scratch) / "reference")
-        child = _observable(candidate, Path(scratch) / "candidate")
-        report = compare(
-            child,
-            parent,
-            task,
-            batch_size=batch_size,
-            threads=threads,
+    with console.status(f"verifying {candidate}"):
+        report = judge(
+            candidate,
+            reference,
+            plan=given,
+            data=task,
             tolerance=tolerance,
             tolerances=rows,
-            forced=_forced(candidate, Path(scratch) / "forced"),
+            batch_size=batch_size,
+            threads=threads,
+            bisect=bisect,
+            greedy_tokens=greedy_tokens,
+            cost=cost,
         )
-        if bisect and not report.passed:
-            report = _with_fault(report, candidate, parent, Path(scratch) / "cut", task, batch_size, threads)
     if output is not None:
         report.save(output)
     console.result(_summary(report), report.to_json(), as_json)
     if not report.passed:
         raise VerificationError("; ".join([*report.reasons, _place(report)]))
-
-
-def _home(model: Path) -> Path:
-    """The directory of an .onnx file, or the model directory itself."""
-    return model if model.is_dir() else model.parent
-
-
-def _is_engine(candidate: Path) -> bool:
-    from moe_spec.manifest import FILE_NAME, Manifest
-    from runtime.backend import ENGINE
-
-    return (candidate / FILE_NAME).is_file() and Manifest.load(candidate).kind == ENGINE
-
-
-def _observable(candidate: Path, scratch: Path) -> Path:
-    """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
-    from moe_spec.manifest import FILE_NAME, OBSERVED
-
-    is_known = (candidate / FILE_NAME).is_file()
-    if not candidate.exists() or _is_engine(candidate) or (is_known and (candidate / OBSERVED).is_file()):
-        return candidate
-    from graph_passes.mask import mask_model
-
-    mask_model(candidate, None, scratch)
-    return scratch
-
-
-def _reference(reference: Path, candidate: Path, plan: "PruningPlan | None", scratch: Path) -> Path:
-    """``reference`` where its routers can be seen and no plan has to be applied to it; else a graph made from it."""
-    from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
-
-    def plan_of(path: Path) -> "PruningPlan | None":
-        directory = _home(path)
-        return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
-
-    applied, own = plan_of(candidate) if plan is None else plan, plan_of(reference)
-    is_applied = own == applied and not (applied is not None and applied.shares_experts)  # gates are added up first
-    missing = None if is_applied else applied
-    if missing is None and (reference / OBSERVED).is_file():
-        return reference
-    from graph_passes.mask import mask_model
-
-    mask_model(reference, missing, scratch)
-    return scratch
-
-
-def _forced(candidate: Path, scratch: Path) -> "ForcedModel | None":
-    """``candidate`` with its routing as inputs; None where there is no graph to change, or an op routes by itself."""
-    if not candidate.exists() or _is_engine(candidate):
-        return None
-    try:
-        from graph_passes.cut import save_forced_routing
-
-        model = save_forced_routing(candidate, scratch)
-    except (UserError, ModuleNotFoundError):
-        return None
-    return model if model.layers else None
-
-
-def _with_fault(
-    report: "ParityReport",
-    candidate: Path,
-    reference: Path,
-    scratch: Path,
-    data: "Dataset | None",
-    batch_size: int,
-    threads: int,
-) -> "ParityReport":
-    """``report`` and the first part of ``candidate`` that went wrong, or a note of why none is named."""
-    from runtime.bisect import find_fault
-    from runtime.cut_run import CutPair
-
-    try:
-        from graph_passes.cut import save_cut, save_watched
-    except ModuleNotFoundError as missing:
-        return report.with_note(
-            f"the part at fault is not known: cutting graphs needs {missing.name}, moe-edge[optimize]"
-        )
-    if report.layers is None:
-        return report.with_note(
-            "an engine cannot be cut: verify the model that it was built from to find the part at fault"
-        )
-    watched = save_watched(reference, scratch / "reference")
-    cut = save_cut(candidate, scratch / "candidate", {layer.name for layer in watched.layers})
-    names = [layer.name for layer in cut.layers]
-    if not names:
-        return report.with_note("no MoE layer could be cut out, so no part was looked at by itself")
-    pair = CutPair(watched, save_cut(reference, scratch / "reference", names), cut)
-    fault = find_fault(pair, reference, data, tolerance=report.tolerance, batch_size=batch_size, threads=threads)
-    uncut = [layer.name for layer in report.layers if layer.name not in names]
-    if uncut:
-        report = report.with_note(f"not cut, so a fault in them is told as one of what lies around: {', '.join(uncut)}")
-    if fault is None:
-        return report.with_note("no part by itself is out of tolerance: small differences add up")
-    return report.with_fault(fault)
 
 
 def _summary(report: "ParityReport") -> str:
@@ -182,7 +84,8 @@ def _summary(report: "ParityReport") -> str:
         summary += f", accuracy {report.accuracy.candidate:.1%} (reference {report.accuracy.reference:.1%})"
     layers = [_layer(layer) for layer in report.layers or ()]
     outputs = [_output(output) for output in _worst_of_cache(report.outputs)]
-    return "\n".join([summary, *layers, *outputs, *_interval(report), *(f"  note: {note}" for note in report.notes)])
+    notes = [f"  note: {note}" for note in report.notes]
+    return "\n".join([summary, *layers, *outputs, *_interval(report), *_greedy(report), *_cost(report), *notes])
 
 
 def _interval(report: "ParityReport") -> list[str]:
@@ -190,6 +93,24 @@ def _interval(report: "ParityReport") -> list[str]:
         return []
     low, high = (f"{100 * bound:+.1f}" for bound in (report.accuracy.low, report.accuracy.high))
     return [f"  accuracy: changes by {low} to {high} points, with 95 % confidence"]
+
+
+def _greedy(report: "ParityReport") -> list[str]:
+    greedy = report.greedy
+    if greedy is None:
+        return []
+    return [
+        f"  greedy: {greedy.mean:.1f} of {greedy.tokens} tokens are the same on average, at least {greedy.shortest}, "
+        f"behind {greedy.prompts} prompts"
+    ]
+
+
+def _cost(report: "ParityReport") -> list[str]:
+    memory = ["-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}" for row in report.cost]
+    return [
+        f"  {row.model}: {row.median_ms:.3f} ms for {row.batch_size} examples, {size} MiB RAM, {row.file_bytes:,} bytes"
+        for row, size in zip(report.cost, memory, strict=True)
+    ]
 
 
 def _worst_of_cache(outputs: Sequence["OutputParity"]) -> "list[OutputParity]":

@@ -34,7 +34,7 @@ def what_router_does(mine: Routing, theirs: Routing, tolerance: float) -> str:
     if _close(ratios_T, np.full_like(ratios_T, np.median(ratios_T)), tolerance):
         return f"it selects the same experts, with gates {np.median(ratios_T):.3g} times as large"
     return (
-        f"it selects the same experts, with gates that add up to {other_sums_T.min():.3g} to {other_sums_T.max():.3g} "
+        f"it selects the same experts, with gates that add up to {_range(other_sums_T)} "
         f"for a token instead of {_range(sums_T)}: only one of the two renormalises them"
     )
 

@@ -1,11 +1,15 @@
 """parity.json: what `verify` measured and what it made of it."""
 
 import dataclasses
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_spec.record import Json, Record, load_record, save_record
+from runtime.bench import BenchRow
 from runtime.fault import Fault
+from runtime.greedy import GreedyParity
 from runtime.tolerances import Tolerance
 
 SCHEMA = 2
@@ -113,6 +117,8 @@ class ParityReport:
         layers: in model order; None where the candidate is an engine, which shows no routers.
         outputs: in model order.
         accuracy: None without labels.
+        greedy: how long decoders write the same; None for other models.
+        cost: latency, memory and bytes of both, the reference first, where they were measured.
         fault: the first part that went wrong, where it was searched for and found.
         notes: what was not measured, and why.
     """
@@ -131,6 +137,8 @@ class ParityReport:
     layers: tuple[LayerParity, ...] | None
     outputs: tuple[OutputParity, ...]
     accuracy: TaskAccuracy | None
+    greedy: GreedyParity | None = None
+    cost: tuple[BenchRow, ...] = ()
     fault: Fault | None = None
     notes: tuple[str, ...] = ()
 
@@ -142,6 +150,10 @@ class ParityReport:
     def with_fault(self, fault: Fault) -> "ParityReport":
         """The report, and where the fault is that it tells of."""
         return dataclasses.replace(self, fault=fault, first_wrong_layer=fault.layer)
+
+    def with_cost(self, rows: Sequence[BenchRow]) -> "ParityReport":
+        """The report, and what both models cost."""
+        return dataclasses.replace(self, cost=tuple(rows))
 
     def with_note(self, note: str) -> "ParityReport":
         """The report, and one more thing that was not measured."""
@@ -164,7 +176,7 @@ class ParityReport:
         """
         record = load_record(path, "parity", SCHEMA, _REMAKE)
         layers, accuracy = record.take("layers", list, default=None), record.record("accuracy")
-        tolerance, fault = record.record("tolerance"), record.record("fault")
+        tolerance, fault, greedy = (record.record(key) for key in ("tolerance", "fault", "greedy"))
         if tolerance is None:
             raise record.fail("key 'tolerance' is missing")
         return cls(
@@ -182,6 +194,8 @@ class ParityReport:
             layers=None if layers is None else tuple(_row(LayerParity, row) for row in record.records("layers")),
             outputs=tuple(_row(OutputParity, row) for row in record.records("outputs")),
             accuracy=None if accuracy is None else _row(TaskAccuracy, accuracy),
+            greedy=None if greedy is None else _row(GreedyParity, greedy),
+            cost=tuple(_row(BenchRow, row) for row in record.records("cost")),
             fault=None if fault is None else _fault(fault),
             notes=record.items("notes", str),
         )
@@ -198,13 +212,12 @@ def _fault(record: Record) -> Fault:
 
 
 def _row(kind: type[Any], record: Record) -> Any:
-    """A dataclass whose fields are str, int, float, or float or None."""
-    plain = {str: str, int: int, float: float}
-    return kind(
-        **{
-            field.name: record.take(field.name, plain[field.type])
-            if field.type in plain
-            else record.take(field.name, float, default=None)
-            for field in dataclasses.fields(kind)
-        }
-    )
+    """A dataclass whose fields are str, int or float, or one of these or None."""
+    return kind(**{field.name: _value(field, record) for field in dataclasses.fields(kind)})
+
+
+def _value(field: dataclasses.Field[Any], record: Record) -> Any:
+    if isinstance(field.type, type):
+        return record.take(field.name, field.type)
+    (kind,) = (one for one in typing.get_args(field.type) if one is not type(None))
+    return record.take(field.name, kind, default=None)

@@ -6,6 +6,7 @@ flipped; and measures over everything (cosine, KL, top-1 agreement, task accurac
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import numpy.typing as npt
 
 from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
+from moe_spec.decoder import has_cache
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
-from runtime.feeds import RANDOM_SHAPES
+from runtime.feeds import RANDOM_SHAPES, RandomFeeds
+from runtime.greedy import PROMPTS, compare_greedy, prompts_of
 from runtime.parity import Flags, compare_routing, slots_of
 from runtime.report import ParityReport
 from runtime.sides import Side, batches_of, check_comparable, run_cast
@@ -26,6 +29,10 @@ from runtime.tolerances import TOLERANCES, Tolerance
 from runtime.verdict import first_wrong_layer, why_it_failed
 
 _RANDOM = f"random feeds at the shapes {', '.join(f'{leading}x{other}' for leading, other, _ in RANDOM_SHAPES)}"
+GREEDY_TOKENS = 16
+PROMPT_TOKENS = 8
+"""Of prompts that are drawn at random."""
+
 _NO_ROUTERS = "the candidate is an engine, which shows no routers: no flips were looked for, all examples were compared"
 
 
@@ -39,6 +46,7 @@ def verify(
     tolerance: Tolerance | None = None,
     tolerances: Mapping[str, Tolerance] = TOLERANCES,
     forced: ForcedModel | None = None,
+    greedy_tokens: int = GREEDY_TOKENS,
 ) -> ParityReport:
     """Compare two model directories, or an engine with a model directory.
 
@@ -52,6 +60,7 @@ def verify(
         tolerances: by number format (`load_tolerances`).
         forced: the candidate with its routing as inputs, as `graph_passes.cut` writes it; it is run with the choices of
             the reference's routers, so that all elements can be compared, and nothing flips.
+        greedy_tokens: so many tokens decoders with a cache write to be compared; 0: none.
 
     Raises:
         UserError: a directory is damaged or cannot be run here, or the two are not comparable.
@@ -71,7 +80,19 @@ def verify(
         comparison = _Comparison(mine, theirs, tolerance, routed)
         for feeds, labels in batches_of(mine.session.inputs, reference, data, batch_size):
             comparison.add(feeds, labels)
-        return comparison.report(data, precision)
+        report = comparison.report(data, precision)
+        prompts = prompts_of(_prompted(mine, data)) if greedy_tokens and has_cache(mine.session.inputs) else []
+        if not prompts:
+            return report
+        greedy = compare_greedy(mine.session, theirs.session, prompts, greedy_tokens)
+        return dataclasses.replace(report, greedy=greedy)
+
+
+def _prompted(reference: Side, data: Dataset | None) -> Feeds:
+    """Feeds with the prompts that decoders go on from."""
+    if data is not None:
+        return data.first(PROMPTS).feeds
+    return RandomFeeds.of(reference.session.inputs, reference.path).draw(PROMPTS, PROMPT_TOKENS, seed=0)
 
 
 def _is_forced_throughout(reference: Side, candidate: Side, forced: ForcedModel) -> bool:

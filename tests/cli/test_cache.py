@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks.planted import FAULTS, plant
 from models.checkpoints import save_model
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.statistics import Statistics
@@ -57,7 +58,16 @@ def test_it_is_verified_and_the_cache_has_one_line(data, zoo, pruned, monkeypatc
     assert lines[0].startswith("PASS")
     assert lines[3].startswith("  logits: ")
     assert re.match(r"  present\.1\.(key|value): differs by .*, cosine -, KL -", lines[4])
-    assert len(lines) == 5
+    assert lines[5] == "  greedy: 16.0 of 16 tokens are the same on average, at least 16, behind 4 prompts"
+    assert len(lines) == 6
+
+
+def test_what_decoders_write_differs_where_one_of_them_is_broken(zoo, tmp_path):
+    broken = plant(zoo.cached("mixtral"), tmp_path / "broken", FAULTS["two experts swapped"], 1)
+    out = invoke("verify", broken, "--reference", zoo.cached("mixtral"), "--json", "--greedy-tokens", 8)[1]
+    greedy = json.loads(out)["greedy"]
+    assert (greedy["prompts"], greedy["tokens"]) == (4, 8)
+    assert 0 <= greedy["shortest"] <= greedy["mean"] < 8
 
 
 def test_it_is_calibrated_as_its_checkpoint_is(zoo, pruned):

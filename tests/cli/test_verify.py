@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_a_fault_ends_with_exit_code_3_after_the_report_is_written(model, tmp_pa
     assert json.loads(out)["passed"] is False
     (reason,) = ParityReport.load(tmp_path / "parity.json").reasons
     assert err.endswith(f"verification failed: {reason}; the routers of all layers agree\n")
+
+
+def test_both_are_timed_and_measured_when_asked(model, tmp_path):
+    copy, path = tiny.write(tmp_path / "copy"), tmp_path / "parity.json"
+    code, out, _ = invoke("verify", copy, "--reference", model, "--batch-size", 2, "--cost", "-o", path)
+    report = ParityReport.load(path)
+    assert code == 0
+    assert [(row.model, row.batch_size) for row in report.cost] == [(str(model), 2), (str(copy), 2)]
+    lines = [line for line in out.splitlines() if "MiB RAM" in line]
+    measured = r": [\d.]+ ms for 2 examples, (-|[\d.]+) MiB RAM, [\d,]+ bytes"
+    assert re.fullmatch(f"  {re.escape(str(model))}{measured}", lines[0])
 
 
 def test_the_first_layer_that_went_wrong_is_named(model, tmp_path):
