@@ -82,7 +82,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         yield staging
         refuse_existing(path)
-        staging.rename(path)
+        try:
+            staging.rename(path)
+        except OSError:
+            refuse_existing(path)  # another run has just written it
+            raise
     except BaseException as error:  # ctrl-C too: nothing half-written is left behind
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _FULL:

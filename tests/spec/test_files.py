@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,20 @@ def test_a_file_replaces_the_old_one_in_one_step(tmp_path):
         assert out.read_text() == "old"
     assert out.read_text() == "new"
     assert out.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_directory_that_appears_at_the_last_moment_is_never_overwritten(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def later(staging, path):
+        path.mkdir()
+        (path / "of another run").touch()
+        return rename(staging, path)
+
+    monkeypatch.setattr(Path, "rename", later)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/out already exists")), new_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "of another run"]
 
 
 def test_a_dangling_link_exists_too(tmp_path):
