@@ -25,6 +25,7 @@ VERBS = (
     "export",
     "optimize",
     "build",
+    "bundle",
     "verify",
     "bench",
     "run",

@@ -1,5 +1,7 @@
 """The two things a user hears about: a mistake that they can mend, and a proof that failed."""
 
+from __future__ import annotations  # Python 3.8: this file travels to devices, see runtime/bundle
+
 import difflib
 from collections.abc import Collection, Iterable
 

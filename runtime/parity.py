@@ -3,6 +3,8 @@
 T tokens, E experts of the source model, R rows of an output (everything but the last axis), V its last axis.
 """
 
+from __future__ import annotations  # Python 3.8: this file travels to devices, see runtime/bundle
+
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -30,9 +32,7 @@ class Routing:
     scores: Floats
 
     @classmethod
-    def of(
-        cls, gates_Tk: npt.NDArray[Any], scores_Tk: npt.NDArray[Any], keep: Sequence[int], experts: int
-    ) -> "Routing":
+    def of(cls, gates_Tk: npt.NDArray[Any], scores_Tk: npt.NDArray[Any], keep: Sequence[int], experts: int) -> Routing:
         """Spread a graph's own experts, of which number j is ``keep[j]``, over the ids 0 to ``experts`` - 1.
 
         >>> Routing.of(np.array([[0.0, 1.0]]), np.array([[0.2, 0.8]]), keep=(0, 2), experts=3)
@@ -44,7 +44,7 @@ class Routing:
         return cls(gates, np.hstack([scores, scores_Tk[:, len(keep) :]]))
 
     @classmethod
-    def of_one_expert(cls, tokens: int, keep: Sequence[int], experts: int) -> "Routing":
+    def of_one_expert(cls, tokens: int, keep: Sequence[int], experts: int) -> Routing:
         """A layer without a router: every token goes to its one expert with gate 1."""
         return cls.of(np.ones((tokens, 1)), np.ones((tokens, 1)), keep, experts)
 

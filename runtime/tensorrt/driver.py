@@ -6,11 +6,13 @@ Executed by the tests: every call, into a library of the same names and types (r
 memory. It has not run on a GPU yet.
 """
 
+from __future__ import annotations  # Python 3.8: this file travels to devices, see runtime/bundle
+
 import ctypes
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +54,7 @@ class Driver:
             parts.append(str(value.value))
         return ".".join(parts)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Driver:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self.make_current()
         self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(_NON_BLOCKING))

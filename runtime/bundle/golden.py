@@ -1,0 +1,111 @@
+"""Golden cases: inputs, and what ONNX Runtime makes of them, routers included."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_spec.dataset import Dataset
+from moe_spec.decoder import complete
+from moe_spec.errors import UserError
+from moe_spec.manifest import Manifest, TensorSpec
+from moe_spec.record import Json
+from moe_spec.runner import Arrays, Feeds
+from runtime.backends import open_session
+from runtime.feeds import RandomFeeds
+from runtime.model_dir import observed_file
+from runtime.profiles import Profile, show_options
+from runtime.sides import run_cast
+
+FOLDER = "golden"
+BATCHES = 4
+"""At most, of task data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One batch.
+
+    Attributes:
+        examples: of the batch.
+        feeds: inputs by name.
+        results: the model's outputs by name, and those of ``observed.onnx`` with gates and scores of its routers.
+    """
+
+    examples: int
+    feeds: Feeds
+    results: Arrays
+
+
+def golden_cases(
+    model_dir: Path, manifest: Manifest, data: Dataset | None, batch_size: int, profiles: Sequence[Profile]
+) -> list[Case]:
+    """Cases whose shapes some profile takes: of the first examples of ``data``, or of random feeds at three shapes.
+
+    Raises:
+        UserError: no profile takes any, ``data`` does not fit the model, or the model cannot run here.
+    """
+    if data is None:
+        feeds: Iterator[Feeds] = RandomFeeds.of(manifest.inputs, model_dir).three_shapes()
+    else:
+        feeds = (complete(manifest.inputs, batch) for batch in islice(data.batches(batch_size), BATCHES))
+    taken = [given for given in feeds if not profiles or any(_takes(profile, given) for profile in profiles)]
+    if not taken:
+        raise UserError(
+            f"no golden inputs fit the profile {'; '.join(map(show_options, profiles))}",
+            hint="give examples that fit it with --data and --batch-size, or a wider profile",
+        )
+    cases = []
+    with open_session(observed_file(model_dir)) as session:
+        for given in taken:
+            formats = {spec.name: np.dtype(spec.dtype) for spec in session.inputs}
+            results = run_cast(session, given)
+            stored = {name: np.asarray(array, formats[name]) for name, array in given.items()}
+            cases.append(Case(len(next(iter(given.values()))), stored, results))
+    return cases
+
+
+def _takes(profile: Profile, feeds: Feeds) -> bool:
+    return all(
+        all(low <= length <= high for low, length, high in zip(shapes.min, feeds[name].shape, shapes.max, strict=True))
+        for name, shapes in profile.items()
+    )
+
+
+def save_case(number: int, case: Case, outputs: Sequence[TensorSpec], directory: Path) -> Json:
+    """Write case ``number`` below ``directory``, as one .npz and as raw files for trtexec; its entry in the manifest.
+
+    Args:
+        number: from 0 on.
+        case: to write.
+        outputs: those of the model; what its routers do is none.
+        directory: of the bundle.
+
+    Returns:
+        Path of the .npz, number of examples, largest magnitude among ``outputs``; by name the raw file and the shape of
+        each array.
+    """
+    npz = f"{FOLDER}/{number}.npz"
+    (directory / FOLDER / str(number)).mkdir(parents=True)
+    np.savez(directory / npz, **{**case.feeds, **case.results})  # type: ignore[arg-type] # numpy's stub takes names for flags
+    inputs, results = (_save_raw(number, arrays, directory) for arrays in (case.feeds, case.results))
+    given = [case.results[spec.name] for spec in outputs]
+    magnitude = max(float(np.abs(array[np.isfinite(array)]).max(initial=0.0)) for array in given)
+    return {"npz": npz, "examples": case.examples, "magnitude": magnitude, "inputs": inputs, "outputs": results}
+
+
+def _save_raw(number: int, arrays: Mapping[str, Any], directory: Path) -> Json:
+    entries = {}
+    for name, array in arrays.items():
+        path = f"{FOLDER}/{number}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.bin"
+        if (directory / path).exists():
+            raise UserError(
+                f"two inputs or outputs have the same name on a disk, one is {name!r}", hint="rename one in the graph"
+            )
+        np.ascontiguousarray(array).tofile(directory / path)
+        entries[name] = {"file": path, "shape": list(array.shape)}
+    return entries

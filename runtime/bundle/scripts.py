@@ -1,0 +1,121 @@
+"""What runs on the device: the programs of ``device/``, the files of moe-edge that they use, and a README."""
+
+import importlib.metadata
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_spec.manifest import Manifest
+from moe_spec.record import Json
+from runtime.targets import ONNXRUNTIME, TENSORRT, Target
+from runtime.tolerances import TOLERANCES
+
+DEVICE = Path(__file__).parent / "device"
+PACKAGES = Path(__file__).parents[2]
+LIBRARY = ("moe_spec/errors.py", "runtime/parity.py", "runtime/tensorrt/driver.py")
+"""Files of moe-edge that ``verify.py`` imports: they keep to Python 3.8, and import nothing of moe-edge but these."""
+
+_BUILDERS = {
+    "build.sh": "build the engine with trtexec, 10.x or 11.x, into `out/`",
+    "build.py": "build it with TensorRT's Python package, which is all that it needs",
+}
+_CONTAINER = (
+    """Where the device itself has no TensorRT, NVIDIA's container `l4t-tensorrt` in the tag of its JetPack has."""
+)
+
+
+def write_scripts(directory: Path, target: Target, manifest: Manifest, details: Json) -> None:
+    """Write verify.py, lib/, README.md, and what builds for ``target``."""
+    for path in LIBRARY:
+        copy = directory / "lib" / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGES / path, copy)
+        for parent in list(copy.relative_to(directory / "lib").parents)[:-1]:
+            (directory / "lib" / parent / "__init__.py").touch()  # else an installed moe-edge would be taken
+    shutil.copyfile(DEVICE / "verify.py", directory / "verify.py")
+    builders = {TENSORRT: ("build.sh", "build.py"), ONNXRUNTIME: ()}.get(target.backend, ("build.py",))
+    for builder in builders:
+        (directory / builder).write_text(_filled(builder, _commands(manifest, details)), encoding="utf-8", newline="\n")
+        shutil.copymode(DEVICE / builder, directory / builder)
+    (directory / "README.md").write_text(
+        _filled("README.md", _words(target, manifest, details, builders)), encoding="utf-8", newline="\n"
+    )
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    text = (DEVICE / template).read_text(encoding="utf-8")
+    for word, value in words.items():
+        text = text.replace(f"@{word}@", value)
+    return text
+
+
+def _commands(manifest: Manifest, details: Json) -> Mapping[str, str]:
+    """The parts of build.sh that depend on the model."""
+    element = TOLERANCES[details["precision"]].element
+    return {
+        "PROFILES": " ".join(_profiles(details["profiles"])),
+        "CASES": "\n".join(f"  compare {' '.join(_case(case, manifest, element))}" for case in details["golden"]),
+    }
+
+
+def _profiles(profiles: list[Json]) -> list[str]:
+    options = []
+    for number, profile in enumerate(profiles):
+        options += [f"--profile={number}"] if len(profiles) > 1 else []
+        for which in ("min", "opt", "max"):
+            shapes = ",".join(f"{name}:{_dims(ranges[which])}" for name, ranges in sorted(profile.items()))
+            options += [shlex.quote(f"--{which}Shapes={shapes}")] if shapes else []
+    return options
+
+
+def _case(case: Json, manifest: Manifest, element: float) -> list[str]:
+    """Options of trtexec for the inputs of a golden case, and the outputs that it should give."""
+    outputs = {spec.name: case["outputs"][spec.name] for spec in manifest.outputs}
+    options = {
+        "--shapes": {name: _dims(entry["shape"]) for name, entry in case["inputs"].items()},
+        "--loadInputs": {name: entry["file"] for name, entry in case["inputs"].items()},
+        "--loadRefOutputs": {name: entry["file"] for name, entry in outputs.items()},
+    }
+    listed = {option: ",".join(f"{name}:{value}" for name, value in pairs.items()) for option, pairs in options.items()}
+    quoted = [shlex.quote(f"{option}={value}") for option, value in listed.items()]
+    return [*quoted, f"--accuracyThreshold={element * case['magnitude']:.3e}"]
+
+
+def _words(target: Target, manifest: Manifest, details: Json, builders: tuple[str, ...]) -> Mapping[str, str]:
+    tolerance = TOLERANCES[details["precision"]]
+    layers = [
+        f"| {block.name} | {block.experts} | {block.top_k} | {block.form} | {block.bytes / 1e6:.2f} |"
+        for block in manifest.blocks
+    ]
+    return {
+        "TARGET": target.name,
+        "VERSION": importlib.metadata.version("moe-edge"),
+        "CASES": str(len(details["golden"])),
+        "PRECISION": f"{details['precision']}, {tolerance.element:g} of an output's range",
+        "BUILDERS": "".join(f"| `{builder}` | {_BUILDERS[builder]} |\n" for builder in builders),
+        "HEADING": "Build and check" if builders else "Run it",
+        "BUILD": _how(target, details, builders),
+        "LAYERS": "\n".join(layers),
+    }
+
+
+def _how(target: Target, details: Json, builders: tuple[str, ...]) -> str:
+    if not builders:
+        return "Nothing has to be built: ONNX Runtime opens `model/model.onnx`."
+    package = details["package"]
+    where = "On the device" if target.backend == TENSORRT else "Here or there, no GPU is needed for it"
+    first = "./build.sh" if "build.sh" in builders else "python3 build.py"
+    also = ", or `python3 build.py` without trtexec" if "build.sh" in builders else ""
+    paragraphs = [
+        f"{where}, with {package} {details['versions']}{also}:",
+        f"```\n{first}\npython3 verify.py --backend {package}\n```",
+        "`python3 build.py --observed` builds an engine that shows what its routers do, so that flips can be told\n"
+        "from faults.",
+    ]
+    return "\n\n".join([*paragraphs, _CONTAINER] if target.name.startswith("jetson") else paragraphs)
+
+
+def _dims(shape: Any) -> str:
+    return "x".join(map(str, shape)) or "1"
