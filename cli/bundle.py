@@ -52,5 +52,6 @@ def bundle(
         )
     size = sum(entry.bytes for entry in manifest.files)
     cases = len(manifest.details["golden"])
-    summary = f"{output}: for {device.name}, {size:,} bytes, {cases} golden cases; check it: python3 {output}/verify.py"
+    golden = f"{cases} golden case{'s' * (cases != 1)}"
+    summary = f"{output}: for {device.name}, {size:,} bytes, {golden}; check it: python3 {output}/verify.py"
     console.result(f"{summary} --backend onnxruntime", manifest.to_json(), as_json)

@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint, ONNX model, engine, plan, statistics or parity report.
+"""Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics or parity report.
 
 Example: moe-edge inspect exported/
 """
@@ -25,11 +25,13 @@ Description = tuple[str, Json]
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint, model or engine directory, .onnx, .json, .safetensors.")],
+    path: Annotated[
+        Path, typer.Argument(help="Directory of a checkpoint, model, engine or bundle; .onnx, .json, .safetensors.")
+    ],
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a checkpoint, ONNX model, engine, plan, statistics or parity report.
+    """Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics or parity report.
 
     Example: moe-edge inspect exported/
     """
@@ -58,9 +60,10 @@ def _describer(path: Path, *, trust_remote_code: bool) -> Callable[[Path], Descr
 def _directory(path: Path, *, trust_remote_code: bool = False) -> Description:
     from moe_spec.manifest import FILE_NAME, MODEL, Manifest
     from runtime.backend import ENGINE
+    from runtime.bundle.bundle import KIND
 
     if (path / FILE_NAME).is_file():
-        return _engine(path) if Manifest.load(path).kind == ENGINE else _onnx(path)
+        return _engine(path) if Manifest.load(path).kind in (ENGINE, KIND) else _onnx(path)
     return _onnx(path) if (path / MODEL).is_file() else _checkpoint(path, trust_remote_code=trust_remote_code)
 
 

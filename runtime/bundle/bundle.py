@@ -13,10 +13,9 @@ from moe_spec.record import Json, dump
 from runtime.backend import ENGINE
 from runtime.bundle.golden import golden_cases, save_case
 from runtime.bundle.scripts import write_scripts
-from runtime.engine import profile_to_json
 from runtime.model_dir import model_file, observed_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types
-from runtime.profiles import Profile, check_profile, default_profile
+from runtime.profiles import Profile, check_profile, default_profile, profile_to_json
 from runtime.targets import ONNXRUNTIME, Target
 from runtime.tensorrt.library import PACKAGES
 from runtime.tolerances import coarsest, tolerance_of
@@ -94,9 +93,9 @@ def bundle(
 
 
 def _checked(model_dir: Path, target: Target) -> Manifest:
-    model_file(model_dir)
     optimize = f"moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}"
     if not (model_dir / FILE_NAME).is_file():
+        model_file(model_dir)
         raise UserError(f"{model_dir} is no model directory: it has no {FILE_NAME}", hint=f"make one: {optimize}")
     manifest = Manifest.load(model_dir)
     if manifest.kind in (ENGINE, KIND):

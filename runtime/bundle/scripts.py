@@ -61,6 +61,7 @@ def _commands(manifest: Manifest, details: Json) -> Mapping[str, str]:
 
 
 def _profiles(profiles: list[Json]) -> list[str]:
+    """Options of trtexec; quoted, for names of inputs are a stranger's."""
     options = []
     for number, profile in enumerate(profiles):
         options += [f"--profile={number}"] if len(profiles) > 1 else []

@@ -44,10 +44,10 @@ def build(trt: Any, onnx: Path, details: dict[str, Any], workspace: int | None) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--observed", action="store_true", help="with what routers do as outputs, for verify.py")
-    parser.add_argument("--workspace", type=int, help="MiB of scratch memory a kernel may use")
-    options = parser.parse_args(arguments)
+    line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    line.add_argument("--observed", action="store_true", help="with what routers do as outputs, for verify.py")
+    line.add_argument("--workspace", type=int, help="MiB of scratch memory a kernel may use")
+    options = line.parse_args(arguments)
     details = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))["details"]
     try:
         trt = importlib.import_module(details["package"])

@@ -43,18 +43,20 @@ def check_files(directory: Path) -> None:
     sums = directory / SUMS
     if not sums.is_file():
         raise UserError(f"{sums} is missing", hint=again)
-    lines = sums.read_bytes().decode("utf-8", "replace").splitlines(True)
-    listed = {line[66:].rstrip("\n"): line for line in lines}
+    text = sums.read_bytes().decode("utf-8", "replace")
+    listed = {line[66:]: line for line in text.split("\n")}
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     found = [name for name in names if name != SUMS and not name.startswith(OUT + "/")]
     for name in found:
         if name not in listed:
             raise UserError(f"{directory / name} does not belong to the bundle", hint=f"remove it, or {again}")
-        if listed[name] != f"{sha256_of(directory / name)}  {name}\n":
+        if listed[name] != f"{sha256_of(directory / name)}  {name}":
             raise UserError(f"{directory / name} was changed: its sha256 is another than in {SUMS}", hint=again)
-    missing = sorted(set(listed) - set(found))
-    if missing or "".join(lines) != "".join(listed[name] for name in found):
-        raise UserError(f"{directory / (missing or [SUMS])[0]} is missing or damaged", hint=again)
+    missing = sorted(set(listed) - set(found) - {""})
+    if missing:
+        raise UserError(f"{directory / missing[0]} is missing, {SUMS} lists it", hint=again)
+    if text != "".join(f"{listed[name]}\n" for name in found):
+        raise UserError(f"{sums} was changed", hint=again)
 
 
 def sha256_of(path: Path) -> str:
@@ -98,7 +100,7 @@ class TensorRT:
             raise UserError(f"{path} does not exist", hint="build it first: ./build.sh or python3 build.py")
         self._driver = Driver()
         self._driver.__enter__()
-        self._trt, self._runtime = trt, trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._numpy_type, self._runtime = trt.nptype, trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise UserError(f"{path} cannot be deserialised on this GPU", hint="build it again on this device")
@@ -121,7 +123,7 @@ class TensorRT:
         places = {}
         for name in self._outputs:
             shape = tuple(self._context.get_tensor_shape(name))
-            dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            dtype = np.dtype(self._numpy_type(self._engine.get_tensor_dtype(name)))
             address = self._driver.buffer(name, int(np.prod(shape)) * dtype.itemsize)
             self._context.set_tensor_address(name, address)
             places[name] = (address, shape, dtype)
