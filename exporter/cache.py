@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from exporter.experts import IMPLEMENTATION, experts_implementation
+from exporter.upstream import translatable
 from moe_spec.decoder import BATCH, PAST, PAST_LENGTH, PRESENT
 from moe_spec.errors import UserError
 
@@ -149,7 +150,8 @@ def tensors_in(cache: Cache) -> Iterator[tuple[int, str, int | None, torch.Tenso
 def _shapes(model: PreTrainedModel, length: int) -> list[tuple[int, str, int | None, torch.Tensor]]:
     """What the cache holds after one example of ``length`` tokens, as tensors without values."""
     cache = empty_cache(model.config)
-    with FakeTensorMode(allow_non_fake_inputs=True), experts_implementation(model, IMPLEMENTATION):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, experts_implementation(model, IMPLEMENTATION), translatable():
         ids = torch.zeros((1, length), dtype=torch.int64)
         named = (*model.named_parameters(), *model.named_buffers())
         weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}

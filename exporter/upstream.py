@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from onnxscript.rewriter import MatchResult
 from onnxscript.rewriter._matcher import SimplePatternMatcher
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.glm5_next import modeling_glm5_next
 from transformers.models.llama4 import modeling_llama4
 
 HEADS: tuple[tuple[Any, int], ...] = ((modeling_deepseek_v2, 1), (modeling_llama4, 2))
@@ -18,15 +20,58 @@ HEADS: tuple[tuple[Any, int], ...] = ((modeling_deepseek_v2, 1), (modeling_llama
 
 @contextlib.contextmanager
 def translatable() -> Iterator[None]:
-    """Within the block queries and keys are turned in real numbers, because ONNX hardly knows complex ones."""
+    """Within the block models compute the same in what ONNX and TensorRT have.
+
+    1. Queries and keys are turned in real numbers, because ONNX hardly knows complex ones.
+    2. ``x[mask] = number`` is no search for what is true, a NonZero, which TensorRT-RTX lacks (Muse Spark).
+    3. GLM-5-Next's indexer keeps pools of tokens that are valid in no example, of which it chooses none. No trace knows
+       how many they are.
+    """
     before = [(module, module.apply_rotary_emb) for module, _ in HEADS]
     for module, axis in HEADS:
         module.apply_rotary_emb = functools.partial(_turned, axis)
+    indexer: Any = modeling_glm5_next.Glm5NextTextIndexer
+    pooled = indexer.get_pooled_states
+    indexer.get_pooled_states = _whole(pooled)
     try:
-        yield
+        with _Filled():
+            yield
     finally:
+        indexer.get_pooled_states = pooled
         for module, turn in before:
             module.apply_rotary_emb = turn
+
+
+class _Filled(TorchFunctionMode):
+    """``x[mask] = number`` fills."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__setitem__ and _is_mask(args[1]) and isinstance(args[2], (bool, int, float)):
+            return args[0].masked_fill_(args[1], args[2])
+        return func(*args, **(kwargs or {}))
+
+
+class _Whole(TorchFunctionMode):
+    """``x[:, mask]`` is x."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and _is_mask(args[1][-1]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _whole(pooled: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """``pooled`` without its last step."""
+
+    def all_pools(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with _Whole():
+            return pooled(*args, **options)
+
+    return all_pools
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
 def _turned(heads: int, queries: Tensor, keys: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
