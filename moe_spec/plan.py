@@ -265,7 +265,7 @@ class PruningPlan:
             raise UserError(
                 f"the plan lets rows of the router of layer {aliased[0]} share an expert, but a checkpoint has one for "
                 "each row",
-                hint="moe-edge export CHECKPOINT --plan plan.json -o exported/ && "
+                hint="moe-edge export CHECKPOINT -o exported/ && "
                 "moe-edge optimize exported/ --plan plan.json -o optimized/",
             )
 

@@ -95,8 +95,7 @@ def test_a_checkpoint_has_an_expert_a_row(tmp_path):
     assert (caught.value.what, caught.value.hint) == (
         "the plan lets rows of the router of layer model.layers.0.mlp share an expert, but a checkpoint has one for "
         "each row",
-        "moe-edge export CHECKPOINT --plan plan.json -o exported/ && "
-        "moe-edge optimize exported/ --plan plan.json -o optimized/",
+        "moe-edge export CHECKPOINT -o exported/ && moe-edge optimize exported/ --plan plan.json -o optimized/",
     )
     assert not (tmp_path / "out").exists()
 
