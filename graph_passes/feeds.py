@@ -76,9 +76,12 @@ def random_feeds(graph: gs.Graph, size: Size, rng: np.random.Generator) -> Feeds
     positions count up.
     """
     inputs, _ = io_of(graph)
+    dtypes = {spec.name: np.dtype(spec.dtype) for spec in inputs}
     cached = has_cache(inputs)
     names = axis_lengths(inputs, *size) if cached else {}
-    feeds = {tensor.name: _values(tensor, _shape(tensor, names, size), rng) for tensor in graph.inputs}
+    feeds = {
+        tensor.name: _values(tensor, dtypes[tensor.name], _shape(tensor, names, size), rng) for tensor in graph.inputs
+    }
     if cached and POSITIONS in feeds:
         feeds[POSITIONS] += feeds[POSITIONS].dtype.type(size[2])
     return feeds
@@ -100,9 +103,10 @@ def _shape(tensor: gs.Tensor, names: dict[str, int], size: Size) -> tuple[int, .
     return tuple(dims)
 
 
-def _values(tensor: gs.Tensor, shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[Any]:
-    dtype = np.dtype(tensor.dtype)
-    if dtype.kind == "f":
+def _values(
+    tensor: gs.Tensor, dtype: np.dtype[Any], shape: Sequence[int], rng: np.random.Generator
+) -> npt.NDArray[Any]:
+    if "float" in dtype.name:
         return rng.standard_normal(shape).astype(dtype)
     if dtype.kind == "b" or "mask" in tensor.name:
         return np.ones(shape, dtype)

@@ -51,13 +51,18 @@ def _as_input(spec: TensorSpec, feeds: Feeds, where: str) -> npt.NDArray[Any]:
     fits = array.ndim == len(spec.shape) and all(
         length == dim for length, dim in zip(array.shape[1:], spec.shape[1:], strict=True) if isinstance(dim, int)
     )
-    if not fits or array.dtype.kind not in _KINDS.get(dtype.kind, ""):
+    if not fits or _kind(array.dtype) not in _KINDS.get(_kind(dtype), ""):
         raise UserError(
             f"{where}: {spec.name} are {array.dtype}{list(array.shape)}, expected {dtype}"
             f"[{', '.join(map(str, spec.shape))}]",
             hint="store them as the model takes them, or store uint8 `images`",
         )
     return array.astype(dtype, copy=False)
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """As numpy's, of bfloat16 too."""
+    return "f" if "float" in dtype.name else dtype.kind
 
 
 def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, where: str) -> None:

@@ -23,7 +23,7 @@ from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.engine import check_engine, finish_engine
 from runtime.feeds import check_feeds, select_outputs
 from runtime.model_dir import model_file, why_not_buildable
-from runtime.onnx_file import check_external_data
+from runtime.onnx_file import check_external_data, float_types, read_tensors
 from runtime.targets import ONNXRUNTIME, Target
 
 CPU = "CPUExecutionProvider"
@@ -31,6 +31,11 @@ _FLOAT_ACTIVATIONS = "1"
 _SILENT = 4
 _EXTERNAL_FROM_BYTES = 1024
 _NUMPY = {"float": "float32", "double": "float64"}
+BFLOAT16 = "bfloat16"
+_NO_BFLOAT16 = (
+    "ONNX Runtime has next to no kernels for it on a CPU: export for here with --dtype fp32; bfloat16 is for TensorRT, "
+    "moe-edge optimize --no-prove and build --target rtx-ada"
+)
 _ERRORS = tuple(kind for kind in vars(ort_errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
 """ONNX Runtime's errors have no common base."""
 
@@ -148,8 +153,16 @@ class OnnxRuntimeBackend:
         if self.provider not in available:
             raise UserError(f"ONNX Runtime has no provider {self.provider!r} here", hint=hint)
         ort.set_default_logger_severity(_SILENT)
-        with _as_user_error(f"{path} cannot be loaded", "copy or export the model again"):
-            session = ort.InferenceSession(str(path), options, providers=[self.provider])
+        try:
+            with _as_user_error(f"{path} cannot be loaded", "copy or export the model again"):
+                session = ort.InferenceSession(str(path), options, providers=[self.provider])
+        except UserError as error:
+            if isinstance(error.__cause__, ort_errors.NotImplemented) and BFLOAT16 in float_types(read_tensors(path)):
+                raise UserError(f"{error.what}; it computes in bfloat16", hint=_NO_BFLOAT16) from error
+            raise
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            if BFLOAT16 in value.type:
+                raise UserError(f"{value.name} of {path} is bfloat16, which numpy lacks", hint=_NO_BFLOAT16)
         if session.get_providers()[0] != self.provider:
             raise UserError(
                 f"ONNX Runtime cannot start {self.provider}, it offers {', '.join(session.get_providers())}",

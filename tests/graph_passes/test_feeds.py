@@ -1,11 +1,15 @@
 """Inputs for graphs that nobody has told us anything about."""
 
 import numpy as np
+import onnx
 import pytest
 
+from graph_passes.describe import io_of
 from graph_passes.feeds import batches_for, random_batches
 from graph_passes.model_file import load_graph
 from graph_passes.readers import read_blocks
+from graph_passes.task_data import fit_data
+from moe_spec.dataset import Dataset
 from moe_spec.runner import Arrays
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import Spec, save
@@ -58,3 +62,13 @@ def test_a_cache_holds_what_the_model_keeps_of_tokens(zoo):
         assert all((before[name] == after[name]).all() for name in ("input_ids", "attention_mask", "position_ids"))
     for feeds, outputs in zip((kept[0], kept[2]), given, strict=True):
         np.testing.assert_array_equal(feeds["past_key_values.1.key"], outputs["present.1.key"])
+
+
+def test_inputs_in_bfloat16_are_drawn_and_made_of_floats(tmp_path):
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (bfloat16[n, 4] x) => (bfloat16[n, 4] y) { y = Identity(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "half.onnx")
+    graph = load_graph(tmp_path / "half.onnx")
+    assert {feeds["x"].dtype.name for feeds in random_batches(graph, ())} == {"bfloat16"}
+    assert all(feeds["x"].astype(np.float32).std() > 0.1 for feeds in random_batches(graph, ()))
+    data = Dataset({"x": np.ones((3, 4), np.float32)}, None, "")
+    assert fit_data(data, io_of(graph)[0], "data.npz").feeds["x"].dtype.name == "bfloat16"

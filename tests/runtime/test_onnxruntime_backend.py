@@ -142,6 +142,41 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_an_error_with_its_reason(tmp_p
         open_session(tmp_path / "bad.onnx")
 
 
+NO_BFLOAT16 = (
+    "ONNX Runtime has next to no kernels for it on a CPU: export for here with --dtype fp32; bfloat16 is for TensorRT, "
+    "moe-edge optimize --no-prove and build --target rtx-ada"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "w = Constant <value = bfloat16[1] {1}> () \n z = Add(x, w) \n y = Cast <to = 1> (z)",
+            "cannot be loaded: .*; it computes in bfloat16",
+        ),
+        ("y = Cast <to = 1> (x)", "x of .* is bfloat16, which numpy lacks"),
+    ],
+)
+def test_a_graph_of_bfloat16_is_refused_with_the_way_round(body, reason, tmp_path):
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (bfloat16[n] x) => (float[n] y) {{ {body} }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "half.onnx")
+    with pytest.raises(UserError, match=reason) as caught:
+        open_session(tmp_path / "half.onnx")
+    assert caught.value.hint == NO_BFLOAT16
+
+
+def test_weights_in_bfloat16_that_are_cast_run_as_ever(tmp_path):
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.BFLOAT16, [1], [2.0])
+    body = "v = Cast <to = 1> (w) \n y = Mul(x, v)"
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (float[n] y) {{ {body} }}'
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(weight)
+    onnx.save(model, tmp_path / "cast.onnx")
+    with open_session(tmp_path / "cast.onnx") as session:
+        assert session.run({"x": np.ones(3, np.float32)})["y"].tolist() == [2, 2, 2]
+
+
 def test_a_run_that_fails_inside_the_graph_is_an_error_with_its_reason(tmp_path):
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x, float[m] z) => (float[k] y) { y = Add(x, z) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "add.onnx")
