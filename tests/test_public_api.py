@@ -30,6 +30,7 @@ FUNCTIONS = {
     "export": "exporter.export",
     "optimize": "graph_passes.optimize",
     "build": "runtime.build",
+    "bundle": "runtime.bundle.bundle",
     "verify": "runtime.verify",
     "bench": "runtime.bench",
     "run": "runtime.run",
