@@ -7,13 +7,14 @@ from pathlib import Path
 from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
-from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
+from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest
 from moe_spec.plan import PruningPlan
 from runtime.backend import ENGINE
 from runtime.bench import bench
 from runtime.bisect import find_fault
 from runtime.cut_run import CutPair
 from runtime.report import ParityReport
+from runtime.sides import Side
 from runtime.tolerances import TOLERANCES, Tolerance
 from runtime.verify import GREEDY_TOKENS, verify
 
@@ -36,7 +37,8 @@ def judge(
 
     Args:
         candidate: model or engine directory, or an .onnx file.
-        reference: model directory or .onnx file.
+        reference: model directory or .onnx file; or the checkpoint that the candidate was exported from, which torch
+            runs, as long as no expert is dropped.
         plan: what was applied to the candidate; by default the plan in its manifest.
         data: task data; without it both see random feeds.
         tolerance: what is allowed; by default the row of ``tolerances`` for the coarser model's number format.
@@ -45,17 +47,19 @@ def judge(
         threads: that one operator may use on a CPU; 0 for one a core.
         bisect: whether a candidate that fails is searched for the part that went wrong.
         greedy_tokens: so many tokens decoders write to be compared.
-        cost: whether both are timed, one after the other by turns, and their memory is measured.
+        cost: whether both are timed, by turns, and their memory is measured; of a checkpoint nothing is.
 
     Raises:
         UserError: a model is missing or damaged, cannot be run here, or the two are not comparable.
     """
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as directory:
         scratch = Path(directory)
-        parent = _reference(reference, candidate, plan, scratch / "reference")
+        child = _observable(candidate, scratch / "candidate")
+        in_torch = is_checkpoint(reference)
+        parent = reference if in_torch else _reference(reference, candidate, plan, scratch / "reference")
         report = verify(
-            _observable(candidate, scratch / "candidate"),
-            parent,
+            child,
+            _in_torch(reference, child, plan) if in_torch else parent,
             data,
             batch_size=batch_size,
             threads=threads,
@@ -64,16 +68,41 @@ def judge(
             forced=_forced(candidate, scratch / "forced"),
             greedy_tokens=greedy_tokens,
         )
-        if bisect and not report.passed:
+        if in_torch and not report.passed:
+            report = report.with_note("to find the part at fault, export the checkpoint and give that as --reference")
+        elif bisect and not report.passed:
             report = _with_fault(report, candidate, parent, scratch / "cut", data, batch_size, threads)
-    if cost:
-        report = report.with_cost(bench([reference, candidate], [batch_size], threads=threads, data=data))
-    return report
+    if not cost:
+        return report
+    if in_torch:
+        report = report.with_note("of a checkpoint neither latency nor memory is measured")
+    timed = [candidate] if in_torch else [reference, candidate]
+    return report.with_cost(bench(timed, [batch_size], threads=threads, data=data))
 
 
 def home(model: Path) -> Path:
     """The directory of an .onnx file, or the model directory itself."""
     return model if model.is_dir() else model.parent
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is the directory of a checkpoint, rather than of a graph."""
+    return (path / "config.json").is_file() and not (path / MODEL).exists() and any(path.glob("*.safetensors"))
+
+
+def _in_torch(checkpoint: Path, candidate: Path, plan: PruningPlan | None) -> Side:
+    if not (candidate / FILE_NAME).is_file():
+        raise UserError(f"{candidate} is no model or engine directory", hint="check the path")
+    like = Manifest.load(candidate)
+    if plan is not None or like.plan is not None:
+        raise UserError(
+            f"{checkpoint} is a checkpoint, in which no plan is applied",
+            hint="export it whole, and give that as --reference: moe-edge export CHECKPOINT -o exported/",
+        )
+    from exporter.torch_session import open_checkpoint
+
+    session, manifest = open_checkpoint(checkpoint, like)
+    return Side(checkpoint, manifest, session, observed=True)
 
 
 def _is_engine(candidate: Path) -> bool:

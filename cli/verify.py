@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def verify(
     candidate: Annotated[Path, typer.Argument(help="Model or engine directory, or an .onnx file.")],
-    reference: Annotated[Path, typer.Option(help="What it was made from: a model directory or an .onnx file.")],
+    reference: Annotated[
+        Path, typer.Option(help="What it was made from: a model directory, .onnx file or checkpoint.")
+    ],
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="parity.json; it must not exist yet.")] = None,

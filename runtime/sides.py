@@ -58,7 +58,9 @@ class Side:
 
     @property
     def sha256(self) -> str:
-        """Hash of the manifest."""
+        """Hash of the manifest; of a checkpoint, which has none, that of the model."""
+        if not (self.path / FILE_NAME).is_file():
+            return self.manifest.model_sha256
         return sha256_file(self.path / FILE_NAME)
 
     def precision(self) -> str:

@@ -38,7 +38,7 @@ _NO_ROUTERS = "the candidate is an engine, which shows no routers: no flips were
 
 def verify(
     candidate: Path,
-    reference: Path,
+    reference: Path | Side,
     data: Dataset | None = None,
     *,
     batch_size: int = 32,
@@ -52,7 +52,8 @@ def verify(
 
     Args:
         candidate: model or engine directory.
-        reference: model directory; of the parent model, with dropped experts unselectable where a plan was applied.
+        reference: model directory; of the parent model, with dropped experts unselectable where a plan was applied. Or
+            anything else that runs and shows its routers, such as a checkpoint in torch.
         data: task data; without it both see random feeds at three shapes, one of them a single token.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
@@ -66,7 +67,8 @@ def verify(
         UserError: a directory is damaged or cannot be run here, or the two are not comparable.
     """
     with contextlib.ExitStack() as stack:
-        mine, theirs = Side.open(reference, threads), Side.open(candidate, threads)
+        mine = reference if isinstance(reference, Side) else Side.open(reference, threads)
+        theirs = Side.open(candidate, threads)
         stack.enter_context(mine.session)
         stack.enter_context(theirs.session)
         check_comparable(mine, theirs)
@@ -78,7 +80,7 @@ def verify(
         if forced is not None and _is_forced_throughout(mine, theirs, forced):
             routed = stack.enter_context(open_session(forced.path, threads)), forced
         comparison = _Comparison(mine, theirs, tolerance, routed)
-        for feeds, labels in batches_of(mine.session.inputs, reference, data, batch_size):
+        for feeds, labels in batches_of(mine.session.inputs, mine.path, data, batch_size):
             comparison.add(feeds, labels)
         report = comparison.report(data, precision)
         prompts = prompts_of(_prompted(mine, data)) if greedy_tokens and has_cache(mine.session.inputs) else []

@@ -1,0 +1,133 @@
+"""A checkpoint in torch that is run like an ONNX file whose routers are observed: what an export is verified against.
+
+T tokens, E experts, K of them selected.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from exporter.tasks import FEATURE_EXTRACTION, Task, task_of, with_cache
+from exporter.trace import run_torch
+from models.checkpoints import load_model
+from models.families import family
+from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
+from moe_spec.decoder import has_cache
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import BlockEntry, Manifest, TensorSpec
+from moe_spec.runner import Arrays, Feeds
+
+KIND = "checkpoint"
+"""``Manifest.kind`` of a checkpoint that stands beside an export of it."""
+
+_SELECTION_BIAS = "e_score_correction_bias"
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": functools.partial(torch.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
+class TorchSession:
+    """A transformers model, with gates and scores (T, E) of every MoE layer as further outputs."""
+
+    def __init__(self, model: PreTrainedModel, task: Task, like: Manifest) -> None:
+        self._model, self._task, self._layers = model, task, find_moe_layers(model)
+        self.inputs: tuple[TensorSpec, ...] = like.inputs
+        self.outputs: tuple[TensorSpec, ...] = like.outputs
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by name, those asked for or all; what the routers did is among them."""
+        seen: Arrays = {}
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(_watched(self._model, layer, seen))
+            values = run_torch(self._model, self._task, feeds)
+        values |= seen
+        return values if outputs is None else {name: values[name] for name in outputs}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def open_checkpoint(directory: Path, like: Manifest) -> tuple[TorchSession, Manifest]:
+    """The checkpoint in ``directory`` in float32, called as the export of manifest ``like`` is, and a manifest of it.
+
+    Raises:
+        UserError: no checkpoint that can be loaded, or of a model in which experts choose their tokens.
+    """
+    model = load_model(directory)
+    layers = find_moe_layers(model)
+    require_token_choice(layers)
+    names = {spec.name for spec in like.outputs}
+    task = task_of(type(model).__name__)
+    if not names >= set(task.outputs):
+        task = task_of(type(model).__name__, FEATURE_EXTRACTION)
+    session = TorchSession(model, with_cache(task, model) if has_cache(like.inputs) else task, like)
+    sha256 = checkpoint_sha256(directory)
+    return session, Manifest(
+        kind=KIND,
+        source_sha256=sha256,
+        parent_sha256=sha256,
+        files=(),
+        inputs=like.inputs,
+        outputs=like.outputs,
+        blocks=tuple(_entry(layer) for layer in layers),
+        details={"float_types": ["float32"]},
+    )
+
+
+def _entry(layer: MoELayer) -> BlockEntry:
+    gates, scores = _shown(layer)
+    return BlockEntry(
+        name=layer.name,
+        experts=layer.num_experts,
+        top_k=layer.top_k,
+        keep=tuple(range(layer.num_experts)),
+        router=layer.score,
+        form=KIND,
+        bytes=0,
+        gates=gates,
+        scores=scores,
+    )
+
+
+def _shown(layer: MoELayer) -> tuple[str, str]:
+    """What the outputs with its gates and scores are called."""
+    return f"{layer.name}/gates", f"{layer.name}/scores"
+
+
+@contextlib.contextmanager
+def _watched(model: PreTrainedModel, layer: MoELayer, seen: Arrays) -> Iterator[None]:
+    """Within the block, what the router of ``layer`` scores and what its experts are given goes to ``seen``."""
+    gates, scores = _shown(layer)
+    owners, row = (layer.router, model.get_submodule(layer.name)), family(model.config.model_type)
+    bias = next((getattr(owner, _SELECTION_BIAS) for owner in owners if hasattr(owner, _SELECTION_BIAS)), 0)
+
+    def scored(_router: nn.Module, _inputs: Any, answer: tuple[Tensor, ...]) -> None:
+        logits_TE = answer[0].float()  # of a family whose routers give probabilities, these
+        is_scored = row.answers != "logits" or layer.score not in _SCORES
+        seen[scores] = ((logits_TE if is_scored else _SCORES[layer.score](logits_TE)) + bias).numpy()
+
+    def given(_experts: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, ids_TK, gates_TK = arguments
+        gates_TE = torch.zeros(len(ids_TK), layer.num_experts)
+        seen[gates] = gates_TE.scatter_(1, ids_TK, gates_TK.float()).numpy()
+
+    hooks = layer.router.register_forward_hook(scored), layer.experts.register_forward_pre_hook(given)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
