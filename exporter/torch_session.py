@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,7 +49,10 @@ class TorchSession:
         with contextlib.ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(_watched(self._model, layer, seen))
-            values = run_torch(self._model, self._task, feeds)
+            own = {
+                name: np.require(array, requirements="W") for name, array in feeds.items()
+            }  # an empty cache is a view
+            values = run_torch(self._model, self._task, own)
         values |= seen
         return values if outputs is None else {name: values[name] for name in outputs}
 
