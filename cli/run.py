@@ -3,10 +3,11 @@
 A classifier (config.json with id2label) names the class of every example; other models need -o for their outputs.
 
 A decoder answers prompts, several at once: greedily, or as generation_config.json and the options say. A single answer
-is shown as it comes. Text needs the tokenizer's files beside the model, and `moe-edge[text]`.
+is shown as it comes, and an answer ends before the first --stop text in it. Text needs the tokenizer's files beside the
+model, and `moe-edge[text]`.
 
 Example: moe-edge run optimized/ --input boot.png --input more.npz -o predictions.npz
-Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100
+Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100 --stop "The end"
 """
 
 import contextlib
@@ -37,6 +38,7 @@ def run(
     temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together have it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    stops: Annotated[list[str] | None, typer.Option("--stop", help="Text at which an answer ends; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a model or an engine over files, or let a decoder go on from prompts."""
@@ -56,6 +58,7 @@ def run(
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
+        "stop_strings": stops or None,
     }
     with contextlib.nullcontext() if streams else console.status(f"running {model}"):
         answers = answer(model, prompts or (), chat=chat, on_text=console.piece if streams else None, **sampling)

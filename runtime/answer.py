@@ -1,13 +1,17 @@
 """Text in, text out: a model's tokenizer around `runtime.generate`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from runtime.backends import open_session
 from runtime.generate import Sampling, Tokens, generate
 from runtime.tokenizer import Tokenizer
+from runtime.writing import Writing
 
 OnText = Callable[[str], None]
 
@@ -18,8 +22,8 @@ class Answer:
 
     Attributes:
         prompt: what it was to go on from.
-        text: what it wrote, without special tokens.
-        tokens: the ids, that of the end among them.
+        text: what it wrote, without special tokens, up to the first stop string.
+        tokens: the ids, those of the end among them.
         ended: whether it came to an end, instead of to the most tokens that were allowed.
     """
 
@@ -45,7 +49,7 @@ def answer(
         prompts: where to go on from.
         chat: a prompt is what a user says to the model, by its chat template.
         threads: that one operator may use on a CPU; 0 for one a core.
-        on_text: told what the first answer goes on with, as soon as it is known.
+        on_text: told what the first answer goes on with, as soon as it is certain.
         sampling: what of `Sampling` is not to be as generation_config.json has it, by name.
 
     Raises:
@@ -55,26 +59,20 @@ def answer(
     directory = model if model.is_dir() else model.parent
     tokenizer, chosen = Tokenizer.load(directory), Sampling.of(directory, **sampling)
     ids = [tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt) for prompt in prompts]
-    steps: list[Tokens] = []
+    writings = [Writing(tokenizer, chosen) for _ in prompts]
+
+    def ends(tokens_B: Tokens) -> npt.NDArray[np.bool_]:
+        return np.array([writing.add(token) for writing, token in zip(writings, tokens_B.tolist(), strict=True)])
+
+    def tell(piece: str) -> None:
+        if on_text is not None and piece:
+            on_text(piece)
+
     with open_session(model, threads) as session:
-
-        def first_answer() -> Iterator[int]:
-            ended = False
-            for step in generate(session, ids, chosen):
-                steps.append(step)
-                if not ended:
-                    yield int(step[0])
-                ended = ended or int(step[0]) in chosen.stop
-
-        for piece in tokenizer.stream(first_answer()):
-            if on_text is not None:
-                on_text(piece)
-    columns = zip(*(step.tolist() for step in steps), strict=True)
-    return [_answer(prompt, column, tokenizer, chosen) for prompt, column in zip(prompts, columns, strict=True)]
-
-
-def _answer(prompt: str, tokens: Sequence[int], tokenizer: Tokenizer, sampling: Sampling) -> Answer:
-    """``tokens`` up to the end, behind which there is padding only."""
-    ends = [place for place, token in enumerate(tokens) if token in sampling.stop]
-    mine = tuple(tokens[: ends[0] + 1] if ends else tokens)
-    return Answer(prompt, tokenizer.decode(mine), mine, ended=bool(ends))
+        for _ in generate(session, ids, chosen, ends):
+            tell(writings[0].piece())
+    tell(writings[0].piece(last=True))
+    return [
+        Answer(prompt, writing.text, tuple(writing.tokens), writing.ended)
+        for prompt, writing in zip(prompts, writings, strict=True)
+    ]

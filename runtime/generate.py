@@ -1,7 +1,7 @@
 """Text generation: prompts in, tokens out one step at a time, what was computed kept in the cache between the steps."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from runtime.backend import Session
 from runtime.parity import softmax
 
 Tokens = npt.NDArray[np.int64]
+Ends = Callable[[Tokens], npt.NDArray[np.bool_]]
 
 FILE_NAME = "generation_config.json"
 
@@ -31,6 +32,7 @@ class Sampling:
         top_p: only the likeliest tokens that together have this probability are drawn from.
         seed: of the draws.
         stop: ids after which nothing follows.
+        stop_strings: texts at which an answer ends; `runtime.writing` looks for them, tokens alone do not show them.
         padding: id that fills up prompts, and answers that have ended.
     """
 
@@ -39,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: Collection[int] = ()
+    stop_strings: Collection[str] = ()
     padding: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < np.inf, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("temperature", self.temperature > 0 or self.top_p == 1, "more than 0 where top_p is given"),
+            ("stop_strings", all(isinstance(text, str) and text for text in self.stop_strings), "texts, none empty"),
         ):
             if not allowed:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}", hint=f"give another {name}")
@@ -68,13 +72,18 @@ class Sampling:
             "temperature": config.get("temperature", 1.0) if config.get("do_sample") else None,
             "top_p": config.get("top_p") if config.get("do_sample") else None,
             "stop": tuple(stop),
+            "stop_strings": config.get("stop_strings"),
             "padding": stop[0] if padding is None and stop else padding,
         }
         chosen = {**said, **{name: value for name, value in given.items() if value is not None}}
+        texts = chosen["stop_strings"] or ()
+        chosen["stop_strings"] = tuple(texts) if isinstance(texts, list | tuple) else (texts,)
         return cls(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def generate(session: Session, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Tokens]:
+def generate(
+    session: Session, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Ends | None = None
+) -> Iterator[Tokens]:
     """The next token (B,) of every prompt, step by step, until all have ended; who has ended gets padding.
 
     Prompts of several lengths are padded on the left. A model without a cache reads everything again at every step.
@@ -83,6 +92,7 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], sampling: Sampl
         session: of a model with `moe_spec.decoder`'s inputs.
         prompts: token ids, at least one each.
         sampling: how tokens are chosen.
+        ends: told the tokens (B,) of a step, says of which prompts (B,) these are the last, besides `Sampling.stop`.
 
     Raises:
         UserError: there is no prompt, one is empty, or the model is no decoder.
@@ -96,8 +106,10 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], sampling: Sampl
         outputs = session.run(complete(session.inputs, {IDS: ids_BS, MASK: mask_BT, **past}))
         drawn_B = choose(outputs[LOGITS][:, -1].astype(np.float64), sampling, random)
         next_B = np.where(ended_B, sampling.padding, drawn_B)
-        yield next_B
         ended_B |= np.isin(next_B, list(sampling.stop))
+        if ends is not None:
+            ended_B |= ends(next_B)
+        yield next_B
         if ended_B.all():
             return
         past = as_past(outputs)

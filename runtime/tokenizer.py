@@ -1,7 +1,7 @@
 """Text to tokens and back, by the tokenizer's files beside a model; the one file that needs ``moe-edge[text]``."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
 _AGAIN = "copy the tokenizer's files of the checkpoint beside the model again"
-_INCOMPLETE = "\ufffd"
-"""What the first bytes of a longer character decode to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +78,6 @@ class Tokenizer:
         """The text of ``ids``, without special tokens."""
         text: str = self.library.decode(list(ids))
         return text
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ``ids``, piece by piece: a character of several tokens comes with the last one."""
-        known: list[int] = []
-        shown = ""
-        for token in ids:
-            known.append(token)
-            text = self.decode(known)  # all of it: a piece depends on what stands before it
-            if not text.endswith(_INCOMPLETE) and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
 
 
 def _content(value: Any) -> str | None:

@@ -95,6 +95,19 @@ def test_an_answer_ends_where_the_model_ends_it(zoo, tmp_path):
     assert (ended["tokens"], ended["ended"]) == (free["tokens"][:first], True)
 
 
+def test_an_answer_ends_before_a_stop_text_each_by_itself(zoo):
+    prompts = ("--prompt", "w5 w77 w9", "--prompt", "w8")
+    options = ("run", zoo.cached("mixtral"), "--max-new-tokens", 8)
+    free = json.loads(done(*options, *prompts, "--json"))["answers"]
+    stop = " ".join(free[0]["text"].split()[2:4])
+    texts = [found["text"].split(stop)[0] for found in free]
+    stopped = json.loads(done(*options, *prompts, "--stop", stop, "--stop", "w0", "--json"))["answers"]
+    assert [found["text"] for found in stopped] == texts
+    assert [found["ended"] for found in stopped] == [stop in found["text"] for found in free]
+    assert (stopped[0]["ended"], len(stopped[0]["tokens"])) == (True, 4)
+    assert done(*options, *prompts[:2], "--stop", stop) == texts[0] + "\n"  # as it is shown while it comes
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

@@ -59,6 +59,15 @@ def test_who_has_ended_gets_padding_until_all_have(zoo):
         assert row[:until].tolist() == reference[:until].tolist()[: len(row)]
 
 
+def test_who_is_said_to_have_ended_has(zoo):
+    with open_session(zoo.cached("mixtral"), threads=1) as session:
+        told = iter(([False, True, False], [False, False, True], [True, False, False]))
+        steps = list(generate(session, PROMPTS, Sampling(padding=1), lambda _: np.array(next(told))))
+    free = generated(zoo.cached("mixtral"), PROMPTS, Sampling(max_new_tokens=3))
+    expected = np.where([[1, 1, 1], [1, 0, 0], [1, 1, 0]], free, 1)
+    np.testing.assert_array_equal(np.stack(steps, axis=1), expected)
+
+
 def test_a_seed_draws_the_same_again(zoo):
     def drawn(seed):
         sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=seed)
@@ -91,6 +100,8 @@ def test_a_low_temperature_is_greedy():
         ('{"temperature": 0.6, "top_p": 0.9}', {}, Sampling()),
         ('{"do_sample": true, "top_p": 0.9}', {}, Sampling(temperature=1.0, top_p=0.9)),
         ('{"do_sample": true, "temperature": 0.6}', {"temperature": 0.0, "seed": None}, Sampling()),
+        ('{"stop_strings": "END"}', {}, Sampling(stop_strings=("END",))),
+        ('{"stop_strings": ["a", "b"]}', {"stop_strings": ["c"]}, Sampling(stop_strings=("c",))),
         ('{"max_new_tokens": 9}', {"max_new_tokens": 3}, Sampling(max_new_tokens=3)),
     ],
 )
@@ -106,6 +117,10 @@ def test_generation_config_says_what_is_not_given(config, given, expected, tmp_p
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more\nhint: give another max_new_tokens"),
         ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more\nhint: give another temperature"),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0, at most 1\nhint: give another top_p"),
+        (
+            {"stop_strings": ("a", "")},
+            "stop_strings is ('a', ''), expected texts, none empty\nhint: give another stop_strings",
+        ),
         (
             {"top_p": 0.5},
             "temperature is 0.0, expected more than 0 where top_p is given\nhint: give another temperature",

@@ -1,10 +1,6 @@
 import re
 
 import pytest
-from tokenizers import Tokenizer as Library
-from tokenizers.decoders import ByteLevel as Bytes
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import ByteLevel
 
 from moe_spec.errors import UserError
 from runtime.tokenizer import Tokenizer
@@ -37,23 +33,6 @@ def test_a_template_may_stand_in_the_configuration(directory):
     (directory / "chat_template.jinja").unlink()
     (directory / "tokenizer_config.json").write_text('{"chat_template": "w8 {{ messages[0].content }}"}')
     assert Tokenizer.load(directory).encode_chat("w5") == [8, 5]
-
-
-def test_pieces_of_a_stream_are_the_text(directory):
-    tokenizer = Tokenizer.load(directory)
-    assert list(tokenizer.stream(iter([5, 2, 77]))) == ["w5", " w77"]
-
-
-def test_a_character_of_several_tokens_comes_whole(tmp_path):
-    letters = ByteLevel.alphabet()
-    library = Library(WordLevel({letter: index for index, letter in enumerate(sorted(letters))}, unk_token="!"))
-    library.decoder = Bytes()
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path)
-    ((spelled, _),) = ByteLevel(add_prefix_space=False).pre_tokenize_str("aé")
-    ids = [sorted(letters).index(letter) for letter in spelled]
-    assert len(ids) == 3
-    assert list(tokenizer.stream(ids)) == ["a", "é"]
 
 
 def test_a_model_without_a_tokenizer_reads_no_text(tmp_path):
