@@ -1,12 +1,13 @@
-"""Run a model or an engine over .npz and image files, or let a decoder go on from prompts.
+"""Run a model or an engine over .npz, .jsonl and image files, or let a decoder go on from prompts.
 
 A classifier (config.json with id2label) names the class of every example; other models need -o for their outputs.
+A .jsonl file has an example a line, each of the model's inputs by its name: {"input_ids": [5, 7, 2]}.
 
 A decoder answers prompts, several at once: greedily, or as generation_config.json and the options say. A single answer
 is shown as it comes, and an answer ends before the first --stop text in it. Text needs the tokenizer's files beside the
 model, and `moe-edge[text]`.
 
-Example: moe-edge run optimized/ --input boot.png --input more.npz -o predictions.npz
+Example: moe-edge run optimized/ --input boot.png --input photographs/ --input more.npz -o predictions.npz
 Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100 --stop "The end"
 """
 
@@ -29,7 +30,9 @@ _SHOWN = 20
 
 def run(
     model: Annotated[Path, typer.Argument(help="Engine directory, model directory or .onnx file.")],
-    inputs: Annotated[list[Path] | None, typer.Option("--input", help=".npz, PNG or JPEG file; repeatable.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Option("--input", help=".npz, .jsonl or image, or folder of images.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz; it must not exist yet.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,

@@ -118,15 +118,15 @@ def parse_record(path: Path, text: str | bytes, artifact: str, schema: int, rema
     return Record(values, str(path), remake)
 
 
-def parse_object(path: Path, text: str | bytes, remake: str) -> Json:
+def parse_object(path: Path | str, text: str | bytes, remake: str) -> Json:
     """The JSON object in ``text``; ``path`` is where it was found.
 
     Raises:
-        UserError: cut, no JSON, or no object.
+        UserError: cut, no JSON, nested too deep, or no object.
     """
     try:
         values = json.loads(text)
-    except ValueError as error:  # no JSON, or no text at all
+    except (ValueError, RecursionError) as error:  # no JSON, no text at all, or brackets without end
         raise UserError(f"{path} is no complete JSON: {error}", hint=remake) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object", hint=remake)

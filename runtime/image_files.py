@@ -19,6 +19,20 @@ _MODES = {1: "L", 3: "RGB"}
 _DEEP = ("I", "F")  # 16 bits a channel and more; Pillow would clip them
 
 
+def find_images(directory: Path) -> list[Path]:
+    """The PNG and JPEG files in ``directory`` and in its folders, sorted; hidden ones and those in hidden folders not.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = (path.relative_to(directory) for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES)
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    found = sorted(path for path in map(directory.joinpath, visible) if path.is_file())
+    if not found:
+        raise UserError(f"{directory} has no image ({', '.join(SUFFIXES)})", hint="give a folder of PNG or JPEG files")
+    return found
+
+
 def read_image(path: Path, preprocessor: ImagePreprocessor) -> npt.NDArray[np.uint8]:
     """An image (H, W) or (H, W, 3) uint8 in the model's size and channels, turned as its EXIF orientation says.
 

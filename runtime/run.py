@@ -1,4 +1,4 @@
-"""Batch inference: .npz and image files in, classes or raw outputs out."""
+"""Batch inference: .npz, .jsonl and image files in, classes or raw outputs out."""
 
 import dataclasses
 import json
@@ -15,9 +15,12 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_file, refuse_existing
 from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
+from moe_spec.manifest import TensorSpec
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
-from runtime.image_files import SUFFIXES, read_images
+from runtime.image_files import SUFFIXES, find_images, read_images
+from runtime.json_lines import SUFFIX as JSON_LINES
+from runtime.json_lines import read_json_lines
 from runtime.parity import softmax
 
 
@@ -51,7 +54,8 @@ def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size
 
     Args:
         model: engine directory, model directory or .onnx file.
-        inputs: .npz files (model inputs, or ``images`` for models with a preprocessor) and PNG or JPEG files.
+        inputs: .npz files (model inputs, or ``images`` for models with a preprocessor), .jsonl files (an example a
+            line), PNG or JPEG files, and folders of such images.
         out: .npz to write; it must not exist yet.
         batch_size: examples that are run at once.
 
@@ -66,7 +70,7 @@ def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size
         names: list[str] = []
         batches: list[Arrays] = []
         wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]
-        for found, feeds in _batches(_directory(model), inputs, batch_size):
+        for found, feeds in _batches(_directory(model), session.inputs, inputs, batch_size):
             names += found
             batches.append(session.run(complete(session.inputs, feeds), wanted))
     outputs = _concatenate(batches)
@@ -87,21 +91,23 @@ def _directory(model: Path) -> Path:
     return model if model.is_dir() else model.parent
 
 
-def _batches(directory: Path, inputs: Sequence[Path], size: int) -> Iterator[tuple[list[str], Feeds]]:
-    """Names of examples and what to feed for them: every .npz by itself, then the image files together."""
+def _batches(
+    directory: Path, specs: Sequence[TensorSpec], inputs: Sequence[Path], size: int
+) -> Iterator[tuple[list[str], Feeds]]:
+    """Names of examples and what to feed for them: every file of data by itself, then the images together."""
     if size < 1:
         raise UserError(f"the batch size is {size}, expected 1 or more", hint="give --batch-size 1 or more")
     preprocessor = ImagePreprocessor.load(directory)
-    images = [path for path in inputs if path.suffix.lower() in SUFFIXES]
+    files = [found for path in inputs for found in (find_images(path) if path.is_dir() else [path])]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if images and preprocessor is None:
         raise UserError(
             f"{images[0]} is an image, but {directory} has no {PREPROCESSOR}",
             hint="give a model that takes images, or store model inputs in an .npz",
         )
-    for path in inputs:
-        if path not in images:
-            data = load_dataset(path, preprocessor)
-            for index, feeds in enumerate(data.batches(size)):
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES:
+            for index, feeds in enumerate(_data(path, specs, preprocessor, size)):
                 count = len(next(iter(feeds.values())))
                 yield [f"{path}[{index * size + offset}]" for offset in range(count)], feeds
     for start in range(0, len(images), size):
@@ -110,10 +116,18 @@ def _batches(directory: Path, inputs: Sequence[Path], size: int) -> Iterator[tup
         yield [str(path) for path in part], read_images(part, preprocessor)
 
 
+def _data(
+    path: Path, specs: Sequence[TensorSpec], preprocessor: ImagePreprocessor | None, size: int
+) -> Iterator[Feeds]:
+    if path.suffix.lower() == JSON_LINES:
+        return read_json_lines(path, specs, size)
+    return load_dataset(path, preprocessor).batches(size)
+
+
 def _concatenate(batches: Sequence[Arrays]) -> Arrays:
     """Outputs of all batches, examples on axis 0."""
     if not batches:
-        raise UserError("there is nothing to run", hint="give .npz or image files with --input")
+        raise UserError("there is nothing to run", hint="give .npz, .jsonl or image files with --input")
     shapes = {name: {batch[name].shape[1:] for batch in batches} for name in batches[0]}
     ragged = sorted(name for name, found in shapes.items() if len(found) > 1)
     if ragged:

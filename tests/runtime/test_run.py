@@ -88,6 +88,34 @@ def test_images_and_npz_go_together(camera, tmp_path):
     }
 
 
+def test_a_folder_is_its_images_in_the_order_of_their_names(camera, tmp_path):
+    (tmp_path / "folder" / "more").mkdir(parents=True)
+    (tmp_path / "folder" / ".cache").mkdir()
+    for name in ("b.png", "a.jpg", "more/c.PNG", ".hidden.png", ".cache/d.png"):
+        save_image(tmp_path / "folder" / name, 250)
+    (tmp_path / "folder" / "notes.txt").touch()
+    found = run(camera, [tmp_path / "folder"], batch_size=2)
+    assert found.names == tuple(f"{tmp_path}/folder/{name}" for name in ("a.jpg", "b.png", "more/c.PNG"))
+    assert found.classes == ("bright",) * 3
+
+
+def test_a_folder_without_images_is_refused(camera, tmp_path):
+    (tmp_path / "folder").mkdir()
+    message = f"{tmp_path}/folder has no image (.png, .jpg, .jpeg)\nhint: give a folder of PNG or JPEG files"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(camera, [tmp_path / "folder"])
+
+
+def test_json_lines_run_like_the_same_npz(model, tmp_path):
+    examples = tiny.examples(5)
+    np.savez(tmp_path / "a.npz", x=examples)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"x": row.tolist()}) + "\n" for row in examples))
+    mine, theirs = (run(model, [tmp_path / name], batch_size=2) for name in ("a.jsonl", "a.npz"))
+    np.testing.assert_array_equal(mine.outputs["logits"], theirs.outputs["logits"])
+    assert mine.names == tuple(f"{tmp_path}/a.jsonl[{index}]" for index in range(5))
+    assert mine.classes == theirs.classes
+
+
 def test_an_engine_runs_like_its_model(model, tmp_path):
     build(model, find_target("cpu"), BuildOptions(), tmp_path / "engine")
     np.savez(tmp_path / "a.npz", x=tiny.examples(3))
@@ -163,5 +191,7 @@ def test_outputs_are_checked_before_any_work(model, tmp_path):
 
 
 def test_without_inputs_there_is_nothing_to_run(model):
-    with pytest.raises(UserError, match=r"^there is nothing to run\nhint: give \.npz or image files with --input$"):
+    with pytest.raises(
+        UserError, match=r"^there is nothing to run\nhint: give \.npz, \.jsonl or image files with --input$"
+    ):
         run(model, [])
