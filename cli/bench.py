@@ -1,13 +1,14 @@
 """Time models against each other: latency, throughput, memory, bytes.
 
-The models take turns, so that what else the machine does hits all alike.
+The models take turns, so that what else the machine does hits all alike. Opening a model and what that takes of memory
+is measured in a process of its own. Decoders with a cache are timed twice: a prompt, and a token more.
 
 Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich.box
 import typer
@@ -15,6 +16,9 @@ from rich.table import Table
 
 from cli import console
 from cli.options import AsJson
+
+if TYPE_CHECKING:
+    from runtime.bench import BenchRow
 
 
 def bench(
@@ -24,7 +28,9 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the first that is timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Length of dynamic axes other than the batch.")] = 32,
-    past: Annotated[int, typer.Option(min=0, help="Tokens in the cache of decoders that have one.")] = 0,
+    past: Annotated[
+        int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,15 +54,22 @@ def bench(
             past=past,
             data=task,
         )
-    table = Table(box=rich.box.SIMPLE)
+    table = Table(box=rich.box.SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for name in ("batch", "median ms", "p90 ms", "examples/s", "MiB RAM", "file bytes"):
+    all_read = all(row.tokens_per_second is not None for row in rows)
+    speed = "tokens/s" if all_read else "examples/s"
+    for name in ("batch", "p50 ms", "p99 ms", speed, "load ms", "MiB", "file MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}"
-        times = (f"{row.median_ms:.3f}", f"{row.p90_ms:.3f}", f"{row.examples_per_second:,.0f}")
-        table.add_row(row.model, str(row.batch_size), *times, memory, f"{row.file_bytes:,}")
+        table.add_row(f"{row.model} {row.phase}", *_cells(row, in_tokens=all_read))
     if as_json:
         console.result("", {"rows": [dataclasses.asdict(row) for row in rows]}, as_json)
     else:
         console.out.print(table)
+
+
+def _cells(row: "BenchRow", *, in_tokens: bool) -> tuple[str, ...]:
+    times = (f"{value:.3f}" for value in (row.median_ms, row.p99_ms))
+    speed = row.tokens_per_second if in_tokens else row.examples_per_second
+    memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}"
+    return (str(row.batch_size), *times, f"{speed:,.0f}", f"{row.load_ms:.0f}", memory, f"{row.file_bytes / 1e6:.2f}")

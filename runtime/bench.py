@@ -10,37 +10,48 @@ from pathlib import Path
 import numpy as np
 
 from moe_spec.dataset import Dataset
-from moe_spec.decoder import complete
+from moe_spec.decoder import IDS, complete, has_cache
 from moe_spec.errors import UserError
 from moe_spec.runner import Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
-from runtime.memory import peak_memory
+from runtime.memory import measure_alone
 from runtime.model_dir import model_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchRow:
-    """One model at one batch size.
+    """One model at one batch size, in one phase.
 
     Attributes:
         model: its path, as given.
         batch_size: examples a run.
+        phase: ``prefill`` or ``decode`` of a decoder with a cache, else empty.
         median_ms: latency of a run.
         p90_ms: nine of ten runs were quicker.
+        p99_ms: 99 of 100 were.
         examples_per_second: at the median.
-        memory_bytes: that opening it and one run add to the peak of a fresh process; None where it cannot be measured.
+        tokens_per_second: at the median, of all examples together; None where the model takes no token ids.
+        load_ms: that opening it takes in a fresh process, its files in the system's cache or not.
+        memory_bytes: that opening it and one run add to the peak of that process; None where it cannot be measured.
         file_bytes: of the graph and its weights, or of the engine.
     """
 
     model: str
     batch_size: int
+    phase: str
     median_ms: float
     p90_ms: float
+    p99_ms: float
     examples_per_second: float
+    tokens_per_second: float | None
+    load_ms: float
     memory_bytes: int | None
     file_bytes: int
+
+
+PREFILL, DECODE = "prefill", "decode"
 
 
 def bench(
@@ -51,7 +62,7 @@ def bench(
     warmup: int = 3,
     threads: int = 1,
     length: int = 32,
-    past: int = 0,
+    past: int | None = None,
     data: Dataset | None = None,
 ) -> list[BenchRow]:
     """Time models against each other, turn by turn, so that what else the machine does hits all alike.
@@ -63,11 +74,12 @@ def bench(
         warmup: runs before the first that is timed.
         threads: that one operator may use on a CPU; 0 for one a core.
         length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
-        past: tokens in the cache of decoders that have one; with a ``length`` of 1 it is a step of decoding.
+        past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
         data: examples to feed; by default random ones (``feeds.RandomFeeds``).
 
     Returns:
-        A row for each model and batch size, models together, as given.
+        A row for each model and batch size, models together, as given. Decoders with a cache have two: ``prefill``, a
+        prompt of ``length`` tokens (or of ``data``), and ``decode``, one token more.
 
     Raises:
         UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
@@ -76,18 +88,39 @@ def bench(
     rows = []
     with _opened(models, threads) as sessions:
         for size in batch_sizes:
-            feeds = [
-                _feeds(model, session, size, length, past, data)
+            runs = [
+                (model, session, phase, feeds)
                 for model, session in zip(models, sessions, strict=True)
+                for phase, feeds in _phases(model, session, size, length, past, data)
             ]
-            times = _times(sessions, feeds, repeats, warmup)
-            rows += [_row(model, size, of_model) for model, of_model in zip(models, times, strict=True)]
-    measured = (
-        dataclasses.replace(row, memory_bytes=peak_memory(Path(row.model), row.batch_size, length, past, threads))
-        for row in rows
-    )
+            times = _times([session for _, session, _, _ in runs], [feeds for *_, feeds in runs], repeats, warmup)
+            rows += [
+                _row(model, size, phase, _tokens(feeds), of_run)
+                for (model, _, phase, feeds), of_run in zip(runs, times, strict=True)
+            ]
     order = [str(model) for model in models]
-    return sorted(measured, key=lambda row: order.index(row.model))
+    return [_with_cost(row, length, past, threads) for row in sorted(rows, key=lambda row: order.index(row.model))]
+
+
+def _phases(
+    model: Path, session: Session, size: int, length: int, past: int | None, data: Dataset | None
+) -> Iterator[tuple[str, Feeds]]:
+    if not has_cache(session.inputs):
+        yield "", _feeds(model, session, size, length, 0, data)
+        return
+    yield PREFILL, _feeds(model, session, size, length, 0, data)
+    yield DECODE, _feeds(model, session, size, 1, length if past is None else past, None)
+
+
+def _tokens(feeds: Feeds) -> int | None:
+    return feeds[IDS].size if IDS in feeds else None
+
+
+def _with_cost(row: BenchRow, length: int, past: int | None, threads: int) -> BenchRow:
+    """What opening the model and one such run take in a process of its own."""
+    other, cached = (1, length if past is None else past) if row.phase == DECODE else (length, 0)
+    found = measure_alone(Path(row.model), row.batch_size, other, cached, threads)
+    return dataclasses.replace(row, load_ms=found.load_ms, memory_bytes=found.peak_bytes)
 
 
 def median_latencies(
@@ -143,14 +176,18 @@ def _feeds(model: Path, session: Session, size: int, length: int, past: int, dat
     return complete(session.inputs, data.first(size).feeds)
 
 
-def _row(model: Path, size: int, times: Sequence[float]) -> BenchRow:
+def _row(model: Path, size: int, phase: str, tokens: int | None, times: Sequence[float]) -> BenchRow:
     median = float(np.median(times))
     return BenchRow(
         model=str(model),
         batch_size=size,
+        phase=phase,
         median_ms=median,
         p90_ms=float(np.percentile(times, 90)),
+        p99_ms=float(np.percentile(times, 99)),
         examples_per_second=1000 * size / median,
+        tokens_per_second=None if tokens is None else 1000 * tokens / median,
+        load_ms=0.0,
         memory_bytes=None,
         file_bytes=model_bytes(model),
     )

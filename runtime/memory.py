@@ -1,11 +1,13 @@
-"""How much memory a model takes: measured in a process of its own, where nothing else was ever allocated.
+"""What opening a model takes, of time and memory: in a process of its own, where nothing else was ever allocated.
 
 ``python -m runtime.memory REQUEST`` is that process. Linux counts the peak; elsewhere nothing is reported.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,21 @@ from runtime.feeds import RandomFeeds
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def peak_memory(model: Path, leading: int, other: int, past: int, threads: int) -> int | None:
-    """Bytes that opening ``model`` and running it once add to the peak of a process; None where that is not counted.
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """One model in a process of its own.
+
+    Attributes:
+        load_ms: that opening it takes.
+        peak_bytes: that opening it and running it once add to the peak of the process; None where that is not counted.
+    """
+
+    load_ms: float
+    peak_bytes: int | None
+
+
+def measure_alone(model: Path, leading: int, other: int, past: int, threads: int) -> Alone:
+    """Open ``model`` in a new process, and run it once on random feeds.
 
     Args:
         model: engine directory, model directory or .onnx file.
@@ -41,21 +56,22 @@ def peak_memory(model: Path, leading: int, other: int, past: int, threads: int) 
     if process.returncode:
         said = [line for line in errors.decode(errors="replace").splitlines() if not line.startswith("hint:")]
         reason = said[-1] if said else f"it ended with {process.returncode}"
-        raise UserError(f"memory of {model} cannot be measured: {reason}", hint="free some memory and try again")
-    measured: int | None = json.loads(output)
-    return measured
+        raise UserError(f"what {model} takes cannot be measured: {reason}", hint="free some memory and try again")
+    return Alone(**json.loads(output))
 
 
-def _measure(request: dict[str, Any]) -> int | None:
+def _measure(request: dict[str, Any]) -> Alone:
     try:
         _RESET.write_text("5")  # forget the peak of the imports
+        before = _peak()
     except OSError:
-        return None
-    before = _peak()
+        before = None
+    started = time.perf_counter()
     with open_session(Path(request["model"]), request["threads"]) as session:
+        load_ms = (time.perf_counter() - started) * 1e3
         feeds = RandomFeeds.of(session.inputs, Path(request["model"]))
         session.run(feeds.draw(**request["draw"]))
-        return _peak() - before
+        return Alone(load_ms, None if before is None else _peak() - before)
 
 
 def _peak() -> int:
@@ -65,4 +81,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_measure(json.loads(sys.argv[1]))))
+    sys.stdout.write(json.dumps(dataclasses.asdict(_measure(json.loads(sys.argv[1])))))

@@ -24,7 +24,7 @@ def test_models_are_timed_side_by_side(model):
 def test_people_get_a_table(model):
     code, out, _ = invoke("bench", model, "--batch-size", 2, "--repeats", 1)
     assert code == 0
-    assert re.search(r"model +batch +median ms +p90 ms +examples/s +MiB RAM +file bytes", out)
+    assert re.search(r"model +batch +p50 ms +p99 ms +examples/s +load ms +MiB +file MB", out)
 
 
 def test_task_data_may_be_fed(model, tmp_path):

@@ -79,10 +79,12 @@ def test_it_is_calibrated_as_its_checkpoint_is(zoo, pruned):
         assert ours.token_count == other.token_count == 54
 
 
-def test_a_step_of_decoding_is_timed(pruned):
-    steps = ("--batch-size", 1, "--length", 1, "--past", 16, "--repeats", 1, "--json")
-    (row,) = json.loads(done("bench", pruned / "optimized", *steps))["rows"]
-    assert row["median_ms"] > 0
+def test_a_prompt_and_a_token_more_are_timed_apart(pruned):
+    steps = ("--batch-size", 2, "--length", 8, "--past", 16, "--repeats", 1, "--json")
+    prefill, decode = json.loads(done("bench", pruned / "optimized", *steps))["rows"]
+    assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
+    for row, tokens in ((prefill, 16), (decode, 2)):
+        assert row["tokens_per_second"] == pytest.approx(1000 * tokens / row["median_ms"])
 
 
 def test_outputs_of_a_run_are_those_of_the_task(pruned):

@@ -7,7 +7,7 @@ import pytest
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from runtime.bench import bench, median_latencies, time_in_turns
-from runtime.memory import peak_memory
+from runtime.memory import measure_alone
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny
@@ -28,7 +28,9 @@ def test_there_is_a_row_for_each_model_and_batch_size_in_order(model, tmp_path):
         (str(small), 4),
     ]
     for row in rows:
-        assert 0 < row.median_ms <= row.p90_ms
+        assert 0 < row.median_ms <= row.p90_ms <= row.p99_ms
+        assert (row.phase, row.tokens_per_second) == ("", None)
+        assert row.load_ms > 0
         assert row.examples_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
         assert row.file_bytes == model_bytes(Path(row.model))
     assert rows[2].file_bytes < rows[0].file_bytes
@@ -55,7 +57,7 @@ def test_any_clock_will_do():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts the peak")
 def test_a_larger_batch_takes_more_memory(model):
-    small, large = (peak_memory(model, leading=size, other=64, past=0, threads=1) for size in (1, 4000))
+    small, large = (measure_alone(model, leading=size, other=64, past=0, threads=1).peak_bytes for size in (1, 4000))
     assert small is not None
     assert large is not None
     assert 0 < small < large
@@ -110,5 +112,5 @@ def test_a_model_with_a_fixed_batch_is_not_asked_for_another(tmp_path):
 
 
 def test_the_memory_of_a_model_that_cannot_run_is_an_error(model):
-    with pytest.raises(UserError, match=r"memory of .*/no cannot be measured: .*does not exist"):
-        peak_memory(model / "no", leading=1, other=1, past=0, threads=1)
+    with pytest.raises(UserError, match=r"what .*/no takes cannot be measured: .*does not exist"):
+        measure_alone(model / "no", leading=1, other=1, past=0, threads=1)
