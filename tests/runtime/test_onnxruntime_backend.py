@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from runtime.tensorrt.driver import compute_capability_here
 from tests.runtime import tiny
 
 CPU = find_target("onnxruntime-cpu")
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture
@@ -29,6 +31,16 @@ def test_a_directory_and_its_onnx_file_are_the_same_session(model):
         assert directory.inputs == file.inputs == (TensorSpec("x", "float32", ("batch", "sequence", 8)),)
         assert directory.outputs == (TensorSpec("logits", "float32", ("batch", 3)),)
         np.testing.assert_array_equal(directory.run(feeds)["logits"], file.run(feeds)["logits"])
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists what a process has mapped")
+def test_weights_are_mapped_from_their_file_while_a_session_is_open(model, tmp_path):
+    """What a kernel does not pack for itself stays in the file: experts that are picked by Gather, embeddings."""
+    OnnxRuntimeBackend(threads=1).build(model, CPU, BuildOptions(), tmp_path / "engine")
+    for directory in (model, tmp_path / "engine"):
+        with open_session(directory):
+            assert f"{directory}/model.onnx.data" in MAPS.read_text()
+        assert f"{directory}/model.onnx.data" not in MAPS.read_text()
 
 
 def test_outputs_are_those_asked_for(model):
