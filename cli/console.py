@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_spec.errors import UserError, VerificationError
@@ -42,24 +43,23 @@ def is_first() -> bool:
 
 def error(failure: UserError) -> None:
     """``error:`` and ``hint:``, one line each."""
-    err.print(f"[bold red]error:[/] {_escape(failure.what)}", soft_wrap=True)
-    err.print(f"[bold cyan]hint:[/] {_escape(failure.hint)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {plain(failure.what)}", soft_wrap=True)
+    err.print(f"[bold cyan]hint:[/] {plain(failure.hint)}", soft_wrap=True)
 
 
 def warning(what: str) -> None:
     """What a user should stop at. Of several processes the first one says it."""
     if is_first():
-        err.print(f"[bold yellow]warning:[/] {_escape(what)}", soft_wrap=True)
+        err.print(f"[bold yellow]warning:[/] {plain(what)}", soft_wrap=True)
 
 
 def failure(what: VerificationError) -> None:
     """What was not proven."""
-    err.print(f"[bold red]verification failed:[/] {_escape(str(what))}", soft_wrap=True)
+    err.print(f"[bold red]verification failed:[/] {plain(str(what))}", soft_wrap=True)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
+def plain(text: str) -> str:
+    """``text`` for rich to show as it is: square brackets are no markup."""
     return escape(text)
 
 
@@ -80,4 +80,4 @@ def status(what: str) -> Iterator[None]:
 
 def step(what: str) -> None:
     """One line on stderr for each step of a longer journey."""
-    err.print(f"[dim]·[/] {_escape(what)}", soft_wrap=True)
+    err.print(f"[dim]·[/] {plain(what)}", soft_wrap=True)

@@ -71,7 +71,7 @@ def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
     for verb in verbs:
         module = importlib.import_module(f"cli.{verb}")
         function: Callable[..., Any] = getattr(module, verb)
-        app.command(verb, help=module.__doc__)(function)
+        app.command(verb, help=console.plain(module.__doc__ or ""))(function)
     return app
 
 

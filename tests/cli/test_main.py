@@ -47,6 +47,10 @@ def test_every_missing_package_has_an_extra():
     assert set(main.EXTRAS.values()) <= extras
 
 
+def test_help_keeps_square_brackets():
+    assert "moe-edge[text]" in invoke("run", "--help")[1]
+
+
 def test_an_unknown_verb_is_a_usage_error():
     code, _, err = invoke("inspect", "--no-such-option")
     assert code == 2
