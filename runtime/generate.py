@@ -33,6 +33,7 @@ class Sampling:
         seed: of the draws.
         stop: ids after which nothing follows.
         stop_strings: texts at which an answer ends; `runtime.writing` looks for them, tokens alone do not show them.
+            Special tokens are no text: their ids go into ``stop``.
         padding: id that fills up prompts, and answers that have ended.
     """
 
