@@ -13,14 +13,17 @@ Example: moe-edge build optimized/ -o engine/ --target rtx-ada
 Example: moe-edge build optimized/ -o engine/ --target rtx-ada --also rtx-blackwell --optShapes=x:1x8 --optShapes=x:64x8
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, MaxShapes, MinShapes, OptShapes, Output
+
+if TYPE_CHECKING:
+    from moe_spec.manifest import Manifest
+    from runtime.profiles import Profile
 
 
 def build(
@@ -30,9 +33,9 @@ def build(
     backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="TensorRT-RTX: further targets of the same engine.")] = None,
     profile: Annotated[list[int] | None, typer.Option(help="Numbers of the profiles, as trtexec has them.")] = None,
-    min_shapes: Annotated[list[str] | None, typer.Option("--minShapes", help="Smallest: NAME:DIMxDIM,...")] = None,
-    opt_shapes: Annotated[list[str] | None, typer.Option("--optShapes", help="Shapes to be quick at.")] = None,
-    max_shapes: Annotated[list[str] | None, typer.Option("--maxShapes", help="Largest shapes.")] = None,
+    min_shapes: MinShapes = None,
+    opt_shapes: OptShapes = None,
+    max_shapes: MaxShapes = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="MiB of scratch memory a kernel may use.")] = None,
     optimization_level: Annotated[
         int | None,
@@ -89,27 +92,28 @@ def build(
 
         manifest = build_engine(model, device, options, output, tell)
     names = ", ".join(row.name for row in (device, *options.also))
-    summary = f"{output}: {names}, {_about(output, manifest.details, not options.profiles)}"
+    summary = f"{output}: {names}, {_about(output, manifest, not options.profiles)}"
     console.result(summary, manifest.to_json(), as_json)
 
 
-def _about(output: Path, details: Mapping[str, Any], default: bool) -> str:
+def _about(output: Path, manifest: "Manifest", default: bool) -> str:
     """How large an engine is, what it keeps in memory, what shapes it takes, and whether anybody chose them."""
+    from runtime.engine import profiles_of
     from runtime.model_dir import model_bytes
 
     size = f"{model_bytes(output):,} bytes"
-    if "activations" in details.get("memory", {}):
-        size += f" and {details['memory']['activations']:,} of activations"
-    profiles = [_shown(profile) for profile in details.get("profiles", []) if profile]
+    memory = manifest.details.get("memory", {})
+    if "activations" in memory:
+        size += f" and {memory['activations']:,} of activations"
+    profiles = [_shown(profile) for profile in profiles_of(manifest) if profile]
     if not profiles:
         return size
     hint = " (default; choose with --minShapes --optShapes --maxShapes)" if default else ""
     return f"{size}, takes {' or '.join(profiles)}{hint}"
 
 
-def _shown(profile: dict[str, dict[str, list[int]]]) -> str:
-    return ", ".join(f"{name} {_dims(row['min'])} to {_dims(row['max'])}" for name, row in sorted(profile.items()))
+def _shown(profile: "Profile") -> str:
+    from runtime.profiles import dims
 
-
-def _dims(shape: list[int]) -> str:
-    return "x".join(map(str, shape))
+    ranges = sorted(profile.items())
+    return ", ".join(f"{name} {dims(shapes.min)} to {dims(shapes.max)}" for name, shapes in ranges)

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson, Output
+from cli.options import AsJson, MaxShapes, MinShapes, OptShapes, Output
 
 
 def bundle(
@@ -26,9 +26,9 @@ def bundle(
     backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz whose first examples become golden cases.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a golden case of --data.")] = 8,
-    min_shapes: Annotated[list[str] | None, typer.Option("--minShapes", help="Smallest: NAME:DIMxDIM,...")] = None,
-    opt_shapes: Annotated[list[str] | None, typer.Option("--optShapes", help="Shapes to be quick at.")] = None,
-    max_shapes: Annotated[list[str] | None, typer.Option("--maxShapes", help="Largest shapes.")] = None,
+    min_shapes: MinShapes = None,
+    opt_shapes: OptShapes = None,
+    max_shapes: MaxShapes = None,
     precision: Annotated[str | None, typer.Option(help="Judge by float32, float16 or bfloat16.")] = None,
     as_json: AsJson = False,
 ) -> None:

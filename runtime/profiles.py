@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from moe_spec.decoder import axis_lengths
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Feeds
 
 BATCH_RANGE = (1, 8, 64)
 OTHER_RANGE = (1, 32, 128)
@@ -176,16 +177,35 @@ def _check_shapes(spec: TensorSpec, shapes: ShapeRange) -> None:
         )
         if not fits:
             raise UserError(
-                f"{option} gives {spec.name} the shape {_dims(shape)}, but the model's input is {_show(spec)}",
+                f"{option} gives {spec.name} the shape {dims(shape)}, but the model's input is {_show(spec)}",
                 hint=f"give {spec.name} {len(spec.shape)} dimensions, the fixed ones as they are",
             )
     ordered = all(low <= best <= high for low, best, high in zip(shapes.min, shapes.opt, shapes.max, strict=True))
     if not ordered:
         raise UserError(
-            f"the profile of {spec.name} is {_dims(shapes.min)}, {_dims(shapes.opt)}, {_dims(shapes.max)}, "
+            f"the profile of {spec.name} is {dims(shapes.min)}, {dims(shapes.opt)}, {dims(shapes.max)}, "
             "expected min <= opt <= max on every axis",
             hint="swap the shapes so that they ascend",
         )
+
+
+def takes(profile: Profile, feeds: Feeds) -> bool:
+    """Whether every input has a shape within its range."""
+    return all(
+        low <= length <= high
+        for name, shapes in profile.items()
+        for low, length, high in zip(shapes.min, feeds[name].shape, shapes.max, strict=True)
+    )
+
+
+def options_of(profile: Profile) -> list[str]:
+    """The profile as the three options; none for one without dynamic inputs."""
+
+    def option(which: str) -> str:
+        shapes = ",".join(f"{name}:{dims(getattr(shapes, which))}" for name, shapes in sorted(profile.items()))
+        return f"--{which}Shapes={shapes}"
+
+    return [option(which) for which in ("min", "opt", "max")] if profile else []
 
 
 def show_options(profile: Profile) -> str:
@@ -194,15 +214,15 @@ def show_options(profile: Profile) -> str:
     >>> show_options({"x": ShapeRange((1, 8), (4, 8), (64, 8))})
     '--minShapes=x:1x8 --optShapes=x:4x8 --maxShapes=x:64x8'
     """
-
-    def option(which: str) -> str:
-        shapes = ",".join(f"{name}:{_dims(getattr(shapes, which))}" for name, shapes in sorted(profile.items()))
-        return f"--{which}Shapes={shapes}"
-
-    return " ".join(option(which) for which in ("min", "opt", "max")) if profile else ""
+    return " ".join(options_of(profile))
 
 
-def _dims(shape: Sequence[int | str]) -> str:
+def dims(shape: Sequence[int | str]) -> str:
+    """A shape in trtexec's syntax.
+
+    >>> dims((1, 8))
+    '1x8'
+    """
     return "x".join(map(str, shape))
 
 

@@ -5,10 +5,10 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moe_spec.manifest import Manifest
 from moe_spec.record import Json
+from runtime.profiles import dims, options_of, profile_from_json
 from runtime.targets import ONNXRUNTIME, TENSORRT, Target
 from runtime.tolerances import TOLERANCES
 
@@ -63,11 +63,9 @@ def _commands(manifest: Manifest, details: Json) -> Mapping[str, str]:
 def _profiles(profiles: list[Json]) -> list[str]:
     """Options of trtexec; quoted, for names of inputs are a stranger's."""
     options = []
-    for number, profile in enumerate(profiles):
+    for number, profile in enumerate(map(profile_from_json, profiles)):
         options += [f"--profile={number}"] if len(profiles) > 1 else []
-        for which in ("min", "opt", "max"):
-            shapes = ",".join(f"{name}:{_dims(ranges[which])}" for name, ranges in sorted(profile.items()))
-            options += [shlex.quote(f"--{which}Shapes={shapes}")] if shapes else []
+        options += map(shlex.quote, options_of(profile))
     return options
 
 
@@ -75,7 +73,7 @@ def _case(case: Json, manifest: Manifest, element: float) -> list[str]:
     """Options of trtexec for the inputs of a golden case, and the outputs that it should give."""
     outputs = {spec.name: case["outputs"][spec.name] for spec in manifest.outputs}
     options = {
-        "--shapes": {name: _dims(entry["shape"]) for name, entry in case["inputs"].items()},
+        "--shapes": {name: dims(entry["shape"]) or "1" for name, entry in case["inputs"].items()},
         "--loadInputs": {name: entry["file"] for name, entry in case["inputs"].items()},
         "--loadRefOutputs": {name: entry["file"] for name, entry in outputs.items()},
     }
@@ -116,7 +114,3 @@ def _how(target: Target, details: Json, builders: tuple[str, ...]) -> str:
         "from faults.",
     ]
     return "\n\n".join([*paragraphs, _CONTAINER] if target.name.startswith("jetson") else paragraphs)
-
-
-def _dims(shape: Any) -> str:
-    return "x".join(map(str, shape)) or "1"

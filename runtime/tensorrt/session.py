@@ -21,8 +21,9 @@ from moe_spec.files import new_file
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import AMPERE_PLUS
-from runtime.engine import rebuild
+from runtime.engine import profiles_of, rebuild
 from runtime.feeds import check_feeds, select_outputs
+from runtime.profiles import takes
 from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here
 from runtime.tensorrt.failures import tidy
@@ -70,7 +71,7 @@ class EngineSession:
         self.outputs = manifest.outputs
         self._types = {spec.name: _numpy_type(spec, plan) for spec in (*self.inputs, *self.outputs)}
         self._where = str(plan.parent)
-        self._profiles: Sequence[Mapping[str, Any]] = manifest.details["profiles"]
+        self._profiles = profiles_of(manifest)
         self._profile = 0
         self._graphs: OrderedDict[Key, Any] = OrderedDict()
         self._seen: Key | None = None
@@ -118,11 +119,11 @@ class EngineSession:
 
     def _choose_profile(self, feeds: Feeds) -> None:
         """Switch to the first profile that takes these shapes."""
-        index = next((index for index, profile in enumerate(self._profiles) if _takes(profile, feeds)), None)
+        index = next((index for index, profile in enumerate(self._profiles) if takes(profile, feeds)), None)
         if index is None:
             found = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             ranges = "; ".join(
-                ", ".join(f"{name} {row['min']} to {row['max']}" for name, row in profile.items())
+                ", ".join(f"{name} {list(shapes.min)} to {list(shapes.max)}" for name, shapes in profile.items())
                 for profile in self._profiles
             )
             raise UserError(
@@ -259,14 +260,6 @@ def _make_allocator(trt: Any, driver: Driver) -> Any:
             self.shapes[name] = tuple(shape)
 
     return Allocator()
-
-
-def _takes(profile: Mapping[str, Any], feeds: Feeds) -> bool:
-    return all(
-        low <= dim <= high
-        for name, row in profile.items()
-        for low, dim, high in zip(row["min"], feeds[name].shape, row["max"], strict=True)
-    )
 
 
 def _numpy_type(spec: TensorSpec, plan: Path) -> np.dtype[Any]:
