@@ -4,11 +4,11 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
-from moe_spec.manifest import FILE_NAME, Manifest
+from moe_spec.manifest import Manifest
 from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.backends import BACKENDS
 from runtime.fit import GIGABYTE, fit
-from runtime.model_dir import model_file, why_not_buildable
+from runtime.model_dir import model_manifest, why_not_buildable
 from runtime.targets import TARGETS, Target
 
 
@@ -24,13 +24,7 @@ def build(
         UserError: ``out`` exists, ``model_dir`` is none or is damaged, the target cannot take it, or the build fails.
     """
     refuse_existing(out)
-    model_file(model_dir)
-    if not (model_dir / FILE_NAME).is_file():
-        raise UserError(
-            f"{model_dir} is no model directory: it has no {FILE_NAME}",
-            hint=f"make one: moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}",
-        )
-    manifest = Manifest.load(model_dir)
+    manifest = model_manifest(model_dir, target)
     if manifest.kind == ENGINE:
         raise UserError(f"{model_dir} is an engine already", hint="give the model directory that it was built from")
     manifest.check_files(model_dir)

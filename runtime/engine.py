@@ -1,15 +1,15 @@
 """Engine directories: what every backend writes beside its engine, and what must hold before one is opened."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_spec.errors import UserError
-from moe_spec.files import inside, sha256_file
+from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest, TensorSpec, list_files
 from runtime.backend import ENGINE
+from runtime.model_dir import copy_files
 from runtime.profiles import Profile, profile_from_json
 from runtime.targets import Target, version_fits
 
@@ -36,22 +36,15 @@ def finish_engine(
     An engine has no observed outputs, so its blocks name none.
     """
     parent = Manifest.load(model_dir)
-    for entry in parent.files:
-        if entry.name not in _GRAPHS:
-            copy = out_dir / entry.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(inside(model_dir, entry.name, model_dir / FILE_NAME), copy)
-    manifest = Manifest(
+    copy_files(model_dir, (entry.name for entry in parent.files if entry.name not in _GRAPHS), out_dir)
+    manifest = dataclasses.replace(
+        parent,
         kind=ENGINE,
-        source_sha256=parent.source_sha256,
         parent_sha256=sha256_file(model_dir / FILE_NAME),
         files=list_files(out_dir),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         blocks=tuple(dataclasses.replace(block, gates=None, scores=None) for block in parent.blocks),
-        model_sha256=parent.model_sha256,
-        plan=parent.plan,
-        passes=parent.passes,
         tools={**parent.tools, **tools},
         details={"backend": target.backend, "target": target.name, **details},
     )

@@ -1,10 +1,12 @@
 """Where the graph is, and whether a target takes it."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import inside
-from moe_spec.manifest import EXPERT_CHOICE, MODEL, OBSERVED, Manifest
+from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, MODEL, OBSERVED, Manifest
 from runtime.backend import ENGINE_FILE
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.targets import Target
@@ -26,6 +28,33 @@ def model_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist, expected an .onnx file or a model directory", hint="check the path")
     return path
+
+
+def model_manifest(model_dir: Path, target: Target) -> Manifest:
+    """What stands in the manifest of a model directory that is meant for ``target``; its files are not looked at.
+
+    Raises:
+        UserError: there is no such directory, or it has no manifest.
+    """
+    if not (model_dir / FILE_NAME).is_file():
+        model_file(model_dir)
+        raise UserError(
+            f"{model_dir} is no model directory: it has no {FILE_NAME}",
+            hint=f"make one: moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}",
+        )
+    return Manifest.load(model_dir)
+
+
+def copy_files(model_dir: Path, names: Iterable[str], target: Path) -> None:
+    """Copy files that the manifest of ``model_dir`` names to the same names below ``target``.
+
+    Raises:
+        UserError: a name leads out of ``model_dir``.
+    """
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(model_dir, name, model_dir / FILE_NAME), copy)
 
 
 def observed_file(model_dir: Path) -> Path:

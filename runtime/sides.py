@@ -95,9 +95,13 @@ def batches_of(inputs: Sequence[TensorSpec], directory: Path, data: Dataset | No
 
 def run_cast(session: Session, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
     """Outputs of ``session``, those asked for or all; floating inputs are given in the format that the model takes."""
+    return session.run(cast_to(session, feeds), outputs)
+
+
+def cast_to(session: Session, feeds: Feeds) -> Feeds:
+    """``feeds`` with floating inputs in the format that the model takes."""
     formats = {spec.name: np.dtype(spec.dtype) for spec in session.inputs}
-    cast = {name: _cast(array, formats.get(name, array.dtype)) for name, array in feeds.items()}
-    return session.run(cast, outputs)
+    return {name: _cast(array, formats.get(name, array.dtype)) for name, array in feeds.items()}
 
 
 def check_comparable(reference: Side, candidate: Side) -> None:

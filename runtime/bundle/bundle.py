@@ -1,19 +1,19 @@
 """Write a bundle: model, golden cases, thresholds, scripts, and the hashes of all of them."""
 
+import dataclasses
 import importlib.metadata
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
-from moe_spec.files import inside, new_directory, refuse_existing, sha256_file
+from moe_spec.files import new_directory, refuse_existing, sha256_file
 from moe_spec.manifest import FILE_NAME, Manifest, list_files
 from moe_spec.record import Json, dump
 from runtime.backend import ENGINE
 from runtime.bundle.golden import golden_cases, save_case
 from runtime.bundle.scripts import write_scripts
-from runtime.model_dir import model_file, observed_file, why_not_buildable
+from runtime.model_dir import copy_files, model_file, model_manifest, observed_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types
 from runtime.profiles import Profile, check_profile, default_profile, profile_to_json
 from runtime.targets import ONNXRUNTIME, Target
@@ -73,17 +73,11 @@ def bundle(
             "golden": golden,
         }
         write_scripts(staging, target, manifest, details)
-        made = Manifest(
+        made = dataclasses.replace(
+            manifest,
             kind=KIND,
-            source_sha256=manifest.source_sha256,
             parent_sha256=sha256_file(model_dir / FILE_NAME),
             files=list_files(staging, hashes),
-            inputs=manifest.inputs,
-            outputs=manifest.outputs,
-            blocks=manifest.blocks,
-            model_sha256=manifest.model_sha256,
-            plan=manifest.plan,
-            passes=manifest.passes,
             tools={**manifest.tools, **{name: importlib.metadata.version(name) for name in ("moe-edge", "numpy")}},
             details=details,
         )
@@ -93,11 +87,7 @@ def bundle(
 
 
 def _checked(model_dir: Path, target: Target) -> Manifest:
-    optimize = f"moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}"
-    if not (model_dir / FILE_NAME).is_file():
-        model_file(model_dir)
-        raise UserError(f"{model_dir} is no model directory: it has no {FILE_NAME}", hint=f"make one: {optimize}")
-    manifest = Manifest.load(model_dir)
+    manifest = model_manifest(model_dir, target)
     if manifest.kind in (ENGINE, KIND):
         raise UserError(
             f"{model_dir} holds the kind {manifest.kind!r}, expected a model directory",
@@ -106,7 +96,10 @@ def _checked(model_dir: Path, target: Target) -> Manifest:
     manifest.check_files(model_dir)
     reasons = why_not_buildable(model_dir, target)
     if reasons:
-        raise UserError(f"{target.name} does not take {model_dir}: {'; '.join(reasons)}", hint=optimize)
+        raise UserError(
+            f"{target.name} does not take {model_dir}: {'; '.join(reasons)}",
+            hint=f"moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}",
+        )
     observed_file(model_dir)
     return manifest
 
@@ -124,10 +117,7 @@ def _profiles(manifest: Manifest, target: Target, given: Sequence[Profile]) -> S
 
 def _copy_model(model_dir: Path, manifest: Manifest, folder: Path) -> dict[str, str]:
     """Copy what the manifest lists, which has just been hashed; the hashes by their names in the bundle."""
-    for name in (*(entry.name for entry in manifest.files), FILE_NAME):
-        copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inside(model_dir, name, model_dir / FILE_NAME), copy)
+    copy_files(model_dir, (*(entry.name for entry in manifest.files), FILE_NAME), folder)
     return {f"{MODEL_FOLDER}/{entry.name}": entry.sha256 for entry in manifest.files}
 
 

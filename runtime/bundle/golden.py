@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,18 @@ from typing import Any
 import numpy as np
 
 from moe_spec.dataset import Dataset
-from moe_spec.decoder import complete
 from moe_spec.errors import UserError
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.record import Json
 from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
-from runtime.feeds import RandomFeeds
 from runtime.model_dir import observed_file
-from runtime.profiles import Profile, show_options
-from runtime.sides import run_cast
+from runtime.profiles import Profile, show_options, takes
+from runtime.sides import batches_of, cast_to
 
 FOLDER = "golden"
 BATCHES = 4
-"""At most, of task data."""
+"""At most; random feeds are three."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +47,8 @@ def golden_cases(
     Raises:
         UserError: no profile takes any, ``data`` does not fit the model, or the model cannot run here.
     """
-    if data is None:
-        feeds: Iterator[Feeds] = RandomFeeds.of(manifest.inputs, model_dir).three_shapes()
-    else:
-        feeds = (complete(manifest.inputs, batch) for batch in islice(data.batches(batch_size), BATCHES))
-    taken = [given for given in feeds if not profiles or any(_takes(profile, given) for profile in profiles)]
+    batches = islice(batches_of(manifest.inputs, model_dir, data, batch_size), BATCHES)
+    taken = [feeds for feeds, _ in batches if not profiles or any(takes(profile, feeds) for profile in profiles)]
     if not taken:
         raise UserError(
             f"no golden inputs fit the profile {'; '.join(map(show_options, profiles))}",
@@ -61,19 +56,10 @@ def golden_cases(
         )
     cases = []
     with open_session(observed_file(model_dir)) as session:
-        for given in taken:
-            formats = {spec.name: np.dtype(spec.dtype) for spec in session.inputs}
-            results = run_cast(session, given)
-            stored = {name: np.asarray(array, formats[name]) for name, array in given.items()}
-            cases.append(Case(len(next(iter(given.values()))), stored, results))
+        for feeds in taken:
+            given = cast_to(session, feeds)
+            cases.append(Case(len(next(iter(given.values()))), given, session.run(given)))
     return cases
-
-
-def _takes(profile: Profile, feeds: Feeds) -> bool:
-    return all(
-        all(low <= length <= high for low, length, high in zip(shapes.min, feeds[name].shape, shapes.max, strict=True))
-        for name, shapes in profile.items()
-    )
 
 
 def save_case(number: int, case: Case, outputs: Sequence[TensorSpec], directory: Path) -> Json:
