@@ -85,42 +85,43 @@ def bench(
         UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
     """
     _check_counts(models, batch_sizes, repeats)
-    rows = []
+    timed = []
     with _opened(models, threads) as sessions:
         for size in batch_sizes:
             runs = [
-                (model, session, phase, feeds)
+                (_Run(model, size, *phase), session)
                 for model, session in zip(models, sessions, strict=True)
-                for phase, feeds in _phases(model, session, size, length, past, data)
+                for phase in _phases(session, length, length if past is None else past)
             ]
-            times = _times([session for _, session, _, _ in runs], [feeds for *_, feeds in runs], repeats, warmup)
-            rows += [
-                _row(model, size, phase, _tokens(feeds), of_run)
-                for (model, _, phase, feeds), of_run in zip(runs, times, strict=True)
-            ]
-    order = [str(model) for model in models]
-    return [_with_cost(row, length, past, threads) for row in sorted(rows, key=lambda row: order.index(row.model))]
+            feeds = [run.feeds(session, data) for run, session in runs]
+            times = _times([session for _, session in runs], feeds, repeats, warmup)
+            timed += [(run, _tokens(fed), taken) for (run, _), fed, taken in zip(runs, feeds, times, strict=True)]
+    timed.sort(key=lambda row: models.index(row[0].model))
+    return [_row(run, tokens, taken, threads) for run, tokens, taken in timed]
 
 
-def _phases(
-    model: Path, session: Session, size: int, length: int, past: int | None, data: Dataset | None
-) -> Iterator[tuple[str, Feeds]]:
-    if not has_cache(session.inputs):
-        yield "", _feeds(model, session, size, length, 0, data)
-        return
-    yield PREFILL, _feeds(model, session, size, length, 0, data)
-    yield DECODE, _feeds(model, session, size, 1, length if past is None else past, None)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is timed: a model, how many examples, and how many tokens are new and in a cache."""
+
+    model: Path
+    size: int
+    phase: str
+    length: int
+    past: int
+
+    def feeds(self, session: Session, data: Dataset | None) -> Feeds:
+        """Of ``data``, which knows no cache, or random ones."""
+        return _feeds(self.model, session, self.size, self.length, self.past, None if self.phase == DECODE else data)
+
+
+def _phases(session: Session, length: int, past: int) -> tuple[tuple[str, int, int], ...]:
+    """Name, new tokens and tokens in the cache of each."""
+    return ((PREFILL, length, 0), (DECODE, 1, past)) if has_cache(session.inputs) else (("", length, 0),)
 
 
 def _tokens(feeds: Feeds) -> int | None:
     return feeds[IDS].size if IDS in feeds else None
-
-
-def _with_cost(row: BenchRow, length: int, past: int | None, threads: int) -> BenchRow:
-    """What opening the model and one such run take in a process of its own."""
-    other, cached = (1, length if past is None else past) if row.phase == DECODE else (length, 0)
-    found = measure_alone(Path(row.model), row.batch_size, other, cached, threads)
-    return dataclasses.replace(row, load_ms=found.load_ms, memory_bytes=found.peak_bytes)
 
 
 def median_latencies(
@@ -176,20 +177,22 @@ def _feeds(model: Path, session: Session, size: int, length: int, past: int, dat
     return complete(session.inputs, data.first(size).feeds)
 
 
-def _row(model: Path, size: int, phase: str, tokens: int | None, times: Sequence[float]) -> BenchRow:
+def _row(run: _Run, tokens: int | None, times: Sequence[float], threads: int) -> BenchRow:
+    """Of what was timed, and of the same in a process of its own."""
     median = float(np.median(times))
+    alone = measure_alone(run.model, run.size, run.length, run.past, threads)
     return BenchRow(
-        model=str(model),
-        batch_size=size,
-        phase=phase,
+        model=str(run.model),
+        batch_size=run.size,
+        phase=run.phase,
         median_ms=median,
         p90_ms=float(np.percentile(times, 90)),
         p99_ms=float(np.percentile(times, 99)),
-        examples_per_second=1000 * size / median,
+        examples_per_second=1000 * run.size / median,
         tokens_per_second=None if tokens is None else 1000 * tokens / median,
-        load_ms=0.0,
-        memory_bytes=None,
-        file_bytes=model_bytes(model),
+        load_ms=alone.load_ms,
+        memory_bytes=alone.peak_bytes,
+        file_bytes=model_bytes(run.model),
     )
 
 
