@@ -5,22 +5,31 @@ from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class WatchedLayer:
-    """One MoE layer of a model that shows the values around it, all float32.
+class Layer:
+    """One MoE layer.
 
     Attributes:
         name: of the layer.
         keep: for each expert its id in the source model.
         top_k: K of this graph.
+    """
+
+    name: str
+    keep: tuple[int, ...]
+    top_k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedLayer(Layer):
+    """One of a model that shows the values around it, all float32.
+
+    Attributes:
         hidden: output (T, H): what the experts read.
         out: output (T, H): the weighted sum of what they give.
         gates: output (T, E): the weight of each expert, 0 where it is not selected.
         scores: output (T, E): what top-k ranks.
     """
 
-    name: str
-    keep: tuple[int, ...]
-    top_k: int
     hidden: str
     out: str
     gates: str
@@ -62,19 +71,13 @@ class CutModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForcedLayer:
-    """One MoE layer whose routing is an input.
+class ForcedLayer(Layer):
+    """One whose routing is an input.
 
     Attributes:
-        name: of the layer.
-        keep: for each expert its id in the source model.
-        top_k: K of this graph.
         inputs: ids and weights (T, K), as ``CutLayer.forced``.
     """
 
-    name: str
-    keep: tuple[int, ...]
-    top_k: int
     inputs: tuple[str, str]
 
 
