@@ -61,7 +61,7 @@ def bench(
     for name in ("batch", "p50 ms", "p99 ms", speed, "load ms", "MiB", "file MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(f"{row.model} {row.phase}", *_cells(row, in_tokens=all_read))
+        table.add_row(f"{row.model} {row.phase}".rstrip(), *_cells(row, in_tokens=all_read))
     if as_json:
         console.result("", {"rows": [dataclasses.asdict(row) for row in rows]}, as_json)
     else:
@@ -71,5 +71,5 @@ def bench(
 def _cells(row: "BenchRow", *, in_tokens: bool) -> tuple[str, ...]:
     times = (f"{value:.3f}" for value in (row.median_ms, row.p99_ms))
     speed = row.tokens_per_second if in_tokens else row.examples_per_second
-    memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}"
+    memory = console.mebibytes(row.memory_bytes)
     return (str(row.batch_size), *times, f"{speed:,.0f}", f"{row.load_ms:.0f}", memory, f"{row.file_bytes / 1e6:.2f}")

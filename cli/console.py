@@ -81,3 +81,12 @@ def status(what: str) -> Iterator[None]:
 def step(what: str) -> None:
     """One line on stderr for each step of a longer journey."""
     err.print(f"[dim]·[/] {plain(what)}", soft_wrap=True)
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes of memory in MiB, a dash where they are not known.
+
+    >>> mebibytes(3 << 19), mebibytes(None)
+    ('1.5', '-')
+    """
+    return "-" if count is None else f"{count / (1 << 20):.1f}"

@@ -108,10 +108,10 @@ def _greedy(report: "ParityReport") -> list[str]:
 
 
 def _cost(report: "ParityReport") -> list[str]:
-    memory = ["-" if row.memory_bytes is None else f"{row.memory_bytes / (1 << 20):.1f}" for row in report.cost]
     return [
-        f"  {row.model}: {row.median_ms:.3f} ms for {row.batch_size} examples, {size} MiB RAM, {row.file_bytes:,} bytes"
-        for row, size in zip(report.cost, memory, strict=True)
+        f"  {f'{row.model} {row.phase}'.rstrip()}: {row.median_ms:.3f} ms for {row.batch_size} examples, "
+        f"{console.mebibytes(row.memory_bytes)} MiB RAM, {row.file_bytes:,} bytes"
+        for row in report.cost
     ]
 
 

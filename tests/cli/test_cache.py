@@ -87,6 +87,13 @@ def test_a_prompt_and_a_token_more_are_timed_apart(pruned):
         assert row["tokens_per_second"] == pytest.approx(1000 * tokens / row["median_ms"])
 
 
+def test_what_a_decoder_costs_says_of_which_phase(zoo):
+    model = zoo.cached("mixtral")
+    text = done("verify", model, "--reference", model, "--cost", "--batch-size", 1, "--greedy-tokens", 0)
+    phases = re.findall(rf"^  {re.escape(str(model))} (\w+): [\d.]+ ms for 1 examples", text, re.MULTILINE)
+    assert phases == ["prefill", "decode"] * 2
+
+
 def test_outputs_of_a_run_are_those_of_the_task(pruned):
     text = done("run", pruned / "optimized", "--input", pruned / "data.npz")
     assert text == "6 examples: logits [6, 9, 128]\n"
