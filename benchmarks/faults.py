@@ -22,7 +22,7 @@ from cli.judge import judge
 from exporter.export import export
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
-from graph_passes.quantize import Quantization
+from graph_passes.precision import Precision
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
@@ -102,7 +102,7 @@ def _in_form(source: Path, form: str, out: Path) -> Path:
 
 
 def _int8(source: Path, out: Path) -> Path:
-    optimize(source, out, RUNNER, form="sorted", quantization=Quantization(8))
+    optimize(source, out, RUNNER, form="sorted", precision=Precision("int8"))
     return out
 
 

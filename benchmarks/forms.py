@@ -24,7 +24,7 @@ from benchmarks.machine import describe_machine
 from graph_passes.block import MoEBlock
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
-from graph_passes.quantize import Quantization
+from graph_passes.precision import AS_IT_IS, Precision
 from graph_passes.writers import WRITERS, choose_form, why_not
 from moe_spec.runner import error_between
 from runtime.backends import open_session
@@ -39,7 +39,7 @@ MODEL = "model.onnx"
 
 NODE, GROUPED, ACTIVE = "as exported", "torch grouped_mm", "FFN of width K F"
 NOT_ON_A_CPU = ("trt_moe",)
-ROUNDED: Mapping[str, Quantization] = {"qmoe int8": Quantization(8), "qmoe int4/32": Quantization(4, 32)}
+ROUNDED: Mapping[str, Precision] = {"qmoe int8": Precision("int8"), "qmoe int4/32": Precision("int4", block_size=32)}
 """Forms that compute with rounded weights: quick, but something else."""
 
 FORMS = (NODE, *(form for form in WRITERS if form not in (*NOT_ON_A_CPU, "qmoe")))
@@ -86,8 +86,8 @@ def measure(experts: int, tokens: Sequence[int], repeats: int) -> list[Row]:
         runs[GROUPED] = functools.partial(_run_torch, torch_layer(layer, "grouped_mm"))
         for count in tokens:
             _check_same(runs, layer.tokens(count))
-        for name, how in ROUNDED.items():
-            runs[name] = stack.enter_context(_onnx(original, "qmoe", Path(scratch) / name.replace("/", " "), how))
+        for name, precision in ROUNDED.items():
+            runs[name] = stack.enter_context(_onnx(original, "qmoe", Path(scratch) / name.replace("/", " "), precision))
         active = Path(scratch) / "active.onnx"
         save_onnx(dataclasses.replace(layer, experts=1, top_k=1, width=layer.top_k * layer.width), active)
         runs[ACTIVE] = stack.enter_context(_onnx(active, "ffn", Path(scratch) / ACTIVE))
@@ -105,10 +105,10 @@ def _forms(block: MoEBlock) -> list[str]:
 
 
 @contextlib.contextmanager
-def _onnx(original: Path, form: str, out: Path, how: Quantization | None = None) -> Iterator[Run]:
+def _onnx(original: Path, form: str, out: Path, precision: Precision = AS_IT_IS) -> Iterator[Run]:
     """Runs ``original`` rewritten to ``form``, which is proven, with ONNX Runtime on the CPU."""
     if form != NODE:
-        optimize(original, out, OnnxRuntimeRunner(THREADS), form=form, quantization=how)
+        optimize(original, out, OnnxRuntimeRunner(THREADS), form=form, precision=precision)
     with open_session(original if form == NODE else out, THREADS) as session:
         yield lambda hidden_TH: session.run({"hidden": hidden_TH})["out"]
 

@@ -25,9 +25,13 @@ def optimize(
     ] = None,
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Quantise the experts to 4 or 8 bits.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Format of the experts: int8 or int4.")] = None,
+    rest_precision: Annotated[
+        str | None, typer.Option(help="Format of everything else but the routers, which stay float32.")
+    ] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128; without it all of an output channel.")
+        int | None,
+        typer.Option(help="Quantised inputs that share a scale: 32, 64 or 128; without it all of an output channel."),
     ] = None,
     clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
     any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
@@ -44,14 +48,17 @@ def optimize(
     Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
     """
     from graph_passes.optimize import optimize as optimize_model
-    from graph_passes.quantize import Quantization
+    from graph_passes.precision import FORMATS, Precision
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
     from runtime.onnxruntime_backend import OnnxRuntimeRunner
     from runtime.targets import find_target
 
-    accepted = None if target is None else [name for name in WRITERS if name in find_target(target).forms]
+    asked = Precision.checked(precision, rest_precision, block_size)
+    device = None if target is None else find_target(target)
+    forms = None if device is None else [name for name in WRITERS if name in device.forms]
+    formats = None if device is None else [name for name, dtype in FORMATS.items() if dtype in device.precisions]
     with console.status(f"optimising {model}"):
         manifest = optimize_model(
             model,
@@ -59,9 +66,10 @@ def optimize(
             OnnxRuntimeRunner(),
             plan=None if plan is None else PruningPlan.load(plan, clamp_top_k=clamp_top_k),
             form=form,
-            accepted=accepted,
+            accepted=forms,
             tokens=tokens,
-            quantization=None if bits is None else Quantization.checked(bits, block_size),
+            precision=asked,
+            accepted_precisions=formats,
             any_model=any_model,
             prove=prove,
             forced=forced,
@@ -78,7 +86,7 @@ def optimize(
     rows += [textwrap.indent(f"left as it is: {layer}", "  ") for layer in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
     proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
-    error = manifest.details["quantization_error"]
+    error = manifest.details["precision_error"]
     if error is not None:
         proof += f" beside the rounded experts; quantising changes outputs by up to {error:.1e} of their range"
     changed = "" if manifest.modified else "; nothing had to change"

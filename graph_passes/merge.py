@@ -61,7 +61,7 @@ def _differing(block: MoEBlock, plan: LayerPlan) -> Merge | None:
             f"the plan merges experts {list(found.experts)} of layer {block.name}, whose weights are quantised: their "
             "mean would have to be rounded anew",
             hint="merge in the float model, and quantise the result: moe-edge optimize exported/ --plan plan.json "
-            "--bits 8",
+            "--precision int8",
         )
     return found
 

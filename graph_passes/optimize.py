@@ -18,10 +18,10 @@ from graph_passes.observe import is_observable, observe_routing, routing_of
 from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.order import sort_nodes, tidy
 from graph_passes.other_readers import check_choice_is_unread
+from graph_passes.precision import AS_IT_IS, Precision
 from graph_passes.proof import Proof, Work, prove_variant
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
-from graph_passes.quantize import Quantization
 from graph_passes.rewrite import Decision, Written, carry_out, decide
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
@@ -49,7 +49,8 @@ def optimize(
     form: str = AUTO,
     accepted: Sequence[str] | None = None,
     tokens: int | None = None,
-    quantization: Quantization | None = None,
+    precision: Precision = AS_IT_IS,
+    accepted_precisions: Sequence[str] | None = None,
     any_model: bool = False,
     prove: bool = True,
     forced: bool = False,
@@ -70,7 +71,8 @@ def optimize(
         accepted: the forms that the target takes, which also limit ``form``; None: no target in view, so that only
             what loses experts is written anew.
         tokens: how many a run has, where that is known; ``auto`` chooses for it.
-        quantization: how the experts are quantised; None leaves them what they are.
+        precision: formats of the experts and of the rest; what it does not name stays what it is.
+        accepted_precisions: the formats that the target takes; None: no target in view.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         forced: write forced.onnx too, whose routing is an input (`graph_passes.force`).
         observe_experts: write experts.onnx too, which gives logits, ids, weights and norms of what experts give
@@ -80,17 +82,19 @@ def optimize(
         on_progress: called with a step, and how much of it is done.
 
     Raises:
-        UserError: unreadable input, an unrecognised layer, a plan that does not fit, a form that cannot express it.
+        UserError: unreadable input, an unrecognised layer, a plan that does not fit, a form that cannot express it, a
+            form or a precision that the target does not take.
         VerificationError: the proof failed; nothing is written.
     """
     refuse_existing(out)
     _check_form(form, accepted)
+    precision.check_accepted(accepted_precisions)
     model = read_model(source, allow_partial=allow_partial)
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
     layers = [layer if found is None else found.plan for layer, found in zip(layers, findings, strict=True)]
     decisions = [
-        decide(block, layer, form, accepted, quantization, tokens)
+        decide(block, layer, form, accepted, precision.quantization, tokens)
         for block, layer in zip(model.blocks, layers, strict=True)
     ]
     is_new = model.reduced or any(decision.form is not None for decision in decisions)
@@ -106,7 +110,7 @@ def optimize(
         if not is_new:  # the file as it was
             passes = tuple(pass_entry(entry.name, False, before, before) for entry in passes)
         entries = _observe(model, written, staging)
-        work = Work(model, plan, layers, entries if is_new else (), quantization if is_new else None)
+        work = Work(model, plan, layers, entries if is_new else (), precision.quantization if is_new else None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
         experts_outputs = save_experts_observed(staging) if observe_experts else {}
@@ -131,8 +135,8 @@ def optimize(
                 "choices": [dataclasses.asdict(entry) for entry in proof.choices],
                 "forced": forced_inputs,
                 "experts": experts_outputs,
-                "quantization": None if quantization is None else dataclasses.asdict(quantization),
-                "quantization_error": proof.quantization_error,
+                "precision": dataclasses.asdict(precision),
+                "precision_error": proof.precision_error,
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
                 "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],

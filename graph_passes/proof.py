@@ -38,13 +38,13 @@ class Proof:
     Attributes:
         oracle: the error of each output at each shape.
         choices: how often the routers chose the same experts, in each layer whose router is left, at each shape.
-        quantization_error: largest difference between the result and the original relative to an output's largest
+        precision_error: largest difference between the result and the original relative to an output's largest
             magnitude; None where nothing was quantised.
     """
 
     oracle: tuple[OracleEntry, ...] = ()
     choices: tuple[ChoiceEntry, ...] = ()
-    quantization_error: float | None = None
+    precision_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

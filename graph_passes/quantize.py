@@ -16,7 +16,6 @@ import numpy as np
 
 from graph_passes.block import Experts
 from graph_passes.weights import Array, Weight, from_array
-from moe_spec.errors import UserError
 
 DTYPES = {4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 BLOCK_SIZES = (32, 64, 128)
@@ -33,20 +32,6 @@ class Quantization:
 
     bits: int
     block_size: int | None = None
-
-    @classmethod
-    def checked(cls, bits: int, block_size: int | None) -> "Quantization":
-        """As a user gave it.
-
-        Raises:
-            UserError: other bits or block sizes than there are.
-        """
-        if bits not in DTYPES:
-            raise UserError(f"experts cannot be quantised to {bits} bits", hint="--bits 4 or --bits 8")
-        if block_size is not None and block_size not in BLOCK_SIZES:
-            known = ", ".join(map(str, BLOCK_SIZES))
-            raise UserError(f"there are no blocks of {block_size} inputs", hint=f"--block-size is one of {known}")
-        return cls(bits, block_size)
 
 
 def is_quantized(experts: Experts, how: Quantization) -> bool:

@@ -98,7 +98,7 @@ def _quantize(block: MoEBlock, how: Quantization) -> MoEBlock:
     if reason is not None:
         raise UserError(
             f"layer {block.name} cannot be quantised to {how.bits} bits: {reason}",
-            hint="leave --bits out, or choose another --block-size",
+            hint="leave --precision out, or choose another --block-size",
         )
     return dataclasses.replace(block, experts=quantized(block.experts, how))
 

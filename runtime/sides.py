@@ -20,7 +20,7 @@ from runtime.feeds import RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
-from runtime.tolerances import coarsest
+from runtime.tolerances import TOLERANCES, coarsest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,8 @@ class Side:
         """The number format that decides how exact this model can be: that of its experts where they are quantised."""
         known = self.manifest.details.get("float_types")
         formats = number_formats(check_external_data(model_file(self.path))) if known is None else list(known)
-        quantization = self.manifest.details.get("quantization")  # bytes of two 4-bit numbers are not told from others
-        if quantization is not None:
-            formats.append(f"int{quantization['bits']}")
+        asked = self.manifest.details.get("precision") or {}  # bytes of two 4-bit numbers are not told from others
+        formats += [asked[part] for part in ("experts", "rest") if asked.get(part) in TOLERANCES]
         return coarsest(name.removeprefix("u") for name in formats)
 
     def routing(self, block: BlockEntry, outputs: Arrays, tokens: int, experts: int) -> Routing:

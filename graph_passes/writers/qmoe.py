@@ -51,7 +51,7 @@ def why_not(block: MoEBlock) -> str | None:
     if block.router.scale_E is not None:
         return "the op ranks what weighs the experts, and here each has a factor of its own"
     if any(weight.scales is None for weight in weights):
-        return "its weights are not quantised; --bits says how"
+        return "its weights are not quantised; --precision int8 or int4 says how"
     if len(kinds) != 1 or not kinds <= set(UNSIGNED):
         return f"the op takes one integer type of 4 or 8 bits, this layer has {', '.join(sorted(kinds))}"
     size = _block_size(experts)

@@ -22,7 +22,9 @@ def ops(path) -> set[str]:
 
 
 def test_experts_are_quantised_and_the_line_says_what_that_costs(block, tmp_path):
-    code, out, _ = invoke("optimize", block, "--form", "qmoe", "--bits", 4, "--block-size", 32, "-o", tmp_path / "out")
+    code, out, _ = invoke(
+        "optimize", block, "--form", "qmoe", "--precision", "int4", "--block-size", 32, "-o", tmp_path / "out"
+    )
     assert code == 0
     first, layer = out.splitlines()
     number = r"\d\.\de[-+]\d\d"
@@ -36,10 +38,10 @@ def test_experts_are_quantised_and_the_line_says_what_that_costs(block, tmp_path
 
 
 def test_the_same_for_machines(block, tmp_path):
-    code, out, _ = invoke("optimize", block, "--form", "qmoe", "--bits", 8, "--json", "-o", tmp_path / "out")
+    code, out, _ = invoke("optimize", block, "--form", "qmoe", "--precision", "int8", "--json", "-o", tmp_path / "out")
     details = json.loads(out)["details"]
-    assert (code, details["quantization"]) == (0, {"bits": 8, "block_size": None})
-    assert 0 < details["quantization_error"] < 0.05
+    assert (code, details["precision"]) == (0, {"experts": "int8", "rest": None, "block_size": None})
+    assert 0 < details["precision_error"] < 0.05
 
 
 def test_the_forms_of_onnx_runtime_are_offered_for_its_target_only(block, tmp_path):
@@ -69,9 +71,13 @@ def test_observed_experts_are_one_more_file(block, tmp_path):
 @pytest.mark.parametrize(
     ("options", "what", "hint"),
     [
-        (("--bits", 5), "experts cannot be quantised to 5 bits", "--bits 4 or --bits 8"),
         (
-            ("--bits", 4, "--block-size", 33),
+            ("--precision", "int5"),
+            "unknown precision 'int5'",
+            "did you mean 'int8'? known: bf16, fp16, fp32, fp8, int4, int8, nvfp4",
+        ),
+        (
+            ("--precision", "int4", "--block-size", 33),
             "there are no blocks of 33 inputs",
             "--block-size is one of 32, 64, 128",
         ),

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
-from graph_passes.quantize import Quantization
+from graph_passes.precision import Precision
 from runtime.fault import EXPERTS, REST, ROUTER, Fault
 from runtime.report import ParityReport
 from runtime.tolerances import TOLERANCES
@@ -99,7 +99,7 @@ def test_a_fault_outside_the_moe_layers_is_found_between_them(zoo, tmp_path, wei
 
 def test_int8_experts_pass_by_their_own_tolerance_and_fail_by_that_of_float32(zoo, tmp_path):
     exported = zoo.exported("mixtral")
-    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", precision=Precision("int8"))
     code, report, _ = verify(tmp_path / "int8", exported)
     assert (code, report["precision"]) == (0, "int8")
     assert 1e-3 < report["outputs"][0]["forced_max_rel"] < TOLERANCES["int8"].element
@@ -112,7 +112,7 @@ def test_int8_experts_pass_by_their_own_tolerance_and_fail_by_that_of_float32(zo
 def test_a_fault_beside_int8_experts_is_caught_too(zoo, tmp_path, fault):
     exported = zoo.exported("mixtral")
     broken = plant(exported, tmp_path / "broken", FAULTS[fault], 1)
-    optimize(broken, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    optimize(broken, tmp_path / "int8", RUNNER, form="sorted", precision=Precision("int8"))
     code, report, _ = verify(tmp_path / "int8", exported)
     assert (code, report["precision"], report["fault"]["part"]) == (3, "int8", FOUND[fault][0])
     assert report["fault"]["experts"] == FOUND[fault][1]
@@ -120,7 +120,7 @@ def test_a_fault_beside_int8_experts_is_caught_too(zoo, tmp_path, fault):
 
 def test_tolerances_come_from_a_file_that_changes_some(zoo, tmp_path):
     exported, path = zoo.exported("mixtral"), tmp_path / "tolerances.json"
-    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", quantization=Quantization(8))
+    optimize(exported, tmp_path / "int8", RUNNER, form="sorted", precision=Precision("int8"))
     path.write_text('{"int8": {"element": 1e-3}}')
     code, report, err = verify(tmp_path / "int8", exported, "--tolerances", path, "--no-bisect")
     assert (code, report["tolerance"]["element"], report["tolerance"]["margin"]) == (3, 1e-3, TOLERANCES["int8"].margin)

@@ -10,7 +10,7 @@ import pytest
 from graph_passes.describe import read_model
 from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
-from graph_passes.quantize import Quantization
+from graph_passes.precision import Precision
 from graph_passes.writers import WRITERS
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
@@ -223,10 +223,10 @@ def test_experts_behind_a_full_router_may_be_quantised(tmp_path):
     spec = spec_of("stacked", hidden=32, width=64, opset=21)
     source = saved(spec, tmp_path)
     manifest = optimize(
-        source, tmp_path / "out", RUNNER, plan=plan(source, layer(spec, 0, THREE)), quantization=Quantization(8)
+        source, tmp_path / "out", RUNNER, plan=plan(source, layer(spec, 0, THREE)), precision=Precision("int8")
     )
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
-    assert 0 < manifest.details["quantization_error"] < 0.05
+    assert 0 < manifest.details["precision_error"] < 0.05
     assert read_model(tmp_path / "out").blocks[0].router.leads_to == THREE
 
 

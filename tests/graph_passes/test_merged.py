@@ -14,7 +14,7 @@ from graph_passes import merge, oracle
 from graph_passes.describe import read_model
 from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
-from graph_passes.quantize import Quantization
+from graph_passes.precision import Precision
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.plan import ALIAS, MEAN, ROWS, LayerPlan, Merge
 from moe_spec.runner import error_between
@@ -152,10 +152,10 @@ def test_rows_share_experts_that_were_not_merged_before(tmp_path):
 
 def test_means_are_quantised_afterwards(tmp_path):
     spec = Spec(form="stacked", hidden=32, width=32)
-    source, how = saved(spec, tmp_path), Quantization(8)
+    source, how = saved(spec, tmp_path), Precision("int8")
     merging = plan(source, layer(spec, align=True))
-    manifest = optimize(source, tmp_path / "out", RUNNER, plan=merging, quantization=how, form="sorted")
-    assert 0 < manifest.details["quantization_error"] < 0.05
+    manifest = optimize(source, tmp_path / "out", RUNNER, plan=merging, precision=how, form="sorted")
+    assert 0 < manifest.details["precision_error"] < 0.05
 
 
 def test_the_mean_of_halves_is_rounded_once_to_float32_and_then_to_them(tmp_path):
@@ -175,7 +175,8 @@ def test_quantised_experts_have_no_mean(tmp_path):
     assert (refusal.value.what, refusal.value.hint) == (
         "the plan merges experts [0, 1] of layer layers.0.mlp, whose weights are quantised: their mean would have to "
         "be rounded anew",
-        "merge in the float model, and quantise the result: moe-edge optimize exported/ --plan plan.json --bits 8",
+        "merge in the float model, and quantise the result: moe-edge optimize exported/ --plan plan.json "
+        "--precision int8",
     )
     assert not (tmp_path / "out").exists()
 

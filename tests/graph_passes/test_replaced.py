@@ -13,8 +13,8 @@ import graph_passes.prune
 from graph_passes.describe import read_model
 from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
+from graph_passes.precision import Precision
 from graph_passes.prune import constants_for
-from graph_passes.quantize import Quantization
 from graph_passes.writers import BEHIND_A_FULL_ROUTER, WRITERS
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
@@ -131,9 +131,9 @@ def test_experts_beside_constants_may_be_quantised(tmp_path):
     spec = spec_of("stacked", hidden=32, width=64, opset=21)
     source = saved(spec, tmp_path)
     planned = plan(source, layer(spec, 0, THREE))
-    manifest = optimize(source, tmp_path / "out", RUNNER, plan=planned, quantization=Quantization(8))
+    manifest = optimize(source, tmp_path / "out", RUNNER, plan=planned, precision=Precision("int8"))
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
-    assert 0 < manifest.details["quantization_error"] < 0.05
+    assert 0 < manifest.details["precision_error"] < 0.05
 
 
 def test_where_all_experts_are_selected_some_of_them_are_constant(tmp_path):

@@ -1,5 +1,7 @@
 """Form ``qmoe``: float experts quantised on the way, every router, and what the proof says of it."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from graph_passes import quantize
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
+from graph_passes.precision import Precision
 from graph_passes.quantize import Quantization, rounded
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
@@ -17,8 +20,8 @@ from tests.graph_passes.readers.proofs import THREE, saved
 from tests.zoo import RUNNER
 
 WIDE = {"hidden": 128, "width": 128, "opset": 21}
-WAYS = [Quantization(8), Quantization(4), Quantization(4, 32), Quantization(4, 64), Quantization(4, 128)]
-HOW = Quantization(4, 32)
+WAYS = [Precision("int8"), Precision("int4"), *(Precision("int4", block_size=size) for size in (32, 64, 128))]
+HOW = Precision("int4", block_size=32)
 NOT_GATED = ("llama4", "vmoe", "switch_capacity", "nllb_capacity", "own_scales")
 GATED = [name for name in ROUTERS if name not in NOT_GATED]
 
@@ -28,27 +31,29 @@ def source_of(router: str, **fields) -> Spec:
     return spec_of(form, router, **{**WIDE, **fields})
 
 
-def quantised(spec: Spec, folder, how: Quantization, form: str = "qmoe", keep=THREE) -> Manifest:
+def quantised(spec: Spec, folder, how: Precision, form: str = "qmoe", keep=THREE) -> Manifest:
     source = saved(spec, folder)
     made = plan(spec, keep, onnx_sha256(source))
-    return optimize(source, folder / "out", RUNNER, plan=made, form=form, quantization=how)
+    return optimize(source, folder / "out", RUNNER, plan=made, form=form, precision=how)
 
 
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.bits} bits, {how.block_size}")
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.experts}, {how.block_size}")
 @pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
 def test_the_result_is_exact_beside_its_rounded_experts_and_the_error_is_told(tmp_path, how, form):
     manifest = quantised(source_of("softmax_renormalised", biased=True), tmp_path, how, form)
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
-    assert manifest.details["quantization"] == {"bits": how.bits, "block_size": how.block_size}
-    assert 1e-4 < manifest.details["quantization_error"] < (0.05 if how.bits == 8 else 0.5)
+    assert manifest.details["precision"] == dataclasses.asdict(how)
+    assert 1e-4 < manifest.details["precision_error"] < (0.05 if how.experts == "int8" else 0.5)
     before = read_model(tmp_path / "block.onnx").blocks[0].experts
     after = read_model(tmp_path / "out").blocks[0].experts
-    wanted = rounded(before, how)
+    rounding = how.quantization
+    assert rounding is not None
+    wanted = rounded(before, rounding)
     for weight, reference in ((after.up_EHF, wanted.up_EHF), (after.down_EFH, wanted.down_EFH)):
         assert weight.scales is not None
         scales = weight.scales.load()
         scales = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
-        steps = weight.values.load().astype(np.float32) - 2 ** (how.bits - 1)
+        steps = weight.values.load().astype(np.float32) - 2 ** (rounding.bits - 1)
         np.testing.assert_array_equal(steps * scales, reference.load()[list(THREE)])
 
 
@@ -56,7 +61,7 @@ def test_the_result_is_exact_beside_its_rounded_experts_and_the_error_is_told(tm
 def test_every_router_is_expressed(tmp_path, router):
     spec = source_of(router, hidden=32, width=32)
     assert why_not(spec) is None
-    manifest = quantised(spec, tmp_path, Quantization(8), keep=(0, 1, 4, 5))
+    manifest = quantised(spec, tmp_path, Precision("int8"), keep=(0, 1, 4, 5))
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
     (block,) = read_model(tmp_path / "out").blocks
     assert (block.form, block.num_experts) == ("qmoe", 4)
@@ -66,13 +71,12 @@ def test_every_router_is_expressed(tmp_path, router):
 
 def test_experts_take_a_quarter_and_an_eighth_of_the_bytes(tmp_path):
     sizes = []
-    for bits in (None, 8, 4):
-        folder = tmp_path / str(bits)
+    for name in (None, "int8", "int4"):
+        folder = tmp_path / str(name)
         folder.mkdir()
-        how = None if bits is None else Quantization(bits)
         source = saved(source_of("softmax_renormalised"), folder)
-        form = "moe" if how is None else "qmoe"
-        optimize(source, folder / "out", RUNNER, form=form, quantization=how)
+        form = "moe" if name is None else "qmoe"
+        optimize(source, folder / "out", RUNNER, form=form, precision=Precision(name))
         sizes.append(read_model(folder / "out").blocks[0].experts.up_EHF.values.nbytes)
     assert (sizes[0] // sizes[1], sizes[0] // sizes[2]) == (4, 8)
 
@@ -85,11 +89,11 @@ def test_experts_in_float16_stay_so_between_their_products(tmp_path, form):
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 2e-3
 
 
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.bits} bits, {how.block_size}")
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.experts}, {how.block_size}")
 @pytest.mark.parametrize("form", ["qmoe", "sorted", "dense"])
 def test_twice_is_once(tmp_path, how, form):
     quantised(source_of("softmax_renormalised"), tmp_path, how, form)
-    again = optimize(tmp_path / "out", tmp_path / "again", RUNNER, form=form, quantization=how)
+    again = optimize(tmp_path / "out", tmp_path / "again", RUNNER, form=form, precision=how)
     assert not again.modified
     assert (tmp_path / "again" / MODEL).read_bytes() == (tmp_path / "out" / MODEL).read_bytes()
 
@@ -122,7 +126,7 @@ def test_another_rounding_than_was_asked_for_fails_the_proof(tmp_path, monkeypat
         ),
         (
             {},
-            Quantization(8, 32),
+            Precision("int8", block_size=32),
             "form qmoe cannot express layer layers.0.mlp: the CPU kernel rounds what it reads to 8 bits where weights "
             "of 8 bits have blocks",
         ),
@@ -145,13 +149,13 @@ def test_float_experts_need_to_be_told_how(tmp_path):
     with pytest.raises(UserError) as error:
         optimize(source, tmp_path / "out", RUNNER, form="qmoe")
     assert error.value.what == (
-        "form qmoe cannot express layer layers.0.mlp: its weights are not quantised; --bits says how"
+        "form qmoe cannot express layer layers.0.mlp: its weights are not quantised; --precision int8 or int4 says how"
     )
 
 
 def test_factors_of_experts_of_their_own_are_not_expressed(tmp_path):
     with pytest.raises(UserError) as error:
-        quantised(source_of("own_scales"), tmp_path, Quantization(8))
+        quantised(source_of("own_scales"), tmp_path, Precision("int8"))
     assert error.value.what == (
         "form qmoe cannot express layer layers.0.mlp: the op ranks what weighs the experts, "
         "and here each has a factor of its own"
@@ -165,16 +169,3 @@ def test_the_formula_rounds_half_to_even_and_keeps_zeros():
     np.testing.assert_array_equal(scales[0, :, 0], [1, 1])
     np.testing.assert_array_equal(quantize._steps(weight, scales, how)[0, 0, 0], [7, 0, 2, 2, -2, -7])
     np.testing.assert_array_equal(quantize._steps(weight, scales, how)[0, 1, 0], np.zeros(6))
-
-
-@pytest.mark.parametrize(
-    ("bits", "block", "what", "hint"),
-    [
-        (3, None, "experts cannot be quantised to 3 bits", "--bits 4 or --bits 8"),
-        (4, 48, "there are no blocks of 48 inputs", "--block-size is one of 32, 64, 128"),
-    ],
-)
-def test_other_bits_and_blocks_are_refused(bits, block, what, hint):
-    with pytest.raises(UserError) as error:
-        Quantization.checked(bits, block)
-    assert (error.value.what, error.value.hint) == (what, hint)
