@@ -3,7 +3,7 @@
 The models take turns, so that what else the machine does hits all alike. Opening a model and what that takes of memory
 is measured in a process of its own. Decoders with a cache are timed twice: a prompt, and a token more.
 
-Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64
+Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64 -o bench.json
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ def bench(
         int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="bench.json; it must not exist yet.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time models against each other: latency, throughput, memory, bytes.
@@ -39,9 +40,13 @@ def bench(
     Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64
     """
     from moe_spec.dataset import load_dataset
+    from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor
     from runtime.bench import bench as measure
+    from runtime.bench_report import BenchReport
 
+    if output is not None:
+        refuse_existing(output)
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
     with console.status(f"timing {len(models)} models"):
         rows = measure(
@@ -54,6 +59,8 @@ def bench(
             past=past,
             data=task,
         )
+    if output is not None:
+        BenchReport.of(rows).save(output)
     table = Table(box=rich.box.SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("model", overflow="fold")
     all_read = all(row.tokens_per_second is not None for row in rows)

@@ -143,13 +143,13 @@ class Manifest:
             kind=record.take("kind", str),
             source_sha256=record.take("source_sha256", str),
             parent_sha256=record.take("parent_sha256", str),
-            files=tuple(_flat(FileEntry, entry) for entry in record.records("files")),
+            files=tuple(entry.row(FileEntry) for entry in record.records("files")),
             inputs=tuple(_tensor(entry) for entry in record.records("inputs")),
             outputs=tuple(_tensor(entry) for entry in record.records("outputs")),
-            blocks=tuple(_block(entry) for entry in record.records("blocks")),
+            blocks=tuple(entry.row(BlockEntry) for entry in record.records("blocks")),
             model_sha256=record.take("model_sha256", str, default=""),
             plan=None if plan is None else PruningPlan.from_record(plan),
-            passes=tuple(_flat(PassEntry, entry) for entry in record.records("passes")),
+            passes=tuple(entry.row(PassEntry) for entry in record.records("passes")),
             tools=record.take("tools", dict),
             details=record.take("details", dict),
         )
@@ -181,24 +181,5 @@ def list_files(directory: Path, known: Mapping[str, str] | None = None) -> tuple
     return tuple(entries)
 
 
-def _flat(kind: type[Any], record: Record) -> Any:
-    """A dataclass of plain str, int and bool fields."""
-    return kind(**{field.name: record.take(field.name, field.type) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
 def _tensor(record: Record) -> TensorSpec:
     return TensorSpec(record.take("name", str), record.take("dtype", str), tuple(record.take("shape", list)))
-
-
-def _block(record: Record) -> BlockEntry:
-    return BlockEntry(
-        name=record.take("name", str),
-        experts=record.take("experts", int),
-        top_k=record.take("top_k", int),
-        keep=record.items("keep", int),
-        router=record.take("router", str),
-        form=record.take("form", str),
-        bytes=record.take("bytes", int),
-        gates=record.take("gates", str, default=None),
-        scores=record.take("scores", str, default=None),
-    )

@@ -1,7 +1,9 @@
 """JSON artifacts: sorted, indented, diffable; read back with an error that names the file, the key and the mend."""
 
+import dataclasses
 import json
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +68,21 @@ class Record:
     def items(self, key: str, kind: type[T]) -> tuple[T, ...]:
         """The list at ``key``, every item of type ``kind``; an int passes for a float."""
         return tuple(self._typed(key, value, kind) for value in self.take(key, list))
+
+    def row(self, kind: type[T]) -> T:
+        """A dataclass of plain fields: str, int, float or bool, one of these or None, or a tuple of one of these.
+
+        Raises:
+            UserError: a key is missing, unless its field may be None, or holds another type.
+        """
+        fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+        return kind(**{field.name: self._field(field.name, field.type) for field in fields})
+
+    def _field(self, key: str, kind: Any) -> Any:
+        if isinstance(kind, type) and not typing.get_origin(kind):
+            return self.take(key, kind)
+        (wanted,) = (one for one in typing.get_args(kind) if one not in (type(None), ...))
+        return self.items(key, wanted) if typing.get_origin(kind) is tuple else self.take(key, wanted, default=None)
 
 
 def dump(payload: Mapping[str, Any]) -> str:

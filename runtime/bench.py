@@ -16,7 +16,7 @@ from moe_spec.runner import Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
-from runtime.memory import measure_alone
+from runtime.memory import Alone, measure_alone
 from runtime.model_dir import model_bytes
 
 
@@ -179,20 +179,34 @@ def _feeds(model: Path, session: Session, size: int, length: int, past: int, dat
 
 def _row(run: _Run, tokens: int | None, times: Sequence[float], threads: int) -> BenchRow:
     """Of what was timed, and of the same in a process of its own."""
-    median = float(np.median(times))
     alone = measure_alone(run.model, run.size, run.length, run.past, threads)
+    return row_of(str(run.model), run.size, times, alone, model_bytes(run.model), phase=run.phase, tokens=tokens)
+
+
+def row_of(
+    model: str,
+    size: int,
+    times: Sequence[float],
+    alone: Alone,
+    file_bytes: int,
+    *,
+    phase: str = "",
+    tokens: int | None = None,
+) -> BenchRow:
+    """What ``times``, the milliseconds of each run of ``size`` examples with ``tokens`` new tokens in all, come to."""
+    median = float(np.median(times))
     return BenchRow(
-        model=str(run.model),
-        batch_size=run.size,
-        phase=run.phase,
+        model=model,
+        batch_size=size,
+        phase=phase,
         median_ms=median,
         p90_ms=float(np.percentile(times, 90)),
         p99_ms=float(np.percentile(times, 99)),
-        examples_per_second=1000 * run.size / median,
+        examples_per_second=1000 * size / median,
         tokens_per_second=None if tokens is None else 1000 * tokens / median,
         load_ms=alone.load_ms,
         memory_bytes=alone.peak_bytes,
-        file_bytes=model_bytes(run.model),
+        file_bytes=file_bytes,
     )
 
 

@@ -1,19 +1,20 @@
 """parity.json: what `verify` measured and what it made of it."""
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from moe_spec.record import Json, Record, load_record, save_record
+from moe_spec.record import Json, load_record, save_record
 from runtime.bench import BenchRow
 from runtime.fault import Fault
 from runtime.greedy import GreedyParity
 from runtime.tolerances import Tolerance
 
-SCHEMA = 2
+SCHEMA = 3
 _REMAKE = "make it again with `moe-edge verify`"
+
+MARGIN_EDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Relative margins at which tokens are counted apart: one count below the first, one from each of them on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,11 @@ class LayerParity:
         faults: judged flips that rounding does not explain: the reference's margin was wide, and the gate mattered.
         largest_margin: of the judged flips, relative; None without a finite one.
         gate_error: largest relative difference of a gate on judged tokens that did not flip; None if not finite.
+        usage: (E) of all tokens, how many chose each of the source model's experts in the candidate; empty without a
+            router.
+        margin_tokens: judged tokens by the reference's relative margin, one more count than `MARGIN_EDGES`; where there
+            was nothing to choose between, a token is not counted.
+        margin_flips: judged flips, likewise.
     """
 
     name: str
@@ -46,6 +52,9 @@ class LayerParity:
     faults: int
     largest_margin: float | None
     gate_error: float | None
+    usage: tuple[int, ...] = ()
+    margin_tokens: tuple[int, ...] = ()
+    margin_flips: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,35 +198,13 @@ class ParityReport:
             data_sha256=record.take("data_sha256", str, default=None),
             examples=record.take("examples", int),
             precision=record.take("precision", str),
-            tolerance=_row(Tolerance, tolerance),
+            tolerance=tolerance.row(Tolerance),
             forced=record.take("forced", bool),
-            layers=None if layers is None else tuple(_row(LayerParity, row) for row in record.records("layers")),
-            outputs=tuple(_row(OutputParity, row) for row in record.records("outputs")),
-            accuracy=None if accuracy is None else _row(TaskAccuracy, accuracy),
-            greedy=None if greedy is None else _row(GreedyParity, greedy),
-            cost=tuple(_row(BenchRow, row) for row in record.records("cost")),
-            fault=None if fault is None else _fault(fault),
+            layers=None if layers is None else tuple(row.row(LayerParity) for row in record.records("layers")),
+            outputs=tuple(row.row(OutputParity) for row in record.records("outputs")),
+            accuracy=None if accuracy is None else accuracy.row(TaskAccuracy),
+            greedy=None if greedy is None else greedy.row(GreedyParity),
+            cost=tuple(row.row(BenchRow) for row in record.records("cost")),
+            fault=None if fault is None else fault.row(Fault),
             notes=record.items("notes", str),
         )
-
-
-def _fault(record: Record) -> Fault:
-    return Fault(
-        part=record.take("part", str),
-        layer=record.take("layer", str, default=None),
-        experts=record.items("experts", int),
-        error=record.take("error", float, default=None),
-        says=record.take("says", str),
-    )
-
-
-def _row(kind: type[Any], record: Record) -> Any:
-    """A dataclass whose fields are str, int or float, or one of these or None."""
-    return kind(**{field.name: _value(field, record) for field in dataclasses.fields(kind)})
-
-
-def _value(field: dataclasses.Field[Any], record: Record) -> Any:
-    if isinstance(field.type, type):
-        return record.take(field.name, field.type)
-    (kind,) = (one for one in typing.get_args(field.type) if one is not type(None))
-    return record.take(field.name, kind, default=None)

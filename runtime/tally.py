@@ -11,8 +11,12 @@ from moe_spec.decoder import PRESENT
 from moe_spec.runner import error_between
 from runtime import parity
 from runtime.parity import Flags, TokenParity
-from runtime.report import LayerParity, OutputParity, TaskAccuracy
+from runtime.report import MARGIN_EDGES, LayerParity, OutputParity, TaskAccuracy
 from runtime.tolerances import Tolerance
+
+
+def _no_margins() -> npt.NDArray[np.int64]:
+    return _by_margin(np.zeros(0))
 
 
 @dataclasses.dataclass
@@ -29,9 +33,18 @@ class LayerTally:
     faults: int = 0
     largest_margin: float = 0.0
     gate_error: float = 0.0
+    usage_E: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    margin_tokens: npt.NDArray[np.int64] = dataclasses.field(default_factory=_no_margins)
+    margin_flips: npt.NDArray[np.int64] = dataclasses.field(default_factory=_no_margins)
 
-    def add(self, tokens: TokenParity, judged_T: Flags) -> None:
-        """Take in a batch; ``judged_T`` marks tokens of examples that flipped in no lower layer."""
+    def add(self, tokens: TokenParity, judged_T: Flags, selected_TE: Flags) -> None:
+        """Take in a batch.
+
+        Args:
+            tokens: reference against candidate.
+            judged_T: tokens of examples that flipped in no lower layer.
+            selected_TE: experts that the candidate chose, by the source model's ids.
+        """
         flips = tokens.flipped & judged_T
         same = ~tokens.flipped & judged_T
         # an expert whose gate is below the tolerance changes nothing that the element comparison could see
@@ -44,6 +57,9 @@ class LayerTally:
         self.faults += int(faults.sum())
         self.largest_margin = max(self.largest_margin, float(tokens.margin[flips].max(initial=0.0)))
         self.gate_error = max(self.gate_error, float(tokens.gate_error[same].max(initial=0.0)))
+        self.usage_E = selected_TE.sum(axis=0) + (self.usage_E if self.usage_E.size else 0)
+        self.margin_tokens += _by_margin(tokens.margin[judged_T])
+        self.margin_flips += _by_margin(tokens.margin[flips])
 
     def report(self) -> LayerParity:
         """What came of it."""
@@ -58,7 +74,15 @@ class LayerTally:
             faults=self.faults,
             largest_margin=_finite(self.largest_margin),
             gate_error=_finite(self.gate_error),
+            usage=tuple(self.usage_E.tolist()),
+            margin_tokens=tuple(self.margin_tokens.tolist()),
+            margin_flips=tuple(self.margin_flips.tolist()),
         )
+
+
+def _by_margin(margins_T: parity.Floats) -> npt.NDArray[np.int64]:
+    places = np.digitize(margins_T[np.isfinite(margins_T)], MARGIN_EDGES)
+    return np.bincount(places, minlength=len(MARGIN_EDGES) + 1)
 
 
 @dataclasses.dataclass

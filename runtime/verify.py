@@ -141,7 +141,7 @@ class _Comparison:
             routing = self._reference.routing(our_block, mine, tokens, experts)
             other = self._candidate.routing(their_block, theirs, tokens, experts)
             compared = compare_routing(routing, other, our_block.top_k)
-            tally.add(compared, _per_token(clean_B, tokens))
+            tally.add(compared, _per_token(clean_B, tokens), other.gates != 0)
             clean_B = clean_B & ~_per_example(compared.flipped, len(clean_B))
         return clean_B
 

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from runtime.bench_report import BenchReport
 from tests.cli.helpers import invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny
@@ -21,9 +22,12 @@ def test_models_are_timed_side_by_side(model):
     assert [(row["model"], row["batch_size"]) for row in rows] == [(str(model), 1), (f"{model}/model.onnx", 1)]
 
 
-def test_people_get_a_table(model):
-    code, out, _ = invoke("bench", model, "--batch-size", 2, "--repeats", 1)
+def test_people_get_a_table_and_a_file(model, tmp_path):
+    arguments = ("bench", model, "--batch-size", 2, "--repeats", 1, "-o", tmp_path / "bench.json")
+    code, out, _ = invoke(*arguments)
     assert code == 0
+    assert [row.model for row in BenchReport.load(tmp_path / "bench.json").rows] == [str(model)]
+    assert invoke(*arguments)[2].startswith(f"error: {tmp_path}/bench.json already exists\n")
     assert re.search(r"model +batch +p50 ms +p99 ms +examples/s +load ms +MiB +file MB", out)
 
 

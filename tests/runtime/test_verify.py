@@ -1,3 +1,4 @@
+import bisect
 import dataclasses
 import re
 
@@ -9,7 +10,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from runtime.backend import BuildOptions
 from runtime.build import build
-from runtime.report import ParityReport
+from runtime.report import MARGIN_EDGES, ParityReport
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here
 from runtime.tolerances import TOLERANCES, coarsest
@@ -35,6 +36,8 @@ def test_a_model_is_equal_to_itself(tmp_path):
     assert (report.passed, report.reasons, report.first_wrong_layer, report.flips) == (True, (), None, 0)
     assert report.data == "random feeds at the shapes 1x1, 2x7, 5x4"
     assert [layer.tokens for layer in report.layers] == [1 + 14 + 20] * 2
+    assert [sum(layer.usage) for layer in report.layers] == [35 * tiny.TOP_K] * 2
+    assert [(sum(layer.margin_tokens), sum(layer.margin_flips)) for layer in report.layers] == [(35, 0)] * 2
     (logits,) = report.outputs
     assert (logits.examples, logits.max_rel, logits.top1_agreement) == (8, 0.0, 1.0)
     assert logits.esap == pytest.approx(1)
@@ -105,6 +108,8 @@ def test_a_flip_at_a_narrow_margin_is_excused_and_its_example_left_out(tmp_path)
     assert report.flips > 0
     assert [layer.faults for layer in report.layers] == [0, 0]
     assert report.layers[0].largest_margin < TOLERANCES["float16"].margin
+    assert sum(report.layers[0].margin_flips) == report.layers[0].judged_flips > 0
+    assert report.layers[0].margin_flips[bisect.bisect(MARGIN_EDGES, TOLERANCES["float16"].margin) + 1 :] == (0, 0)
     assert 0 < report.outputs[0].examples < 64
     assert report.outputs[0].max_rel < TOLERANCES["float16"].element
 

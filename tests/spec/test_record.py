@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -53,6 +54,20 @@ def test_a_wrong_value_is_refused_by_file_and_key(call, what):
 def test_a_nested_error_names_its_place():
     (_, second) = record(layers=[{}, {}]).records("layers")
     assert refusal(lambda: second.take("name", str))[0] == "plan.json: layers[1]: key 'name' is missing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    share: float | None
+    ids: tuple[int, ...] = ()
+
+
+def test_a_row_is_a_dataclass_of_plain_fields():
+    assert record(name="mlp", share=1, ids=[2, 3]).row(Row) == Row("mlp", 1.0, (2, 3))
+    assert record(name="mlp", ids=[]).row(Row) == Row("mlp", None)
+    assert refusal(lambda: record(share=1.0, ids=[]).row(Row))[0] == "plan.json: key 'name' is missing"
+    assert refusal(lambda: record(name="mlp").row(Row))[0] == "plan.json: key 'ids' is missing"
 
 
 def test_an_artifact_is_sorted_and_indented_and_comes_back(tmp_path):
