@@ -28,34 +28,34 @@ class Zoo:
 
     def checkpoint(self, name: str) -> Path:
         """Checkpoint directory of the tiny model ``name``."""
-        return self._once(f"{name}.checkpoint", lambda path: tiny(name).save_pretrained(path))
+        return self.once(f"{name}.checkpoint", lambda path: tiny(name).save_pretrained(path))
 
     def exported(self, name: str) -> Path:
         """The same, exported by us: one experts node a layer, no cache."""
         checkpoint = self.checkpoint(name)
-        return self._once(f"{name}.exported", lambda path: export(checkpoint, path, RUNNER, cache=False))
+        return self.once(f"{name}.exported", lambda path: export(checkpoint, path, RUNNER, cache=False))
 
     def cached(self, name: str) -> Path:
         """The decoder ``name`` of `tests.decoders`, exported with its cache, as decoders are by default."""
         checkpoint = self.decoder(name)
-        return self._once(f"{name}.cached", lambda path: export(checkpoint, path, RUNNER))
+        return self.once(f"{name}.cached", lambda path: export(checkpoint, path, RUNNER))
 
     def decoder(self, name: str) -> Path:
         """Checkpoint directory of that decoder, with a tokenizer's files beside it."""
-        return self._once(f"{name}.decoder", lambda path: _save_decoder(name, path))
+        return self.once(f"{name}.decoder", lambda path: _save_decoder(name, path))
 
     def batched_mm(self, name: str) -> Path:
         """The same as plain torch.onnx exports transformers' batched_mm experts: a foreign ONNX file."""
         checkpoint = self.checkpoint(name)
-        return self._once(f"{name}.onnx", lambda path: _export_batched_mm(checkpoint, path))
+        return self.once(f"{name}.onnx", lambda path: _export_batched_mm(checkpoint, path))
 
     def foreign(self, name: str) -> Path:
         """The graph ``name`` of the table of foreign graphs."""
         entry = FOREIGN[name]
-        directory = self._once(f"{name}.foreign", lambda path: _export_foreign(entry, path))
+        directory = self.once(f"{name}.foreign", lambda path: _export_foreign(entry, path))
         return directory / "model.onnx"
 
-    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.root / name
         with FileLock(self.root / f"{name}.lock"):
             if not path.exists():

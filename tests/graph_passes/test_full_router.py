@@ -11,19 +11,16 @@ from graph_passes.describe import read_model
 from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
-from graph_passes.writers import WRITERS
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, OBSERVED, Manifest
 from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
 from moe_spec.runner import error_between
-from runtime.backend import BuildOptions
-from runtime.build import build
-from runtime.targets import find_target
+from tests.engines import FORMS, built
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, save, spec_of, why_not, why_not_run
 from tests.graph_passes.block_models.spec import layer_name
-from tests.graph_passes.test_matrix import ALL, TARGETS, assert_clean
+from tests.graph_passes.test_matrix import ALL, assert_clean
 from tests.zoo import RUNNER
 
 BEHIND = ("dense", "sorted", "gather")
@@ -173,11 +170,8 @@ def test_tensorrt_rtx_builds_a_full_router(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
     spec = spec_of("masked_loop", "vmoe", capacity=None)
     source = saved(spec, tmp_path)
-    accepted = [form for form in WRITERS if form in find_target("sm89").forms]
-    optimize(source, tmp_path / "out", RUNNER, plan=plan(source, layer(spec, 0, THREE)), accepted=accepted)
-    for target in TARGETS:
-        build(tmp_path / "out", find_target(target), BuildOptions(), tmp_path / target)
-        assert (tmp_path / target / "model.engine").stat().st_size > 0
+    optimize(source, tmp_path / "out", RUNNER, plan=plan(source, layer(spec, 0, THREE)), accepted=FORMS)
+    built(tmp_path / "out")
 
 
 # --- more than once -------------------------------------------------------------------------------------------------

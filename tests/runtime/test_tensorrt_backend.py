@@ -70,11 +70,8 @@ def rewrite(model, directory, edit):
 @pytest.mark.parametrize(
     ("target", "capability"), [("rtx-ampere", "8.6"), ("sm89", "8.9"), ("rtx-blackwell", "12.0"), ("sm80", "8.0")]
 )
-@pytest.mark.parametrize(
-    "kind", [tiny.Tiny(), tiny.Tiny(keep=(2,)), tiny.Tiny(dtype="float16")], ids=["fp32", "one expert", "fp16"]
-)
-def test_an_engine_is_built_for_the_capability_asked_for_and_no_other(tmp_path, kind, target, capability):
-    model = tiny.write(tmp_path / "model", kind)
+def test_an_engine_is_built_for_the_capability_asked_for_and_no_other(model, tmp_path, target, capability):
+    """Models of all kinds in all precisions: tests/test_engines.py."""
     manifest = build(model, find_target(target), BuildOptions(), tmp_path / "engine")
     assert plan_capabilities(tmp_path / "engine" / "model.engine") == [capability]
     assert manifest.details["compute_capabilities"] == [capability]
