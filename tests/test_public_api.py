@@ -11,35 +11,12 @@ import numpy as np
 import pytest
 
 from cli.main import VERBS
+from docs.generate.python_api import COMMAND_LINE_ONLY, FUNCTIONS
 from graph_passes.optimize import optimize
 from tests.zoo import RUNNER
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "models", "moe_spec", "benchmarks")
-
-FUNCTIONS = {
-    "inspect": "cli.inspect",
-    "families": "models.support",
-    "targets": "runtime.fit",
-    "upcycle": "models.upcycle",
-    "calibrate": "pruning.calibrate",
-    "merge": "moe_spec.statistics",
-    "plan": "pruning.plan",
-    "prune": "pruning.apply",
-    "finetune": "pruning.finetuning.finetune",
-    "export": "exporter.export",
-    "optimize": "graph_passes.optimize",
-    "build": "runtime.build",
-    "bundle": "runtime.bundle.bundle",
-    "verify": "runtime.verify",
-    "bench": "runtime.bench",
-    "run": "runtime.run",
-    "demo": "cli.demo",
-}
-"""The module in which each verb is a plain function of the same name."""
-
-COMMAND_LINE_ONLY = ("inspect", "demo")
-"""They put together what several packages offer."""
 
 HEAVY = ("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx")
 NOT_ON_A_DEVICE = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxscript")

@@ -1,0 +1,1 @@
+"""Pages of the documentation that nobody writes by hand."""

@@ -1,0 +1,85 @@
+"""The page of every verb and its options, told from the command line itself."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import typer.main
+
+from benchmarks.markdown import table
+from cli.main import build_app
+
+_EXAMPLE = re.compile(r"^Example: (.*)$", re.MULTILINE)
+
+
+def page() -> str:
+    """Every verb in the order of the way through the house."""
+    app: Any = typer.main.get_command(build_app())  # typer's own copy of click, which has no types to import
+    intro = (
+        "Verbs read files and write files. `-o` never overwrites: what it names must not exist yet. Exit codes: 0 done, "
+        "1 an error that you can mend, 2 usage, 3 verification failed, 130 interrupted. Results go to stdout, progress "
+        "and errors to stderr."
+    )
+    parts = ["# Commands", intro, "## moe-edge", _options(app.params)]
+    for name, command in app.commands.items():
+        parts += [f"## {name}", *_help(command.help), f"`{usage(name, command.params)}`", _options(command.params)]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(name: str, parameters: list[Any]) -> str:
+    """How the verb is called, with what it cannot do without.
+
+    >>> usage("demo", [])
+    'moe-edge demo [OPTIONS]'
+    """
+    words = [_argument(one) for one in parameters if _is_argument(one)]
+    words += [f"{max(one.opts, key=len)} {one.name.upper()}" for one in parameters if _is_needed_option(one)]
+    return " ".join(["moe-edge", name, *words, "[OPTIONS]"])
+
+
+def _help(text: str) -> Iterator[str]:
+    """Paragraphs of a verb's help, its examples last as a block of commands."""
+    prose = _EXAMPLE.sub("", text).strip()
+    yield "`".join(_flags_as_code(part) if number % 2 == 0 else part for number, part in enumerate(prose.split("`")))
+    examples = _EXAMPLE.findall(text)
+    if examples:
+        yield "\n".join(["```bash", *examples, "```"])
+
+
+def _flags_as_code(text: str) -> str:
+    return re.sub(r"(?<!\w)(--?[a-z][\w-]*)(?!\w)", r"`\1`", text)
+
+
+def _options(parameters: list[Any]) -> str:
+    return table(("", "what", "default"), [_row(one) for one in parameters], left=3)
+
+
+def _row(one: Any) -> tuple[str, str, str]:
+    if _is_argument(one):
+        return f"`{_argument(one)}`", _cell(one.help), "needed" if one.required else ""
+    names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
+    many = " More than once." if one.multiple else ""
+    return names, _cell(f"{one.help or ''}{many}"), "needed" if one.required else _default(one.default)
+
+
+def _default(value: object) -> str:
+    if value is None or value is False or value in ([], ()):
+        return ""
+    return "on" if value is True else f"`{value}`"
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", r"\|").replace("\n", " ")
+
+
+def _is_argument(one: Any) -> bool:
+    return one.opts == [one.name]
+
+
+def _is_needed_option(one: Any) -> bool:
+    return bool(one.required) and not _is_argument(one)
+
+
+def _argument(one: Any) -> str:
+    name = f"{one.name.upper()}{'...' if one.nargs == -1 else ''}"
+    return name if one.required else f"[{name}]"

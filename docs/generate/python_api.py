@@ -1,0 +1,87 @@
+"""The pages of the Python API: which object stands where is a table here, what it says of itself is its docstring."""
+
+from collections.abc import Mapping, Sequence
+
+FUNCTIONS: Mapping[str, str] = {
+    "inspect": "cli.inspect",
+    "families": "models.support",
+    "targets": "runtime.fit",
+    "upcycle": "models.upcycle",
+    "calibrate": "pruning.calibrate",
+    "merge": "moe_spec.statistics",
+    "plan": "pruning.plan",
+    "prune": "pruning.apply",
+    "finetune": "pruning.finetuning.finetune",
+    "export": "exporter.export",
+    "optimize": "graph_passes.optimize",
+    "build": "runtime.build",
+    "bundle": "runtime.bundle.bundle",
+    "verify": "runtime.verify",
+    "bench": "runtime.bench",
+    "run": "runtime.run",
+    "demo": "cli.demo",
+}
+"""The module in which each verb is a plain function of the same name."""
+
+COMMAND_LINE_ONLY = ("inspect", "demo")
+"""They put together what several packages offer."""
+
+TAKEN: Mapping[str, Sequence[str]] = {
+    "Plans": ("pruning.plan.PlanOptions", "pruning.plan_on_data.plan_on_data", "pruning.plan_on_data.DataOptions"),
+    "Data": ("moe_spec.dataset.Dataset", "moe_spec.dataset.load_dataset"),
+    "Fine-tuning": ("pruning.finetuning.finetune.Finetuning",),
+    "Running": ("moe_spec.runner.Runner", "runtime.onnxruntime_backend.OnnxRuntimeRunner"),
+    "Errors": ("moe_spec.errors.UserError", "moe_spec.errors.VerificationError"),
+    "Any torch module": (
+        "models.plain.plain_model",
+        "models.moe_block.SparseMoe",
+        "models.moe_block.TopKRouter",
+        "models.moe_block.StackedExperts",
+        "exporter.module.export_module",
+    ),
+}
+"""What the functions take, and what goes with them."""
+
+ARTIFACTS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "plan.json": ("moe_spec.plan", ("PruningPlan", "LayerPlan", "Merge")),
+    "statistics.safetensors": ("moe_spec.statistics", ("Statistics", "LayerStatistics", "Key")),
+    "manifest.json": (
+        "moe_spec.manifest",
+        ("Manifest", "FileEntry", "TensorSpec", "BlockEntry", "PassEntry"),
+    ),
+    "parity.json": ("runtime.report", ("ParityReport", "LayerParity", "OutputParity", "TaskAccuracy")),
+    "parity.json: fault": ("runtime.fault", ("Fault",)),
+    "parity.json: cost": ("runtime.bench", ("BenchRow",)),
+}
+"""The module of each artifact, and the dataclasses that it is made of."""
+
+
+def functions_page() -> str:
+    """Every verb as a function, and what they take."""
+    parts = [
+        "# Python API",
+        "Every verb is a plain function: paths and options in, an artifact out. None prints, none exits; what a user "
+        "can mend is a `UserError`.",
+        "## Verbs",
+        *(_directive(f"{FUNCTIONS[verb]}.{verb}") for verb in FUNCTIONS if verb not in COMMAND_LINE_ONLY),
+    ]
+    for title, names in TAKEN.items():
+        parts += [f"## {title}", *map(_directive, names)]
+    return "\n\n".join(parts) + "\n"
+
+
+def artifacts_page() -> str:
+    """The files that verbs hand to each other, as the dataclasses that read and write them."""
+    parts = [
+        "# Artifacts",
+        "What one verb writes, another reads. JSON files are sorted and indented and carry `artifact` and `schema`; a "
+        "schema that this version does not know is refused. Paths in them stay inside their directory.",
+    ]
+    for title, (module, names) in ARTIFACTS.items():
+        parts += [f"## {title}", *(_directive(f"{module}.{name}", members=False) for name in names)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _directive(name: str, *, members: bool = True) -> str:
+    options = "" if members else "\n    options:\n      members: false"
+    return f"::: {name}{options}"
