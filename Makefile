@@ -11,7 +11,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,docs,test]"
 	touch $(STAMP)
 
 demo: install  ## calibrate, plan, export, optimise, build, verify and bench the embedded model
@@ -23,6 +23,7 @@ check: install  ## what a reviewer would ask for, in seconds
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet  # into build/site
 
 test: check  ## everything: checks, doctests, unit tests, end-to-end tests
 	$(BIN)/python -m pytest -n $(WORKERS)
