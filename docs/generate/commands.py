@@ -16,9 +16,9 @@ def page() -> str:
     """Every verb in the order of the way through the house."""
     app: Any = typer.main.get_command(build_app())  # typer's own copy of click, which has no types to import
     intro = (
-        "Verbs read files and write files. `-o` never overwrites: what it names must not exist yet. Exit codes: 0 done, "
-        "1 an error that you can mend, 2 usage, 3 verification failed, 130 interrupted. Results go to stdout, progress "
-        "and errors to stderr."
+        "Verbs read files and write files. `-o` never overwrites: what it names must not exist yet. Results go to "
+        "stdout, progress and errors to stderr. Exit codes: 0 done, 1 an error that you can mend, 2 usage, "
+        "3 verification failed, 130 interrupted."
     )
     parts = ["# Commands", intro, "## moe-edge", _options(app.params)]
     for name, command in app.commands.items():
@@ -81,5 +81,5 @@ def _is_needed_option(one: Any) -> bool:
 
 
 def _argument(one: Any) -> str:
-    name = f"{one.name.upper()}{'...' if one.nargs == -1 else ''}"
+    name = one.metavar or f"{one.name.upper()}{'...' if one.nargs == -1 else ''}"
     return name if one.required else f"[{name}]"

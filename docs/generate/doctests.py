@@ -18,9 +18,9 @@ class FencedDoctests(griffe.Extension):
 
 
 def fenced(docstring: str) -> str:
-    """``docstring`` with a fence around each doctest.
+    r"""``docstring`` with a fence around each doctest.
 
-    >>> fenced("Adds.\\n\\n>>> 1 + 1\\n2\\n\\nSo.")
-    'Adds.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n\\nSo.'
+    >>> fenced("Adds.\n\n>>> 1 + 1\n2\n\nSo.")
+    'Adds.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nSo.'
     """
     return _DOCTEST.sub(lambda doctest: f"```pycon\n{doctest[0]}\n```", docstring)

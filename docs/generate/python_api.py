@@ -1,6 +1,9 @@
 """The pages of the Python API: which object stands where is a table here, what it says of itself is its docstring."""
 
+import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 FUNCTIONS: Mapping[str, str] = {
     "inspect": "cli.inspect",
@@ -42,18 +45,14 @@ TAKEN: Mapping[str, Sequence[str]] = {
 }
 """What the functions take, and what goes with them."""
 
-ARTIFACTS: Mapping[str, tuple[str, Sequence[str]]] = {
-    "plan.json": ("moe_spec.plan", ("PruningPlan", "LayerPlan", "Merge")),
-    "statistics.safetensors": ("moe_spec.statistics", ("Statistics", "LayerStatistics", "Key")),
-    "manifest.json": (
-        "moe_spec.manifest",
-        ("Manifest", "FileEntry", "TensorSpec", "BlockEntry", "PassEntry"),
-    ),
-    "parity.json": ("runtime.report", ("ParityReport", "LayerParity", "OutputParity", "TaskAccuracy")),
-    "parity.json: fault": ("runtime.fault", ("Fault",)),
-    "parity.json: cost": ("runtime.bench", ("BenchRow",)),
+ARTIFACTS: Mapping[str, Sequence[str]] = {
+    "plan.json": ("moe_spec.plan",),
+    "statistics.safetensors": ("moe_spec.statistics",),
+    "manifest.json": ("moe_spec.manifest",),
+    "parity.json": ("runtime.report", "runtime.fault", "runtime.greedy", "runtime.tolerances"),
+    "bench.json": ("runtime.bench",),
 }
-"""The module of each artifact, and the dataclasses that it is made of."""
+"""The modules of each artifact: it is made of their dataclasses."""
 
 
 def functions_page() -> str:
@@ -77,9 +76,21 @@ def artifacts_page() -> str:
         "What one verb writes, another reads. JSON files are sorted and indented and carry `artifact` and `schema`; a "
         "schema that this version does not know is refused. Paths in them stay inside their directory.",
     ]
-    for title, (module, names) in ARTIFACTS.items():
-        parts += [f"## {title}", *(_directive(f"{module}.{name}", members=False) for name in names)]
+    for title, modules in ARTIFACTS.items():
+        names = [name for module in modules for name in dataclasses_of(importlib.import_module(module))]
+        parts += [f"## {title}", *(_directive(name, members=False) for name in names)]
     return "\n\n".join(parts) + "\n"
+
+
+def dataclasses_of(module: ModuleType) -> list[str]:
+    """Public dataclasses of ``module``, by their full names, in the order in which they are written.
+
+    >>> import moe_spec.plan
+    >>> dataclasses_of(moe_spec.plan)
+    ['moe_spec.plan.Merge', 'moe_spec.plan.LayerPlan', 'moe_spec.plan.PruningPlan']
+    """
+    made = (name for name, thing in vars(module).items() if dataclasses.is_dataclass(thing) and not name[0] == "_")
+    return [f"{module.__name__}.{name}" for name in made if vars(module)[name].__module__ == module.__name__]
 
 
 def _directive(name: str, *, members: bool = True) -> str:

@@ -23,10 +23,7 @@ _SHOWN_AS = {"files": "text", "bash": "bash"}
 
 def pages() -> dict[str, list[str]]:
     """Paths of the files from the root, by section, none twice."""
-    return {
-        section: list(dict.fromkeys(_paths(patterns)))
-        for section, patterns in SECTIONS.items()
-    }
+    return {section: list(dict.fromkeys(_paths(patterns))) for section, patterns in SECTIONS.items()}
 
 
 def uri(path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The page of tables: targets, forms, criteria, mergers, families and tolerances, read from where the code reads them."""
+"""The page of tables: targets, forms, criteria, tolerances and families, read from where the code reads them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import getdoc
@@ -13,6 +13,7 @@ from moe_spec.statistics import KEYS
 from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, WEIGHT_CRITERIA
 from pruning.criteria.moments import Moment
 from pruning.merging.mergers import MERGERS
+from pruning.plan_on_data import NAEE
 from runtime.targets import PLUGINS, TARGETS
 from runtime.tolerances import TOLERANCES
 
@@ -24,7 +25,7 @@ def page() -> str:
 
 def _targets() -> Iterator[str]:
     yield "## Targets"
-    yield "`moe-edge targets` prints this; with a model it says which of them take it, and whether it fits their memory."
+    yield "`moe-edge targets` prints this; with a model it says which of them take it, and whether it fits."
     head = ("target", "other names", "builds with", "compute capability", "forms", "formats", "GB", "note")
     rows = [
         (
@@ -58,7 +59,9 @@ def _targets() -> Iterator[str]:
 def _forms() -> Iterator[str]:
     yield "## Forms of a MoE layer"
     yield "Read: recognised in a graph, whoever exported it. A reader looks for one kind of node first."
-    yield table(("form", "looks for"), [(_code(reader.FORM), reader.LOOKS_FOR.rstrip(",")) for reader in READERS], left=2)
+    yield table(
+        ("form", "looks for"), [(_code(reader.FORM), reader.LOOKS_FOR.rstrip(",")) for reader in READERS], left=2
+    )
     yield "Written: what `optimize --form` takes; `auto` chooses among those that the target takes."
     rows = [
         (_code(form), _first_sentence(module), _codes(row.name for row in TARGETS if form in row.forms))
@@ -69,7 +72,10 @@ def _forms() -> Iterator[str]:
 
 def _criteria() -> Iterator[str]:
     yield "## Criteria"
-    yield "`plan --criterion NAME` ranks experts; higher is kept, and ties go to the lower id."
+    yield (
+        "`plan --criterion NAME` ranks experts; higher is kept, and ties go to the lower id. Beside these, with "
+        f"`--data`: `{NAEE}`, which searches for the experts whose absence changes each layer's output least."
+    )
     groups: Mapping[str, Mapping[str, object]] = {
         "statistics": CRITERIA,
         "weights": WEIGHT_CRITERIA,
