@@ -22,7 +22,8 @@ def page() -> str:
     )
     parts = ["# Commands", intro, "## moe-edge", _options(app.params)]
     for name, command in app.commands.items():
-        parts += [f"## {name}", *_help(command.help), f"`{usage(name, command.params)}`", _options(command.params)]
+        prose, *examples = _help(command.help)
+        parts += [f"## {name}", f"`{usage(name, command.params)}`", prose, _options(command.params), *examples]
     return "\n\n".join(parts) + "\n"
 
 
@@ -38,7 +39,7 @@ def usage(name: str, parameters: list[Any]) -> str:
 
 
 def _help(text: str) -> Iterator[str]:
-    """Paragraphs of a verb's help, its examples last as a block of commands."""
+    """What a verb's help says, then its examples as a block of commands."""
     prose = _EXAMPLE.sub("", text).strip()
     yield "`".join(_flags_as_code(part) if number % 2 == 0 else part for number, part in enumerate(prose.split("`")))
     examples = _EXAMPLE.findall(text)
@@ -73,7 +74,7 @@ def _cell(text: str | None) -> str:
 
 
 def _is_argument(one: Any) -> bool:
-    return one.opts == [one.name]
+    return bool(one.opts == [one.name])
 
 
 def _is_needed_option(one: Any) -> bool:

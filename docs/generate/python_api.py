@@ -89,7 +89,7 @@ def dataclasses_of(module: ModuleType) -> list[str]:
     >>> dataclasses_of(moe_spec.plan)
     ['moe_spec.plan.Merge', 'moe_spec.plan.LayerPlan', 'moe_spec.plan.PruningPlan']
     """
-    made = (name for name, thing in vars(module).items() if dataclasses.is_dataclass(thing) and not name[0] == "_")
+    made = (name for name, thing in vars(module).items() if dataclasses.is_dataclass(thing) and name[0] != "_")
     return [f"{module.__name__}.{name}" for name in made if vars(module)[name].__module__ == module.__name__]
 
 

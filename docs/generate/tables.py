@@ -5,6 +5,7 @@ from inspect import getdoc
 from types import ModuleType
 
 from benchmarks.markdown import table
+from cli.targets import SHORT
 from graph_passes.readers import READERS
 from graph_passes.writers import WRITERS
 from models.support import STAGES, families, tools
@@ -13,7 +14,6 @@ from moe_spec.statistics import KEYS
 from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, WEIGHT_CRITERIA
 from pruning.criteria.moments import Moment
 from pruning.merging.mergers import MERGERS
-from pruning.plan_on_data import NAEE
 from runtime.targets import PLUGINS, TARGETS
 from runtime.tolerances import TOLERANCES
 
@@ -26,7 +26,16 @@ def page() -> str:
 def _targets() -> Iterator[str]:
     yield "## Targets"
     yield "`moe-edge targets` prints this; with a model it says which of them take it, and whether it fits."
-    head = ("target", "other names", "builds with", "compute capability", "forms", "formats", "GB", "note")
+    head: tuple[str, ...] = (
+        "target",
+        "other names",
+        "builds with",
+        "compute capability",
+        "forms",
+        "formats",
+        "GB",
+        "note",
+    )
     rows = [
         (
             _code(row.name),
@@ -34,7 +43,7 @@ def _targets() -> Iterator[str]:
             f"{row.backend} {row.versions}",
             row.compute_capability or "",
             _codes(row.forms),
-            " ".join(sorted(row.precisions)),
+            " ".join(short for name, short in SHORT.items() if name in row.precisions),
             "" if row.gigabytes is None else " to ".join(dict.fromkeys(map(str, row.gigabytes))),
             row.note,
         )
@@ -74,7 +83,7 @@ def _criteria() -> Iterator[str]:
     yield "## Criteria"
     yield (
         "`plan --criterion NAME` ranks experts; higher is kept, and ties go to the lower id. Beside these, with "
-        f"`--data`: `{NAEE}`, which searches for the experts whose absence changes each layer's output least."
+        "`--data`: `naee`, which searches for the experts whose absence changes each layer's output least."
     )
     groups: Mapping[str, Mapping[str, object]] = {
         "statistics": CRITERIA,
@@ -85,7 +94,7 @@ def _criteria() -> Iterator[str]:
     rows = [(_code(name), needs, _score(score)) for needs, named in groups.items() for name, score in named.items()]
     yield table(("criterion", "needs", "ranks by"), rows, left=3)
     yield "Mergers average experts instead of dropping them."
-    head = ("merger", "aligns neurons", "`calibrate --dense`", "router", "router in the paper")
+    head: tuple[str, ...] = ("merger", "aligns neurons", "`calibrate --dense`", "router", "router in the paper")
     mergers = [
         (_code(name), _yes(row.align), _yes(row.dense), _code(row.router), _code(row.published))
         for name, row in MERGERS.items()
