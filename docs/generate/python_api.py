@@ -50,7 +50,7 @@ ARTIFACTS: Mapping[str, Sequence[str]] = {
     "statistics.safetensors": ("moe_spec.statistics",),
     "manifest.json": ("moe_spec.manifest",),
     "parity.json": ("runtime.report", "runtime.fault", "runtime.greedy", "runtime.tolerances"),
-    "bench.json": ("runtime.bench",),
+    "bench.json": ("runtime.bench_report", "runtime.bench"),
 }
 """The modules of each artifact: it is made of their dataclasses."""
 
