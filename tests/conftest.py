@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.markdown import ENVIRONMENT
 from tests.own_code import save_own
+from tests.warm import warm_commands
 from tests.zoo import Zoo
 
 torch.set_num_threads(1)  # two workers on two cores; tiny models gain nothing from more
@@ -27,3 +29,10 @@ def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
         yield save_own(root / "own")
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Path]:
+    """A folder of commands that start at once."""
+    with warm_commands(ENVIRONMENT) as folder:
+        yield folder

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TIME_LIMIT_S = 300
-ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 _FENCED = re.compile(r"^```(\w.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
@@ -65,8 +65,13 @@ def read_blocks(path: Path) -> list[Block]:
     return blocks
 
 
-def run_markdown(path: Path, directory: Path) -> None:
+def run_markdown(path: Path, directory: Path, commands: Path | None = None) -> None:
     """Do in ``directory`` what ``path`` says.
+
+    Args:
+        path: the file.
+        directory: where its commands run.
+        commands: a folder of commands that are meant before those that are installed.
 
     Raises:
         UntrueError: no block is to be run, or one ended otherwise, printed something else or left other files.
@@ -77,7 +82,7 @@ def run_markdown(path: Path, directory: Path) -> None:
     for block in blocks:
         if block.language == "text" and printed is not None and not is_abridged(block.text, printed):
             raise UntrueError(f"{block.where} is not what was printed:\n{printed}")
-        printed = _run(block, directory) if block.runs else None
+        printed = _run(block, directory, commands) if block.runs else None
         if block.language == "files":
             _check_files(block, directory, _files(directory) - before)
 
@@ -95,13 +100,13 @@ def is_abridged(text: str, printed: str) -> bool:
     return re.fullmatch(pattern, found, re.DOTALL) is not None
 
 
-def _run(block: Block, directory: Path) -> str:
+def _run(block: Block, directory: Path, commands: Path | None) -> str:
     """What the block printed, errors too."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    folders = (commands, Path(sys.executable).parent, os.environ.get("PATH", ""))
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=directory,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT, "PATH": os.pathsep.join(str(folder) for folder in folders if folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

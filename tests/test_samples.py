@@ -47,7 +47,7 @@ def new_cache(tmp_path_factory, monkeypatch):
 
 
 @each_sample
-def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path, new_cache):
+def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path, new_cache, commands):
     try:
         new_cache(*FETCHED.get(readme.parent.name, ()))
     except UserError as error:
@@ -55,7 +55,7 @@ def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path, new_
             raise
         pytest.skip(error.what)  # no package manager, or none that reaches an index
     shutil.copytree(readme.parent, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
-    run_markdown(readme, tmp_path)
+    run_markdown(readme, tmp_path, commands)
 
 
 # --- the runner itself ----------------------------------------------------------------------------------------------

@@ -1,0 +1,32 @@
+#!/usr/bin/env -S python3 -IS
+"""A command: hands what it was given to the server beside it, and ends as the server's child does."""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+
+def receive(server: socket.socket) -> int:
+    """The next number that the server sends."""
+    data = server.recv(4)
+    if not data:
+        sys.exit("the server of warm commands is gone")
+    return int.from_bytes(data, signed=True, byteorder="big")
+
+
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(os.path.join(os.path.dirname(sys.argv[0]), "server"))  # noqa: PTH118, PTH120 - it starts at once
+    request = json.dumps({"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()  # noqa: PTH109
+    socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    connection.sendall(request)
+    child = receive(connection)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    code = receive(connection)
+
+if code < 0:  # a signal ended it
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
