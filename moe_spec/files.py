@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_spec.errors import UserError
+from moe_spec.staging import staging_directory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says of a disk that is full, of one's share of it, and of a file that is larger than any may be."""
@@ -72,14 +73,14 @@ def refuse_existing(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A staging directory beside ``path`` that becomes ``path`` when the block ends well, and is removed when not.
 
+    What a killed run to ``path`` left is removed too.
+
     Raises:
         UserError: ``path`` exists already, or the disk cannot hold what is written.
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        staging.chmod(0o755)
+    with _room_for(path), staging_directory(path) as staging:
         yield staging
         refuse_existing(path)
         try:
@@ -87,28 +88,38 @@ def new_directory(path: Path) -> Iterator[Path]:
         except OSError:
             refuse_existing(path)  # another run has just written it
             raise
-    except BaseException as error:  # ctrl-C too: nothing half-written is left behind
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"the disk of {path.parent} cannot hold {path.name}: {error.strerror}",
-                hint=f"{free / 1e9:.1f} GB are free there, nothing half-written is left; give another -o, or make room",
-            ) from error
-        raise
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A staging path beside ``path`` that replaces ``path`` when the block ends well, and is removed when not."""
+    """A staging path beside ``path`` that replaces ``path`` when the block ends well, and is removed when not.
+
+    Raises:
+        UserError: the disk cannot hold what is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     staging = Path(name)
     try:
-        yield staging
+        with _room_for(path):
+            yield staging
         staging.chmod(0o644)  # mkstemp and safetensors keep it to its owner
         staging.replace(path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"the disk of {path.parent} cannot hold {path.name}: {error.strerror}",
+            hint=f"{free / 1e9:.1f} GB are free there, nothing half-written is left; give another -o, or make room",
+        ) from error

@@ -52,8 +52,9 @@ class Side:
                 hint="give a directory that `moe-edge export`, `optimize` or `build` wrote",
             )
         manifest = Manifest.load(path)
-        manifest.check_files(path)
         observed = engine_backend(path) is None
+        if observed:  # engines are checked where they are opened, with the command that rebuilds them
+            manifest.check_files(path)
         return cls(path, manifest, open_session(observed_file(path) if observed else path, threads), observed)
 
     @property

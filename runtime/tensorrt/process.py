@@ -15,18 +15,19 @@ _LAST_LINES = 3
 
 
 def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progress | None = None) -> NetworkFacts:
-    """Build ``request.engine``; what TensorRT says goes to ``log``. The process dies with this call, ctrl-C included.
+    """Build ``request.engine``; what TensorRT says goes to ``log``. The process dies with this one, killed or not.
 
     Raises:
+        OSError: the disk cannot hold the engine.
         UserError: TensorRT refuses the model, or crashes.
     """
-    with tempfile.TemporaryDirectory(prefix="moe-edge-build-") as scratch, log.open("wb") as output:
+    with tempfile.TemporaryDirectory(dir=log.parent) as scratch, log.open("wb") as output:
         path = Path(scratch) / "request.json"
         request.save(path)
         # -P: a `runtime` or `numpy` folder in the current directory must not be imported
         command = [sys.executable, "-P", "-m", "runtime.tensorrt.worker", str(path)]
         process = subprocess.Popen(  # noqa: S603 - our own worker
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output, text=True, encoding="utf-8"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, encoding="utf-8"
         )
         try:
             _follow(process, on_progress)
@@ -37,7 +38,8 @@ def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progre
         if status == 0:
             return NetworkFacts(**json.loads(path.with_name(FACTS).read_text(encoding="utf-8")))
         if path.with_name(ERROR).is_file():
-            raise UserError(**json.loads(path.with_name(ERROR).read_text(encoding="utf-8")))
+            said = json.loads(path.with_name(ERROR).read_text(encoding="utf-8"))
+            raise OSError(said["errno"], said["strerror"]) if "errno" in said else UserError(**said)
     raise UserError(
         f"{request.backend} ended with {_describe(status)} while it built {request.onnx.name}; "
         f"it last said: {_last_words(log)}",

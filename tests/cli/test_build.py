@@ -7,15 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_spec.manifest import Manifest
 from runtime.model_dir import model_bytes
 from runtime.targets import TARGETS
-from tests.cli.helpers import INTERRUPTIBLE, invoke
+from tests.cli.helpers import INTERRUPTIBLE, done, invoke, leftovers
 from tests.runtime import tiny
 
 KNOWN = ", ".join(sorted({name for target in TARGETS for name in (target.name, *target.aliases)}))
+
+
+without_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the build process in /proc")
 
 
 @pytest.fixture
@@ -89,18 +93,76 @@ def test_a_missing_model_and_an_existing_output_are_errors(model, tmp_path):
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the build process in /proc")
-def test_ctrl_c_ends_the_build_process_too_and_leaves_nothing(model, tmp_path):
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """One that may be damaged, beside its model."""
     pytest.importorskip("tensorrt_rtx")
-    arguments = ["build", str(model), "-o", str(tmp_path / "engine"), "--target", "sm89"]
+    root = tmp_path_factory.mktemp("engine")
+    done("build", tiny.write(root / "model"), "-o", root / "engine", "--target", "sm89", "--optShapes=x:1x4x8")
+    return root / "engine"
+
+
+def cut(plan: bytes) -> bytes:
+    return plan[:-1]
+
+
+def flipped(plan: bytes) -> bytes:
+    return plan[:-1] + bytes([plan[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [cut, flipped])
+@pytest.mark.parametrize(
+    ("verb", "options"), [("verify", ["--reference", "model"]), ("bench", []), ("run", ["--input", "data.npz"])]
+)
+def test_no_verb_opens_a_damaged_engine(engine, monkeypatch, verb, options, damage):
+    monkeypatch.chdir(engine.parent)
+    plan = engine / "model.engine"
+    whole = plan.read_bytes()
+    plan.write_bytes(damage(whole))
+    np.savez("data.npz", x=tiny.examples(1))
+    code, out, err = invoke(verb, "engine", *options)
+    plan.write_bytes(whole)
+    found = {
+        cut: f"has {len(whole) - 1} bytes, manifest.json says {len(whole)}",
+        flipped: "is not the file that manifest.json describes (sha256 differs)",
+    }
+    assert (code, out, err) == (
+        1,
+        "",
+        f"error: engine/model.engine {found[damage]}\nhint: build it again: moe-edge build MODEL_DIRECTORY -o "
+        "ENGINE_DIRECTORY --target rtx-ada --minShapes=x:1x4x8 --optShapes=x:1x4x8 --maxShapes=x:1x4x8\n",
+    )
+
+
+def started(model, engine):
+    """A build that runs, and its worker, in the middle of its work."""
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ["build", str(model), "-o", str(engine), "--target", "sm89"]
     code = INTERRUPTIBLE + f"from cli.main import main; main({arguments!r}, verbs=['build'])"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    worker = wait_for_worker(process.pid)
+    return process, wait_for_worker(process.pid)
+
+
+@without_proc
+def test_ctrl_c_ends_the_build_process_too_and_leaves_nothing(model, tmp_path):
+    process, worker = started(model, tmp_path / "engine")
     os.kill(process.pid, signal.SIGINT)
     process.wait()
     assert process.returncode == 130
     assert is_gone(worker)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@without_proc
+def test_a_build_that_is_killed_takes_its_process_along_and_the_next_removes_what_it_left(model, tmp_path):
+    process, worker = started(model, tmp_path / "engine")
+    process.kill()
+    process.wait()
+    assert is_gone(worker)
+    assert not any(engine.stat().st_size for engine in tmp_path.glob(".engine.*/model.engine"))  # it did not go on
+    assert len(leftovers(tmp_path) - {"model"}) == 1
+    done("build", model, "-o", tmp_path / "engine", "--target", "sm89")
+    assert leftovers(tmp_path) == {"model", "engine"}
 
 
 def is_gone(worker, seconds=60):

@@ -276,14 +276,11 @@ def test_out_of_memory_is_told_with_what_a_build_takes(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full")
-def test_a_disk_that_cannot_hold_the_engine_is_named(model, tmp_path):
+def test_a_disk_that_cannot_hold_the_engine_is_an_error_of_the_build(model, tmp_path):
     request = BuildRequest(
         "tensorrt-rtx", "rtx-ada", model / "model.onnx", Path("/dev/full"), ("8.9",), (default_profile(INPUTS),)
     )
-    message = (
-        "the disk of /dev cannot hold the engine: No space left on device\nhint: make room there, or give another -o"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(OSError, match="No space left on device"):  # what it is told as: tests/cli/test_full_disk.py
         build_in_fresh_process(request, tmp_path / "build.log")
 
 

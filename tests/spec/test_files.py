@@ -1,4 +1,7 @@
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,37 @@ def test_a_directory_that_appears_meanwhile_is_never_overwritten(tmp_path):
         write()
     assert names(tmp_path) == {"out"}
     assert names(out) == {"theirs"}
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from moe_spec.files import new_directory
+with new_directory(pathlib.Path(sys.argv[1])) as staging:
+    (staging / "model").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories cannot be locked")
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path):
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", KILLED, out]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".out.settings").mkdir()  # a user's own
+    with new_directory(tmp_path / "another"):
+        assert left.exists()
+    with new_directory(out) as staging:
+        assert names(tmp_path) == {staging.name, "another", ".out.settings"}
+
+
+def test_what_another_run_is_writing_stays(tmp_path):
+    def write():
+        with new_directory(tmp_path / "out") as slow, new_directory(tmp_path / "out"):
+            assert slow.exists()
+
+    with pytest.raises(UserError, match="already exists"):
+        write()
+    assert names(tmp_path) == {"out"}
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
