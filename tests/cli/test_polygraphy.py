@@ -32,7 +32,7 @@ def work(zoo, tmp_path_factory):
 def compare(model: Path, *options: str) -> int:
     """Polygraphy's exit code for a model directory, run by ONNX Runtime."""
     program = Path(sysconfig.get_path("scripts")) / "polygraphy"
-    command = [program, "run", "model.onnx", "--onnxrt", "--providers", "cpu", *options]
+    command = [str(program), "run", "model.onnx", "--onnxrt", "--providers", "cpu", *options]
     return subprocess.run(command, cwd=model, capture_output=True, check=False).returncode
 
 
