@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
 
 def receive(server: socket.socket) -> int:
     """The next number that the server sends."""
@@ -16,14 +18,16 @@ def receive(server: socket.socket) -> int:
     return int.from_bytes(data, signed=True, byteorder="big")
 
 
+signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until it is known to whom
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect(os.path.join(os.path.dirname(sys.argv[0]), "server"))  # noqa: PTH118, PTH120 - it starts at once
     request = json.dumps({"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()  # noqa: PTH109
     socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
     connection.sendall(request)
     child = receive(connection)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in FORWARDED:
         signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     code = receive(connection)
 
 if code < 0:  # a signal ended it
