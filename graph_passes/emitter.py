@@ -87,7 +87,7 @@ class Emitter:
         if weight.scales is None:
             return self.stored(label, weight)
         parts = dequantization(weight, self.opset, f"weight {label} of layer {self._scope}")
-        inputs = [self.stored(label, parts.values), self.stored(f"{label}_scale", parts.scales)]
+        inputs = [self.stored(label, parts.values), self.weight(f"{label}_scale", parts.scales)]
         if parts.zero_points is not None:
             inputs.append(self.stored(f"{label}_zero_point", parts.zero_points))
         dequantized: gs.Variable = self.emit("DequantizeLinear", *inputs, label=f"{label}_float", **parts.attributes)

@@ -11,6 +11,7 @@ from typing import Any
 from graph_passes.block import MoEBlock
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
+from graph_passes.float4 import Float4Runner
 from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
@@ -89,6 +90,7 @@ def optimize(
     refuse_existing(out)
     _check_form(form, accepted)
     precision.check_accepted(accepted_precisions)
+    runner = Float4Runner(runner)
     model = read_model(source, allow_partial=allow_partial)
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]

@@ -7,7 +7,7 @@ asked for: a router that is rounded selects other experts.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from graph_passes.quantize import BLOCK_SIZES, Quantization
+from graph_passes.quantize import BLOCK_SIZES, IN_BLOCKS, NUMBERS, Quantization
 from moe_spec.errors import UserError, did_you_mean
 
 FORMATS: Mapping[str, str] = {
@@ -21,11 +21,9 @@ FORMATS: Mapping[str, str] = {
 }
 """What a user calls a format, and what ONNX does; targets know the latter."""
 
-EXPERTS: tuple[str, ...] = ("int8", "int4")
+EXPERTS: tuple[str, ...] = ("int8", "int4", "fp8", "nvfp4")
 REST: tuple[str, ...] = ()
 """What is written. A format of `FORMATS` that is missing here is refused by name."""
-
-_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Precision:
         experts: format of the experts, one of `FORMATS`; None: they stay what they are.
         rest: of everything else but routers, likewise.
         block_size: inputs that share a scale where weights are quantised, one of `BLOCK_SIZES`; None: all inputs of an
-            output channel.
+            output channel, or as many as the format says.
     """
 
     experts: str | None = None
@@ -55,18 +53,22 @@ class Precision:
         if block_size is not None and block_size not in BLOCK_SIZES:
             known = ", ".join(map(str, BLOCK_SIZES))
             raise UserError(f"there are no blocks of {block_size} inputs", hint=f"--block-size is one of {known}")
-        if block_size is not None and not {experts, rest} & _BITS.keys():
+        if block_size is not None and not {experts, rest} & set(IN_BLOCKS):
             raise UserError(
-                f"blocks of {block_size} inputs share a scale, and nothing gets scales here",
-                hint=f"leave --block-size out, or ask for one of: {', '.join(_BITS)}",
+                f"nothing is asked for whose scales {block_size} inputs can share",
+                hint=f"leave --block-size out, or ask for one of: {', '.join(IN_BLOCKS)}",
             )
         return cls(experts, rest, block_size)
 
     @property
     def quantization(self) -> Quantization | None:
         """How the experts are quantised; None where they are not."""
-        bits = None if self.experts is None else _BITS.get(self.experts)
-        return None if bits is None else Quantization(bits, self.block_size)
+        return self._quantization(self.experts)
+
+    def _quantization(self, name: str | None) -> Quantization | None:
+        if name not in NUMBERS:
+            return None
+        return Quantization(name, self.block_size if name in IN_BLOCKS else None)
 
     def check_accepted(self, accepted: Sequence[str] | None) -> None:
         """Refuse what a target has no kernels for; it takes the formats ``accepted``, or all where that is None.

@@ -11,7 +11,9 @@ from typing import TypeVar
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import MoEBlock
+from graph_passes.dequantize import BLOCKED_SINCE, SINCE
 from graph_passes.emitter import Emitter, Names
+from graph_passes.opset import raise_opset
 from graph_passes.prune import prune_block
 from graph_passes.quantize import Quantization, is_quantized, quantized
 from graph_passes.quantize import why_not as why_not_quantized
@@ -25,6 +27,9 @@ T = TypeVar("T")
 
 OPSETS = range(17, 26)
 """Versions of the standard operators that every writer's ops are valid in."""
+
+STACKED = ("dense", "gather")
+"""Forms in which a scale belongs to an expert and a channel of one tensor, as only blocks can say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _quantize(block: MoEBlock, how: Quantization) -> MoEBlock:
     reason = why_not_quantized(block.experts, how)
     if reason is not None:
         raise UserError(
-            f"layer {block.name} cannot be quantised to {how.bits} bits: {reason}",
+            f"layer {block.name} cannot be quantised to {how.format}: {reason}",
             hint="leave --precision out, or choose another --block-size",
         )
     return dataclasses.replace(block, experts=quantized(block.experts, how))
@@ -109,10 +114,12 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
     The last goes first: a block may read what another one writes.
 
     Raises:
-        UserError: the graph is of an opset that the writers do not write.
+        UserError: the graph is of an opset that the writers do not write, or cannot be of the one that is needed.
     """
     if any(decision.form is not None for decision in decisions):
         check_opset(graph)
+        needed = max(map(_needed_opset, decisions))
+        raise_opset(graph, needed, "what dequantises the experts")
     names, written = Names(graph), []
     for decision in reversed(decisions):
         if decision.form is None:
@@ -123,6 +130,15 @@ def carry_out(graph: gs.Graph, decisions: Sequence[Decision]) -> list[Written]:
         replace_uses(graph, block.out, out)
         written.append(Written(block, routing, rewritten=True))
     return written[::-1]
+
+
+def _needed_opset(decision: Decision) -> int:
+    """The opset that can say what is quantised on the way, in the form that it gets."""
+    before, after = decision.read.experts.up_EHF, decision.pruned.experts.up_EHF
+    if decision.form in (None, *OF_ONE_RUNTIME) or after.scales is None or before.scales is not None:
+        return 0
+    blocked = after.scales.shape[1] > 1 or decision.form in STACKED
+    return max(SINCE[after.dtype.name], BLOCKED_SINCE if blocked else 0)
 
 
 def check_opset(graph: gs.Graph) -> None:

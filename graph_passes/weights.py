@@ -41,7 +41,7 @@ class Weight:
         transform: what is done with the rows taken.
         row_wise: whether ``transform`` treats rows one by one, so that a part of the rows gives a part of the result.
         swapped: whether the last two axes are swapped at the end.
-        scales: of a quantised weight.
+        scales: of a quantised weight; they may be quantised themselves, with scales of the same rank.
         zero_points: of a quantised weight, where they are not 0.
         matmul_nbits: ``accuracy_level`` of the com.microsoft.MatMulNBits node that multiplies by it, so that another
             is written for it; None where none does.
@@ -75,7 +75,7 @@ class Weight:
     @property
     def float_dtype(self) -> np.dtype[Any]:
         """What the weight is computed with: the scales' dtype where it is quantised, or what that is cast to."""
-        return self.dtype if self.scales is None else self.cast_to or self.scales.dtype
+        return self.dtype if self.scales is None else self.cast_to or self.scales.float_dtype
 
     def take(self, rows: Sequence[int]) -> "Weight":
         """The rows ``rows`` of axis 0, with their scales; only they are read."""
@@ -155,6 +155,7 @@ class Weight:
             return self.one(0)
         if self.shape[0] == experts:
             return self.joined()
+        assert self.scales is None, "one for all experts, and with rows"
         shape = (experts, *self.shape[1:])
         return self.map(shape, lambda array: np.broadcast_to(array, shape)).joined()
 

@@ -14,7 +14,7 @@ from graph_passes.block import FormError
 from graph_passes.packing import unpacked
 from graph_passes.readers.contrib import integer
 from graph_passes.routers import Weights
-from graph_passes.walk import is_weight, operand, source
+from graph_passes.walk import is_weight, operand, produced_by, source
 from graph_passes.weights import Weight, from_array
 
 INTEGERS = {4: ml_dtypes.uint4, 8: np.uint8}
@@ -32,20 +32,26 @@ def read_dequantized(node: gs.Node, weights: Weights) -> Weight:
     Raises:
         FormError: values, scales or zero points are computed, or do not fit together.
     """
-    values, scales, zeros = (
-        None if (tensor := operand(node, index)) is None else weights.of(tensor) for index in range(3)
-    )
+    values, zeros = (None if (tensor := operand(node, index)) is None else weights.of(tensor) for index in (0, 2))
     assert values is not None
-    assert scales is not None
+    scales = _read_scales(node.inputs[1], weights)
     axis, size = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
     shape = _scales_shape(values.shape, scales.shape, axis % max(len(values.shape), 1), size)
     if shape is None or (zeros is not None and zeros.shape != scales.shape):
         raise FormError(f"scales {list(scales.shape)} do not fit values {list(values.shape)} along axis {axis}", node)
+    if scales.scales is not None and scales.shape != shape:
+        raise FormError("scales that are quantised are not in blocks", node)
     return dataclasses.replace(
         values,
         scales=_in_shape(scales, shape),
         zero_points=None if zeros is None else _in_shape(zeros, shape),
     )
+
+
+def _read_scales(tensor: gs.Tensor, weights: Weights) -> Weight:
+    """Scales, which a DequantizeLinear of their own may give, as in nvfp4."""
+    node = produced_by(tensor, "DequantizeLinear")
+    return weights.of(tensor) if node is None else read_dequantized(node, weights)
 
 
 def read_nbits(node: gs.Node, weights: Weights) -> tuple[Weight, Weight | None]:

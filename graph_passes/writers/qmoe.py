@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import Experts, MoEBlock
-from graph_passes.dequantize import repeated
+from graph_passes.dequantize import repeated, shifted
 from graph_passes.emitter import Emitter
 from graph_passes.packing import fill, packed
 from graph_passes.weights import Weight, alternate, bits_of, from_array
@@ -136,13 +136,7 @@ def _nothing(dtype: np.dtype[Any], value: int) -> Weight:
 
 def _raised(weight: Weight, offset: int) -> Weight:
     """Signed values as unsigned ones, ``offset`` higher."""
-    if not offset:
-        return weight
-    dtype = np.dtype(UNSIGNED[weight.dtype.name])
-    raised = weight.map(
-        weight.shape, lambda array: (array.astype(np.int16) + offset).astype(np.uint8).astype(dtype), row_wise=True
-    )
-    return dataclasses.replace(raised, dtype=dtype)
+    return weight if not offset else shifted(weight, offset, UNSIGNED[weight.dtype.name])
 
 
 def _alternate(gate: _Kernel, up: _Kernel) -> _Kernel:

@@ -25,15 +25,15 @@ from tests.zoo import RUNNER
             "unknown precision 'float'",
             "known: bf16, fp16, fp32, fp8, int4, int8, nvfp4",
         ),
-        ({"experts": "fp8"}, "experts cannot be written in fp8", "known: int8, int4"),
+        ({"experts": "fp32"}, "experts cannot be written in fp32", "known: int8, int4, fp8, nvfp4"),
         (
             {"experts": "int4", "block_size": 48},
             "there are no blocks of 48 inputs",
             "--block-size is one of 32, 64, 128",
         ),
         (
-            {"block_size": 32},
-            "blocks of 32 inputs share a scale, and nothing gets scales here",
+            {"experts": "nvfp4", "block_size": 32},
+            "nothing is asked for whose scales 32 inputs can share",
             "leave --block-size out, or ask for one of: int8, int4",
         ),
     ],
@@ -44,9 +44,10 @@ def test_a_wish_that_cannot_be_is_refused(asked, what, hint):
     assert (refusal.value.what, refusal.value.hint) == (what, hint)
 
 
-def test_only_integers_quantise():
-    assert Precision("int4", block_size=32).quantization == Quantization(4, 32)
-    assert Precision("int8").quantization == Quantization(8)
+def test_formats_that_have_scales_quantise():
+    assert Precision("int4", block_size=32).quantization == Quantization("int4", 32)
+    assert Precision("int8").quantization == Quantization("int8")
+    assert Precision("nvfp4", "int8", block_size=32).quantization == Quantization("nvfp4")
     assert Precision(rest="int8").quantization is None
 
 

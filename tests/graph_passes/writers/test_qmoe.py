@@ -11,6 +11,7 @@ from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
 from graph_passes.quantize import Quantization, rounded
+from graph_passes.weights import bits_of
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
@@ -53,7 +54,8 @@ def test_the_result_is_exact_beside_its_rounded_experts_and_the_error_is_told(tm
         assert weight.scales is not None
         scales = weight.scales.load()
         scales = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
-        steps = weight.values.load().astype(np.float32) - 2 ** (rounding.bits - 1)
+        middle = 0 if weight.zero_points is None else 2 ** (bits_of(weight.dtype) - 1)
+        steps = weight.values.load().astype(np.float32) - middle
         np.testing.assert_array_equal(steps * scales, reference.load()[list(THREE)])
 
 
@@ -109,7 +111,7 @@ def test_routers_and_biases_are_never_quantised(tmp_path):
 
 def test_another_rounding_than_was_asked_for_fails_the_proof(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "graph_passes.rewrite.quantized", lambda experts, how: quantize.quantized(experts, Quantization(how.bits, 64))
+        "graph_passes.rewrite.quantized", lambda experts, how: quantize.quantized(experts, Quantization(how.format, 64))
     )
     with pytest.raises(VerificationError):
         quantised(source_of("softmax_renormalised"), tmp_path, HOW)
@@ -122,7 +124,7 @@ def test_another_rounding_than_was_asked_for_fails_the_proof(tmp_path, monkeypat
         (
             {"hidden": 48},
             HOW,
-            "layer layers.0.mlp cannot be quantised to 4 bits: H=48 and F=128 are no multiples of the block size 32",
+            "layer layers.0.mlp cannot be quantised to int4: H=48 and F=128 are no multiples of the block size 32",
         ),
         (
             {},
@@ -133,7 +135,7 @@ def test_another_rounding_than_was_asked_for_fails_the_proof(tmp_path, monkeypat
         (
             {"quantization": "int8"},
             HOW,
-            "layer layers.0.mlp cannot be quantised to 4 bits: its weights are quantised already",
+            "layer layers.0.mlp cannot be quantised to int4: its weights are quantised already",
         ),
     ],
 )
