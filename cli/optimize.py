@@ -25,7 +25,7 @@ def optimize(
     ] = None,
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Format of the experts: int8 or int4.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Format of the experts: int8, int4, fp8 or nvfp4.")] = None,
     rest_precision: Annotated[
         str | None, typer.Option(help="Format of everything else but the routers, which stay float32.")
     ] = None,
@@ -89,6 +89,7 @@ def optimize(
     error = manifest.details["precision_error"]
     if error is not None:
         proof += f" beside the rounded experts; quantising changes outputs by up to {error:.1e} of their range"
+    proof += "".join(f"; not run: {what}" for what in manifest.details["not_run"])
     changed = "" if manifest.modified else "; nothing had to change"
     payload = {"modified": manifest.modified, **manifest.to_json()}
     console.result("\n".join([f"{output}: {proof}{changed}", *rows]), payload, as_json)

@@ -29,7 +29,9 @@ def verify(
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="parity.json; it must not exist yet.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Judge as float32, float16, bfloat16, int8 or int4.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Judge as float32, float16, bfloat16, int8, float8e4m3fn, float4e2m1, int4.")
+    ] = None,
     tolerances: Annotated[Path | None, typer.Option(help='Other tolerances: {"int8": {"element": 0.05}}.')] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,

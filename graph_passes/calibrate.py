@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from graph_passes.describe import Model, io_of, read_model
 from graph_passes.expert_sums import Seen, layer_statistics
+from graph_passes.float4 import Float4Runner
 from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.proof import prove_variant
@@ -61,6 +62,7 @@ def calibrate(
         VerificationError: the variant computes something else than the model.
     """
     refuse_existing(out)
+    runner = Float4Runner(runner)
     model = read_model(source)
     dataset = _load(model, data, batch_size, limit)
     run = Run(model.model_sha256, dataset.sha256, len(dataset), batch_size, options={"onnx": model.parent_sha256})

@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.block import MoEBlock
 from graph_passes.describe import inspect_model
 from graph_passes.emitter import FLOAT, Emitter, Names
+from graph_passes.float4 import save_for_cpu
 from graph_passes.force import FORCED, force_routing, read_instead
 from graph_passes.model_file import link_weights, save_variant
 from graph_passes.observe import is_observable, observe_routing, routing_of
@@ -81,6 +82,7 @@ def _save(
     )
     sort_nodes(graph)
     save_variant(graph, target)
+    save_for_cpu(target, target)
     return target, changed, outputs
 
 

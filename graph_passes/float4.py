@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from graph_passes.model_file import model_path
+from graph_passes.weights import Array
 from moe_spec.runner import Arrays, Feeds, OpenModel, Runner
 
 NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -55,6 +57,16 @@ def _readable(path: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
+def save_for_cpu(source: Path, target: Path) -> bool:
+    """Write the ONNX file ``source`` as ``target`` beside it, without 4-bit floats; whether it has any."""
+    model = onnx.load(source, load_external_data=False)
+    if not holds_float4(model):
+        return False
+    without_float4(model)
+    onnx.save(model, target)
+    return True
+
+
 def holds_float4(model: onnx.ModelProto) -> bool:
     """Whether a weight of ``model`` is of 4-bit floats."""
     return any(tensor.data_type == TensorProto.FLOAT4E2M1 for tensor in model.graph.initializer)
@@ -87,11 +99,11 @@ def _looked_up(graph: onnx.GraphProto, node: onnx.NodeProto, shape: list[int], d
     size, axis = attributes.get("block_size", 0), attributes.get("axis", 1) % len(shape)
     blocks = [*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :]] if size else shape
 
-    def constant(label: str, values: np.ndarray) -> str:
+    def constant(label: str, values: Array) -> str:
         graph.initializer.append(numpy_helper.from_array(values, f"{out}/{label}"))
         return f"{out}/{label}"
 
-    def op(kind: str, *inputs: str, label: str = "", **settings: int) -> str:
+    def op(kind: str, *inputs: str, label: str = "", **settings: Any) -> str:
         name = f"{out}/{label}" if label else out
         made.append(helper.make_node(kind, inputs, [name], name, **settings))
         return name
@@ -103,6 +115,8 @@ def _looked_up(graph: onnx.GraphProto, node: onnx.NodeProto, shape: list[int], d
         op("Mul", numbers, scales)
         return made
     column = op("Unsqueeze", scales, constant("axis", np.array([axis + 1])), label="scales")
-    scaled = op("Mul", op("Reshape", numbers, constant("blocks", np.array(blocks)), label="by_block"), column, label="scaled")
+    scaled = op(
+        "Mul", op("Reshape", numbers, constant("blocks", np.array(blocks)), label="by_block"), column, label="scaled"
+    )
     op("Reshape", scaled, constant("shape", np.array(shape)))
     return made

@@ -9,9 +9,6 @@ from moe_spec.errors import UserError
 IR_VERSIONS = {21: 10, 23: 11}
 """The version of ONNX's files that knows the types of an opset: integers of 4 bits, then floats of 4 bits."""
 
-REDEFINED = {"GroupNormalization": 21}
-"""Ops that mean something else from an opset on, with the inputs and attributes that they had: scales of channels."""
-
 
 def raise_opset(graph: gs.Graph, needed: int, why: str) -> bool:
     """Let ``graph`` be written for opset ``needed`` if it is for an older one; whether it was.
@@ -21,7 +18,9 @@ def raise_opset(graph: gs.Graph, needed: int, why: str) -> bool:
     """
     if graph.opset >= needed:
         return False
-    changed = sorted({node.op for node in every_node(graph) if not node.domain and _changed(node.op, graph.opset, needed)})
+    changed = sorted(
+        {node.op for node in every_node(graph) if not node.domain and _changed(node.op, graph.opset, needed)}
+    )
     if changed:
         raise UserError(
             f"{why} needs opset {needed}, the model is written for {graph.opset}, and {', '.join(changed)} changed in "
@@ -38,16 +37,14 @@ def raise_opset(graph: gs.Graph, needed: int, why: str) -> bool:
 
 
 def _changed(op: str, old: int, new: int) -> bool:
-    """Whether an op means something else: it is in `REDEFINED`, or lost an input, an attribute or its default.
+    """Whether an op means something else: it lost an input, an attribute or its default.
 
-    >>> _changed("MatMul", 20, 23), _changed("GroupNormalization", 20, 21), _changed("ReduceMax", 17, 20)
-    (False, True, True)
+    >>> _changed("MatMul", 20, 23), _changed("ReduceMax", 17, 20)
+    (False, True)
     """
     before, after = (onnx.defs.get_schema(op, version) for version in (old, new))
     if before.since_version == after.since_version:
         return False
-    if old < REDEFINED.get(op, 0) <= new:
-        return True
     inputs, attributes = _inputs(before), _attributes(before)
     return _inputs(after)[: len(inputs)] != inputs or not attributes <= _attributes(after)
 

@@ -11,7 +11,7 @@ from typing import Any
 from graph_passes.block import MoEBlock
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
-from graph_passes.float4 import Float4Runner
+from graph_passes.float4 import NOT_RUN, Float4Runner, save_for_cpu
 from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
 from graph_passes.model_file import copy_weights, save_graph, save_variant
@@ -30,7 +30,7 @@ from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.files import new_directory, refuse_existing, sha256_file
 from moe_spec.identity import pruned_sha256
-from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, PassEntry, list_files
+from moe_spec.manifest import MODEL, OBSERVED, OBSERVED_CPU, BlockEntry, Manifest, PassEntry, list_files
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Runner
 
@@ -112,6 +112,7 @@ def optimize(
         if not is_new:  # the file as it was
             passes = tuple(pass_entry(entry.name, False, before, before) for entry in passes)
         entries = _observe(model, written, staging)
+        has_float4 = save_for_cpu(staging / OBSERVED, staging / OBSERVED_CPU)
         work = Work(model, plan, layers, entries if is_new else (), precision.quantization if is_new else None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
@@ -139,6 +140,7 @@ def optimize(
                 "experts": experts_outputs,
                 "precision": dataclasses.asdict(precision),
                 "precision_error": proof.precision_error,
+                "not_run": [NOT_RUN] if has_float4 else [],
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
                 "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],

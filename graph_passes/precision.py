@@ -66,7 +66,7 @@ class Precision:
         return self._quantization(self.experts)
 
     def _quantization(self, name: str | None) -> Quantization | None:
-        if name not in NUMBERS:
+        if name is None or name not in NUMBERS:
             return None
         return Quantization(name, self.block_size if name in IN_BLOCKS else None)
 

@@ -189,7 +189,8 @@ def _scales(array: Array, how: Quantization, whole: Weight | None) -> Array:
     if whole is None:
         return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
     shares = (scales / whole.load()).astype(np.float32)
-    return np.clip(shares, SMALLEST_BLOCK_SCALE, np.float32(BLOCK_SCALE.largest)).astype(BLOCK_SCALE.dtype)
+    limited: Array = np.clip(shares, SMALLEST_BLOCK_SCALE, np.float32(BLOCK_SCALE.largest))
+    return limited.astype(BLOCK_SCALE.dtype)
 
 
 def _factors(scales: Array, whole: Weight | None) -> Array:
@@ -200,7 +201,7 @@ def _factors(scales: Array, whole: Weight | None) -> Array:
 def _steps(array: Array, scales: Array, how: Quantization) -> Array:
     """(E, out, blocks, inputs of a block) in the format: how many scales each weight is."""
     numbers = how.numbers
-    steps = np.clip(_in_blocks(array, how) / scales[..., None], -numbers.largest, numbers.largest)
+    steps: Array = np.clip(_in_blocks(array, how) / scales[..., None], -numbers.largest, numbers.largest)
     if "int" in numbers.dtype.name:
         return np.rint(steps).astype(np.int8).astype(numbers.dtype)
     return steps.astype(numbers.dtype)

@@ -7,13 +7,13 @@ from typing import Any
 
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest, TensorSpec, list_files
+from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, OBSERVED_CPU, Manifest, TensorSpec, list_files
 from runtime.backend import ENGINE
 from runtime.model_dir import copy_files
 from runtime.profiles import Profile, profile_from_json
 from runtime.targets import Target, version_fits
 
-_GRAPHS = (MODEL, f"{MODEL}.data", OBSERVED)
+_GRAPHS = (MODEL, f"{MODEL}.data", OBSERVED, OBSERVED_CPU)
 
 
 def profiles_of(manifest: Manifest) -> tuple[Profile, ...]:

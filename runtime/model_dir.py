@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import inside
-from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, MODEL, OBSERVED, Manifest
+from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, MODEL, OBSERVED, OBSERVED_CPU, Manifest
 from runtime.backend import ENGINE_FILE
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.targets import Target
@@ -58,11 +58,13 @@ def copy_files(model_dir: Path, names: Iterable[str], target: Path) -> None:
 
 
 def observed_file(model_dir: Path) -> Path:
-    """The graph of a model directory that shows what its routers did.
+    """The graph of a model directory that shows what its routers did, as ONNX Runtime runs it on a CPU.
 
     Raises:
         UserError: there is none.
     """
+    if (model_dir / OBSERVED_CPU).is_file():
+        return model_dir / OBSERVED_CPU
     observed = model_dir / OBSERVED
     if not observed.is_file():
         raise UserError(

@@ -12,7 +12,7 @@ _ALL_FORMS = ("sorted", "dense", "gather", "ffn", "experts", "moe", "qmoe")
 _STATIC_FORMS = ("dense", "gather", "ffn")  # TensorRT takes no data-dependent shapes on every kernel
 _MOE_LAYER = (*_STATIC_FORMS, "trt_moe")  # IMoELayer, on SM100 to SM110
 
-_ORT_CPU = frozenset({"float64", "float32", "float16", "int8", "int4", "uint4"})
+_ORT_CPU = frozenset({"float64", "float32", "float16", "int8", "int4", "uint4", "float8e4m3fn"})
 _AMPERE = frozenset({"float64", "float32", "float16", "bfloat16", "int8", "int4"})
 _ADA = _AMPERE | {"float8e4m3fn"}
 _BLACKWELL = _ADA | {"float4e2m1"}

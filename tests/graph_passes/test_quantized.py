@@ -109,7 +109,7 @@ def test_blocks_are_refused_where_the_opset_cannot_say_them(tmp_path):
     with pytest.raises(UserError) as error:
         optimize(source, tmp_path / "out", RUNNER, plan=plan(spec, THREE, onnx_sha256(source)), form="sorted")
     assert error.value.what == (
-        "weight experts.0.gate of layer layers.0.mlp is quantised to uint4, "
+        "weight experts.0.gate of layer layers.0.mlp is quantised to int4, "
         "which DequantizeLinear must read in this type: opset 21 can, the graph has 20"
     )
     assert error.value.hint == "keep the form that the layer has, or convert the model to a newer opset first"

@@ -8,7 +8,7 @@ from runtime.report import LayerParity, OutputParity, TaskAccuracy
 from runtime.tolerances import TOLERANCES, load_tolerances
 from runtime.verdict import why_it_failed
 
-MEND = 'hint: write rows like {"int8": {"element": 0.05}}, of float32, float16, bfloat16, int8, int4'
+MEND = 'hint: write rows like {"int8": {"element": 0.05}}, of ' + ", ".join(TOLERANCES)
 
 
 def test_what_a_file_does_not_name_stays(tmp_path):

@@ -76,7 +76,10 @@ class OnnxRuntime:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         providers = options.provider or ["CPUExecutionProvider"]
-        self._session = ort.InferenceSession(str(directory / "model" / "observed.onnx"), settings, providers=providers)
+        graph = directory / "model" / "observed.cpu.onnx"
+        if not graph.is_file():
+            graph = graph.with_name("observed.onnx")
+        self._session = ort.InferenceSession(str(graph), settings, providers=providers)
         used = self._session.get_providers()
         if providers[0] not in used:
             raise UserError(f"{providers[0]} was asked for, ONNX Runtime chose {used[0]}", hint="install its package")
