@@ -15,7 +15,7 @@ FILE_NAME = "manifest.json"
 MODEL = "model.onnx"
 OBSERVED = "observed.onnx"
 OBSERVED_CPU = "observed.cpu.onnx"
-"""`OBSERVED` in ops that ONNX Runtime has on a CPU, where it lacks one for the weights' format; the weights are shared."""
+"""`OBSERVED` in ops that ONNX Runtime has on a CPU, where it lacks one for their format; weights are shared."""
 _REMAKE = "make the directory again with the command that made it"
 
 

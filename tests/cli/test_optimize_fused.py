@@ -33,7 +33,7 @@ def test_experts_are_quantised_and_the_line_says_what_that_costs(block, tmp_path
         rf"quantising changes outputs by up to {number} of their range",
         first,
     )
-    assert layer == f"  {NAME}: 8 experts, K=2, qmoe, 32,771 bytes"
+    assert layer == f"  {NAME}: 8 experts, K=2, qmoe, 32,768 bytes"
     assert "QMoE" in ops(tmp_path / "out")
 
 
