@@ -24,11 +24,11 @@ _LINK = re.compile(r"\]\(([^()\s#]+)(?:#[^()\s]*)?\)")
 _FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["'](?:https?:)?//[^"']*""")
 
 
-def test_the_commands_of_the_pages_run_one_page_after_the_other(tmp_path):
+def test_the_commands_of_the_pages_run_one_page_after_the_other(tmp_path, commands):
     pages = [page for page in RUN if any(block.runs for block in read_blocks(page))]
     assert pages[0] == FIRST
     for page in pages:
-        run_markdown(page, tmp_path)
+        run_markdown(page, tmp_path, commands)
 
 
 def test_a_block_that_is_not_run_says_why():

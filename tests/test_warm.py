@@ -41,6 +41,15 @@ def test_python_gets_what_it_is_given(arguments, commands, tmp_path):
     assert warm[1].endswith("typed\n")
 
 
+def test_python_does_what_it_reads(commands, tmp_path):
+    warm, own = (
+        ran(folder, tmp_path, "python", "-", "a b", input=f"{GIVEN}\nprint(__name__)")
+        for folder in (commands, INSTALLED)
+    )
+    assert warm == own
+    assert warm[1].endswith("__main__\n")
+
+
 @pytest.mark.parametrize("code", ENDINGS.values(), ids=ENDINGS)
 def test_python_ends_as_python_does(code, commands, tmp_path):
     assert ran(commands, tmp_path, "python", "-c", code) == ran(INSTALLED, tmp_path, "python", "-c", code)

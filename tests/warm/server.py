@@ -102,7 +102,7 @@ def move_into(request: dict[str, Any], files: list[int]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """What the installed command does, or the interpreter with a script or ``-c``."""
+    """What the installed command does, or the interpreter with a script, ``-c`` or ``-``."""
     program, *arguments = argv
     name = Path(program).name
     if name != "python":
@@ -112,6 +112,9 @@ def run(argv: list[str]) -> None:
     elif arguments[0] == "-c":
         sys.path[0], sys.argv = "", ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-":
+        sys.path[0], sys.argv = "", arguments
+        exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
     else:
         sys.path[0], sys.argv = str(Path(arguments[0]).resolve().parent), arguments
         runpy.run_path(arguments[0], run_name="__main__")
