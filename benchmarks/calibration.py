@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralModel, PreTrainedModel
 
-from benchmarks.machine import describe_machine
 from pruning.collect import collect
 from runtime.bench import time_in_turns
+from runtime.machine import describe_machine
 
 EXAMPLES, REPEATS, QUICK_REPEATS, WARMUP, THREADS = 4, 5, 1, 1, 1
 PLAIN = ("eager", "grouped_mm")

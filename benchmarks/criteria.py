@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine
 from benchmarks.tasks import metrics
 from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
@@ -21,6 +20,7 @@ from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.criteria import CRITERIA, WEIGHT_CRITERIA
 from pruning.plan import PlanOptions, make_plan
+from runtime.machine import describe_machine
 
 KEEPS = (6, 4, 3, 2, 1)
 SEEDS = range(5)

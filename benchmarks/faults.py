@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from benchmarks.planted import FAULTS, Change, plant
 from cli.judge import judge
@@ -27,6 +26,7 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import LayerPlan, PruningPlan
+from runtime.machine import describe_machine
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from runtime.report import ParityReport
 from tests.families.configs import tiny

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.layer import Layer, save_onnx, torch_layer
-from benchmarks.machine import describe_machine
 from graph_passes.block import MoEBlock
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
@@ -29,6 +28,7 @@ from graph_passes.writers import WRITERS, choose_form, why_not
 from moe_spec.runner import error_between
 from runtime.backends import open_session
 from runtime.bench import time_in_turns
+from runtime.machine import describe_machine
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 
 EXPERTS, TOP_K = (1, 2, 4, 8, 32), 2

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from benchmarks.command import moe_edge
 from benchmarks.large_models import UNROLLED, Sizes, save_large
-from benchmarks.machine import describe_machine
 from graph_passes.describe import read_model
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
+from runtime.machine import describe_machine
 
 DEPTHS, QUICK_DEPTHS = (12, 24, 48), (1, 2)
 EXPERTS, QUICK_EXPERTS = 128, 8

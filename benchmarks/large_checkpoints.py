@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.command import Usage, moe_edge
-from benchmarks.machine import describe_machine
 from models.tensor_files import Span, StoredTensor, write_tensors
+from runtime.machine import describe_machine
 
 Array = npt.NDArray[Any]
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from benchmarks.masked import FORMS, MASKED, MaskedGraph
 from benchmarks.masked.block import Block
@@ -30,6 +29,7 @@ from graph_passes.oracle import TOLERANCE
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from moe_spec.runner import Arrays, error_between
+from runtime.machine import describe_machine
 
 INSTALL = 'pip install "moe-edge[bench]"'
 QUICK = ("stacked.add", "if.constant_if", "batched_mm.finite", "stacked.unmasked")

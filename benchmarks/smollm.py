@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, MixtralConfig
 
-from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from benchmarks.methods.cells import content
 from benchmarks.tasks.cache import cached, noted
@@ -35,6 +34,7 @@ from moe_spec.record import Json
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.plan import PlanOptions, make_plan
+from runtime.machine import describe_machine
 
 KEEPS = (2, 1)
 REAP, FREQUENCY = CRITERIA = ("reap", "frequency")

@@ -3,10 +3,16 @@
 The models take turns, so that what else the machine does hits all alike. Opening a model and what that takes of memory
 is measured in a process of its own. Decoders with a cache are timed twice: a prompt, and a token more.
 
+With `--against torch` and `--against torch.compile` the checkpoint takes its turns in torch, in float32, on the same
+feeds with as many threads, its experts and its cache as transformers has them by default. What torch.compile compiles
+at its first run counts as its load.
+
 Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64 -o bench.json
+Example: moe-edge bench optimized/ --against torch --against torch.compile --checkpoint checkpoint/
 """
 
-import dataclasses
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +22,19 @@ from rich.table import Table
 
 from cli import console
 from cli.options import AsJson
+from moe_spec.errors import UserError
 
 if TYPE_CHECKING:
+    from cli.against import InTorch
     from runtime.bench import BenchRow
+    from runtime.bench_report import BenchReport
+
+
+class Against(StrEnum):
+    """How a checkpoint may run."""
+
+    EAGER = "torch"
+    COMPILED = "torch.compile"
 
 
 def bench(
@@ -32,6 +48,14 @@ def bench(
         int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
+    against: Annotated[
+        list[Against] | None,
+        typer.Option(help="Time the checkpoint in torch too; repeatable."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="That checkpoint; not needed for models of the embedded V-MoE.")
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin/--no-pin", help="Keep to as many cores as threads.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="bench.json; it must not exist yet.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,11 +68,13 @@ def bench(
     from moe_spec.images import ImagePreprocessor
     from runtime.bench import bench as measure
     from runtime.bench_report import BenchReport
+    from runtime.pinning import pinned
 
     if output is not None:
         refuse_existing(output)
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
-    with console.status(f"timing {len(models)} models"):
+    rivals = _rivals(against or (), checkpoint, models)
+    with console.status(f"timing {len(models) + len(rivals)} models"), pinned(threads if pin else 0) as cores:
         rows = measure(
             models,
             batch_size or (1, 64),
@@ -58,9 +84,29 @@ def bench(
             length=length,
             past=past,
             data=task,
+            rivals=rivals,
         )
+    report = BenchReport.of(rows, threads, cores, [note for rival in rivals for note in rival.notes()])
     if output is not None:
-        BenchReport.of(rows).save(output)
+        report.save(output)
+    if as_json:
+        console.result("", report.to_json(), as_json)
+        return
+    console.out.print(_table(rows))
+    console.result("\n".join(_footer(report)), {}, as_json)
+
+
+def _rivals(against: Sequence[str], checkpoint: Path | None, models: Sequence[Path]) -> "list[InTorch]":
+    if not against:
+        if checkpoint is not None:
+            raise UserError("--checkpoint is for --against", hint="add --against torch")
+        return []
+    from cli.against import in_torch
+
+    return in_torch(against, checkpoint, models)
+
+
+def _table(rows: "Sequence[BenchRow]") -> Table:
     table = Table(box=rich.box.SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("model", overflow="fold")
     all_read = all(row.tokens_per_second is not None for row in rows)
@@ -69,10 +115,13 @@ def bench(
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(f"{row.model} {row.phase}".rstrip(), *_cells(row, in_tokens=all_read))
-    if as_json:
-        console.result("", {"rows": [dataclasses.asdict(row) for row in rows]}, as_json)
-    else:
-        console.out.print(table)
+    return table
+
+
+def _footer(report: "BenchReport") -> Iterator[str]:
+    on = ", ".join(map(str, report.cores)) or "any"
+    yield f"{report.machine}; threads: {report.threads or 'one a core'}, on cores: {on}"
+    yield from (f"  note: {note}" for note in report.notes)
 
 
 def _cells(row: "BenchRow", *, in_tokens: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A checkpoint in torch that is run like an ONNX file whose routers are observed: what an export is verified against.
+"""A checkpoint in torch that is run like an ONNX file: what an export is verified against, and timed against.
 
 T tokens, E experts, K of them selected.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporter.tasks import FEATURE_EXTRACTION, Task, task_of, with_cache
-from exporter.trace import run_torch
+from exporter.trace import run_as_set, run_torch
 from models.checkpoints import load_model
 from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
@@ -36,25 +36,20 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TorchSession:
-    """A transformers model, with gates and scores (T, E) of every MoE layer as further outputs."""
+    """A transformers model, its experts computed as transformers does by default."""
 
-    def __init__(self, model: PreTrainedModel, task: Task, like: Manifest) -> None:
-        self._model, self._task, self._layers = model, task, find_moe_layers(model)
+    def __init__(self, model: PreTrainedModel, like: Manifest) -> None:
+        self.model, self.task = model, _task_like(model, like)
         self.inputs: tuple[TensorSpec, ...] = like.inputs
         self.outputs: tuple[TensorSpec, ...] = like.outputs
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
-        """Outputs by name, those asked for or all; what the routers did is among them."""
-        seen: Arrays = {}
-        with contextlib.ExitStack() as stack:
-            for layer in self._layers:
-                stack.enter_context(_watched(self._model, layer, seen))
-            own = {
-                name: np.require(array, requirements="W") for name, array in feeds.items()
-            }  # an empty cache is a view
-            values = run_torch(self._model, self._task, own)
-        values |= seen
+        """Outputs by name, those asked for or all."""
+        values = self._run({name: np.require(array, requirements="W") for name, array in feeds.items()})
         return values if outputs is None else {name: values[name] for name in outputs}
+
+    def _run(self, feeds: Feeds) -> Arrays:
+        return run_as_set(self.model, self.task, feeds)
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +60,22 @@ class TorchSession:
         pass
 
 
-def open_checkpoint(directory: Path, like: Manifest) -> tuple[TorchSession, Manifest]:
+class ObservedTorchSession(TorchSession):
+    """The same by transformers' reference loop, with gates and scores (T, E) of every MoE layer as further outputs."""
+
+    def __init__(self, model: PreTrainedModel, like: Manifest) -> None:
+        super().__init__(model, like)
+        self._layers = find_moe_layers(model)
+
+    def _run(self, feeds: Feeds) -> Arrays:
+        seen: Arrays = {}
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(_watched(self.model, layer, seen))
+            return run_torch(self.model, self.task, feeds) | seen
+
+
+def open_checkpoint(directory: Path, like: Manifest) -> tuple[ObservedTorchSession, Manifest]:
     """The checkpoint in ``directory`` in float32, called as the export of manifest ``like`` is, and a manifest of it.
 
     Raises:
@@ -74,11 +84,7 @@ def open_checkpoint(directory: Path, like: Manifest) -> tuple[TorchSession, Mani
     model = load_model(directory)
     layers = find_moe_layers(model)
     require_token_choice(layers)
-    names = {spec.name for spec in like.outputs}
-    task = task_of(type(model).__name__)
-    if not names >= set(task.outputs):
-        task = task_of(type(model).__name__, FEATURE_EXTRACTION)
-    session = TorchSession(model, with_cache(task, model) if has_cache(like.inputs) else task, like)
+    session = ObservedTorchSession(model, like)
     sha256 = checkpoint_sha256(directory)
     return session, Manifest(
         kind=KIND,
@@ -90,6 +96,15 @@ def open_checkpoint(directory: Path, like: Manifest) -> tuple[TorchSession, Mani
         blocks=tuple(_entry(layer) for layer in layers),
         details={"float_types": ["float32"]},
     )
+
+
+def _task_like(model: PreTrainedModel, like: Manifest) -> Task:
+    """What ``like`` is an export for: it may have a cache, and it may lack the head."""
+    names = {spec.name for spec in like.outputs}
+    task = task_of(type(model).__name__)
+    if not names >= set(task.outputs):
+        task = task_of(type(model).__name__, FEATURE_EXTRACTION)
+    return with_cache(task, model) if has_cache(like.inputs) else task
 
 
 def _entry(layer: MoELayer) -> BlockEntry:

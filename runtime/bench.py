@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class BenchRow:
     """One model at one batch size, in one phase.
 
     Attributes:
-        model: its path, as given.
+        model: its path, as given; of a rival its name.
         batch_size: examples a run.
         phase: ``prefill`` or ``decode`` of a decoder with a cache, else empty.
         median_ms: latency of a run.
@@ -54,6 +55,62 @@ class BenchRow:
 PREFILL, DECODE = "prefill", "decode"
 
 
+class Contestant(Protocol):
+    """What is timed. Files are opened here; whatever else, such as a checkpoint in torch, is brought along."""
+
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """Whose config.json, if there is one, tells the size of a vocabulary."""
+        ...
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all that is run."""
+        ...
+
+    def open(self, threads: int) -> Session:
+        """A session in this process.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        ...
+
+    def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
+        """What it takes in a process of its own, as `runtime.memory.measure_alone` has it.
+
+        Raises:
+            UserError: the process failed.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfFile:
+    """An engine directory, a model directory or an .onnx file."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.directory)
+
+    @property
+    def file_bytes(self) -> int:
+        return model_bytes(self.directory)
+
+    def open(self, threads: int) -> Session:
+        return open_session(self.directory, threads)
+
+    def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
+        return measure_alone(self.directory, leading, other, past, threads)
+
+
 def bench(
     models: Sequence[Path],
     batch_sizes: Sequence[int] = (1, 64),
@@ -64,6 +121,7 @@ def bench(
     length: int = 32,
     past: int | None = None,
     data: Dataset | None = None,
+    rivals: Sequence[Contestant] = (),
 ) -> list[BenchRow]:
     """Time models against each other, turn by turn, so that what else the machine does hits all alike.
 
@@ -76,35 +134,37 @@ def bench(
         length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
         past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
         data: examples to feed; by default random ones (``feeds.RandomFeeds``).
+        rivals: what else takes turns with the models, on the same feeds.
 
     Returns:
-        A row for each model and batch size, models together, as given. Decoders with a cache have two: ``prefill``, a
-        prompt of ``length`` tokens (or of ``data``), and ``decode``, one token more.
+        A row for each model and batch size, models together, as given, rivals last. Decoders with a cache have two:
+        ``prefill``, a prompt of ``length`` tokens (or of ``data``), and ``decode``, one token more.
 
     Raises:
         UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
     """
     _check_counts(models, batch_sizes, repeats)
     timed = []
-    with _opened(models, threads) as sessions:
+    contestants = [*map(_OfFile, models), *rivals]
+    with _opened(contestants, threads) as sessions:
         for size in batch_sizes:
             runs = [
-                (_Run(model, size, *phase), session)
-                for model, session in zip(models, sessions, strict=True)
+                (_Run(contestant, size, *phase), session)
+                for contestant, session in zip(contestants, sessions, strict=True)
                 for phase in _phases(session, length, length if past is None else past)
             ]
             feeds = [run.feeds(session, data) for run, session in runs]
             times = _times([session for _, session in runs], feeds, repeats, warmup)
             timed += [(run, _tokens(fed), taken) for (run, _), fed, taken in zip(runs, feeds, times, strict=True)]
-    timed.sort(key=lambda row: models.index(row[0].model))
+    timed.sort(key=lambda row: contestants.index(row[0].contestant))
     return [_row(run, tokens, taken, threads) for run, tokens, taken in timed]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What is timed: a model, how many examples, and how many tokens are new and in a cache."""
+    """What is timed: a contestant, how many examples, and how many tokens are new and in a cache."""
 
-    model: Path
+    contestant: Contestant
     size: int
     phase: str
     length: int
@@ -112,7 +172,8 @@ class _Run:
 
     def feeds(self, session: Session, data: Dataset | None) -> Feeds:
         """Of ``data``, which knows no cache, or random ones."""
-        return _feeds(self.model, session, self.size, self.length, self.past, None if self.phase == DECODE else data)
+        fed = None if self.phase == DECODE else data
+        return _feeds(self.contestant, session, self.size, self.length, self.past, fed)
 
 
 def _phases(session: Session, length: int, past: int) -> tuple[tuple[str, int, int], ...]:
@@ -133,17 +194,18 @@ def median_latencies(
         UserError: a model cannot be opened or does not take the batch size.
     """
     _check_counts(models, [batch_size], repeats)
-    with _opened(models, threads) as sessions:
+    files = [*map(_OfFile, models)]
+    with _opened(files, threads) as sessions:
         feeds = [
-            _feeds(model, session, batch_size, length, 0, None) for model, session in zip(models, sessions, strict=True)
+            _feeds(file, session, batch_size, length, 0, None) for file, session in zip(files, sessions, strict=True)
         ]
         return [float(np.median(times)) for times in _times(sessions, feeds, repeats, warmup)]
 
 
 @contextlib.contextmanager
-def _opened(models: Sequence[Path], threads: int) -> Iterator[list[Session]]:
+def _opened(contestants: Sequence[Contestant], threads: int) -> Iterator[list[Session]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(open_session(model, threads)) for model in models]
+        yield [stack.enter_context(contestant.open(threads)) for contestant in contestants]
 
 
 def _times(sessions: Sequence[Session], feeds: Sequence[Feeds], repeats: int, warmup: int) -> list[list[float]]:
@@ -163,15 +225,15 @@ def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: i
         )
 
 
-def _feeds(model: Path, session: Session, size: int, length: int, past: int, data: Dataset | None) -> Feeds:
+def _feeds(contestant: Contestant, session: Session, size: int, length: int, past: int, data: Dataset | None) -> Feeds:
     for spec in session.inputs:
         if spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] != size:
             raise UserError(
-                f"{model}: input {spec.name} takes exactly {spec.shape[0]} examples, asked for {size}",
+                f"{contestant.name}: input {spec.name} takes exactly {spec.shape[0]} examples, asked for {size}",
                 hint=f"bench it at its own batch size: --batch-size {spec.shape[0]}",
             )
     if data is None:
-        return RandomFeeds.of(session.inputs, model).draw(size, length, seed=0, past=past)
+        return RandomFeeds.of(session.inputs, contestant.directory).draw(size, length, seed=0, past=past)
     if len(data) < size:
         raise UserError(f"the data holds {len(data)} examples, asked for {size} at once", hint="give more data")
     return complete(session.inputs, data.first(size).feeds)
@@ -179,8 +241,8 @@ def _feeds(model: Path, session: Session, size: int, length: int, past: int, dat
 
 def _row(run: _Run, tokens: int | None, times: Sequence[float], threads: int) -> BenchRow:
     """Of what was timed, and of the same in a process of its own."""
-    alone = measure_alone(run.model, run.size, run.length, run.past, threads)
-    return row_of(str(run.model), run.size, times, alone, model_bytes(run.model), phase=run.phase, tokens=tokens)
+    who, alone = run.contestant, run.contestant.alone(run.size, run.length, run.past, threads)
+    return row_of(who.name, run.size, times, alone, who.file_bytes, phase=run.phase, tokens=tokens)
 
 
 def row_of(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME
-from moe_spec.record import load_record, save_record
+from moe_spec.record import Json, load_record, save_record
 from runtime.bench import BenchRow
+from runtime.machine import describe_machine
 
 SCHEMA = 1
 _REMAKE = "make it again with `moe-edge bench MODEL... -o bench.json`"
@@ -20,21 +21,36 @@ class BenchReport:
     Attributes:
         rows: one for each model, batch size and phase.
         models: by ``BenchRow.model``, hash of the model's manifest.json; what has no manifest is left out.
+        machine: where it was: cores, processor, system, versions of what computes.
+        threads: that one operator was allowed; 0 for one a core.
+        cores: numbers of those that all were kept to; empty for any.
+        notes: what the rows do not say.
     """
 
     rows: tuple[BenchRow, ...]
     models: Mapping[str, str]
+    machine: str = ""
+    threads: int = 0
+    cores: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Iterable[BenchRow]) -> "BenchReport":
-        """The rows as `bench` gave them, whose models are where they were."""
+    def of(
+        cls, rows: Iterable[BenchRow], threads: int = 0, cores: Iterable[int] = (), notes: Iterable[str] = ()
+    ) -> "BenchReport":
+        """The rows as `bench` gave them on this machine, whose models are where they were."""
         rows = tuple(rows)
         manifests = {row.model: Path(row.model) / FILE_NAME for row in rows}
-        return cls(rows, {model: sha256_file(path) for model, path in manifests.items() if path.is_file()})
+        models = {model: sha256_file(path) for model, path in manifests.items() if path.is_file()}
+        return cls(rows, models, describe_machine(), threads, tuple(cores), tuple(notes))
+
+    def to_json(self) -> Json:
+        """The report as it stands in bench.json."""
+        return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
         """Write bench.json."""
-        save_record(path, "bench", SCHEMA, dataclasses.asdict(self))
+        save_record(path, "bench", SCHEMA, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "BenchReport":
@@ -48,4 +64,11 @@ class BenchReport:
         if models is None:
             raise record.fail("key 'models' is missing")
         hashes = {name: models.take(name, str) for name in record.take("models", dict)}
-        return cls(tuple(row.row(BenchRow) for row in record.records("rows")), hashes)
+        return cls(
+            rows=tuple(row.row(BenchRow) for row in record.records("rows")),
+            models=hashes,
+            machine=record.take("machine", str),
+            threads=record.take("threads", int),
+            cores=record.items("cores", int),
+            notes=record.items("notes", str),
+        )

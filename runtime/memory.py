@@ -8,10 +8,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_spec.errors import UserError
+from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
 
@@ -31,7 +33,9 @@ class Alone:
     peak_bytes: int | None
 
 
-def measure_alone(model: Path, leading: int, other: int, past: int, threads: int) -> Alone:
+def measure_alone(
+    model: Path, leading: int, other: int, past: int, threads: int, *, module: str = "runtime.memory", **further: str
+) -> Alone:
     """Open ``model`` in a new process, and run it once on random feeds.
 
     Args:
@@ -40,13 +44,15 @@ def measure_alone(model: Path, leading: int, other: int, past: int, threads: int
         other: length of other dynamic axes.
         past: tokens in the cache of a decoder that has one.
         threads: that one operator may use; 0 for one a core.
+        module: that is run with the request; it calls `measure_here`.
+        **further: keys of the request that ``module`` asks for.
 
     Raises:
         UserError: the process failed.
     """
     draw = {"leading": leading, "other": other, "past": past, "seed": 0}
-    request = json.dumps({"model": str(model.resolve()), "draw": draw, "threads": threads})
-    command = [sys.executable, "-P", "-m", "runtime.memory", request]
+    request = json.dumps({"model": str(model.resolve()), "draw": draw, "threads": threads, **further})
+    command = [sys.executable, "-P", "-m", module, request]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # noqa: S603 - our own module
     try:
         output, errors = process.communicate()
@@ -60,18 +66,29 @@ def measure_alone(model: Path, leading: int, other: int, past: int, threads: int
     return Alone(**json.loads(output))
 
 
-def _measure(request: dict[str, Any]) -> Alone:
+def measure_here(request: Mapping[str, Any], opened: Callable[[], Session], *, compiles: bool = False) -> str:
+    """What a process that `measure_alone` started writes to stdout, `Alone` as JSON.
+
+    Args:
+        request: that it was started with.
+        opened: opens what is measured.
+        compiles: whether the first run belongs to the loading, because something is compiled in it.
+    """
     try:
         _RESET.write_text("5")  # forget the peak of the imports
         before = _peak()
     except OSError:
         before = None
     started = time.perf_counter()
-    with open_session(Path(request["model"]), request["threads"]) as session:
-        load_ms = (time.perf_counter() - started) * 1e3
-        feeds = RandomFeeds.of(session.inputs, Path(request["model"]))
-        session.run(feeds.draw(**request["draw"]))
-        return Alone(load_ms, None if before is None else _peak() - before)
+    with opened() as session:
+        seconds = time.perf_counter() - started
+        feeds = RandomFeeds.of(session.inputs, Path(request["model"])).draw(**request["draw"])
+        if compiles:
+            started = time.perf_counter()
+            session.run(feeds)
+            seconds += time.perf_counter() - started
+        session.run(feeds)
+        return json.dumps(dataclasses.asdict(Alone(seconds * 1e3, None if before is None else _peak() - before)))
 
 
 def _peak() -> int:
@@ -80,5 +97,9 @@ def _peak() -> int:
     return int(line.split()[1]) * 1024
 
 
+def _main(request: Mapping[str, Any]) -> str:
+    return measure_here(request, lambda: open_session(Path(request["model"]), request["threads"]))
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dataclasses.asdict(_measure(json.loads(sys.argv[1])))))
+    sys.stdout.write(_main(json.loads(sys.argv[1])))

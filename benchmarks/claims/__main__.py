@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.claims import CLAIMS
 from benchmarks.claims.claim import Claim, Outcome
-from benchmarks.machine import describe_machine
 from benchmarks.markdown import table
 from moe_spec.errors import UserError
+from runtime.machine import describe_machine
 
 WIDTH = 120
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from benchmarks.machine import describe_machine
 from benchmarks.markdown import mean_and_range, table
 from benchmarks.methods.choices import TUNING
 from benchmarks.methods.recovery import recipe_of
@@ -24,6 +23,7 @@ from benchmarks.tasks import TASKS
 from benchmarks.tasks.metrics import Metric
 from moe_spec.errors import UserError
 from pruning.budget import Keep
+from runtime.machine import describe_machine
 
 SHARES: Mapping[str, Keep] = {"25 %": 0.75, "50 %": 0.5, "75 %": 0.25, "all but one": 1}
 """What is dropped of every layer's experts, and what is kept."""

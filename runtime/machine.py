@@ -5,14 +5,16 @@ import os
 import platform
 from pathlib import Path
 
+from runtime.pinning import cores
+
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "numpy")
 
 
 def describe_machine() -> str:
     """Cores, processor, system, and versions of what computes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = len(cores()) or os.cpu_count()
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    return f"{cores} cores of {_processor()}, {system}, {', '.join(_versions())}"
+    return f"{count} cores of {_processor()}, {system}, {', '.join(_versions())}"
 
 
 def _processor() -> str:
