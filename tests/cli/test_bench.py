@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from runtime.bench_report import BenchReport
+from runtime.pinning import cores
 from tests.cli.helpers import invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny
@@ -17,9 +18,19 @@ def model(tmp_path):
 
 def test_models_are_timed_side_by_side(model):
     code, out, _ = invoke("bench", model, model / "model.onnx", "--batch-size", 1, "--repeats", 2, "--json")
-    rows = json.loads(out)["rows"]
+    report = json.loads(out)
     assert code == 0
-    assert [(row["model"], row["batch_size"]) for row in rows] == [(str(model), 1), (f"{model}/model.onnx", 1)]
+    assert [(row["model"], row["batch_size"]) for row in report["rows"]] == [
+        (str(model), 1),
+        (f"{model}/model.onnx", 1),
+    ]
+    assert (report["threads"], report["cores"]) == (1, list(cores()[-1:]))
+    assert "onnxruntime" in report["machine"]
+
+
+def test_threads_may_be_left_where_they_are(model):
+    report = json.loads(invoke("bench", model, "--batch-size", 1, "--repeats", 1, "--no-pin", "--json")[1])
+    assert report["cores"] == []
 
 
 def test_people_get_a_table_and_a_file(model, tmp_path):
@@ -28,6 +39,7 @@ def test_people_get_a_table_and_a_file(model, tmp_path):
     assert code == 0
     assert [row.model for row in BenchReport.load(tmp_path / "bench.json").rows] == [str(model)]
     assert invoke(*arguments)[2].startswith(f"error: {tmp_path}/bench.json already exists\n")
+    assert re.search(r"; threads: 1, on cores: (\d+|any)\n$", out)
     assert re.search(r"model +batch +p50 ms +p99 ms +examples/s +load ms +MiB +file MB", out)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -6,8 +7,10 @@ import pytest
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
+from runtime.backend import Session
+from runtime.backends import open_session
 from runtime.bench import bench, median_latencies, time_in_turns
-from runtime.memory import measure_alone
+from runtime.memory import Alone, measure_alone
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny
@@ -34,6 +37,28 @@ def test_there_is_a_row_for_each_model_and_batch_size_in_order(model, tmp_path):
         assert row.examples_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
         assert row.file_bytes == model_bytes(Path(row.model))
     assert rows[2].file_bytes < rows[0].file_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """Opens a model, and measures nothing."""
+
+    directory: Path
+    name: str = "rival"
+    file_bytes: int = 5
+
+    def open(self, threads: int) -> Session:
+        return open_session(self.directory, threads)
+
+    def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
+        return Alone(load_ms=float(f"{leading}{other}{past}{threads}"), peak_bytes=None)
+
+
+def test_rivals_come_last_and_say_themselves_what_they_take(model):
+    ours, theirs = bench([model], (2,), repeats=1, warmup=0, length=3, rivals=[Rival(model)])
+    assert (ours.model, theirs.model) == (str(model), "rival")
+    assert (theirs.batch_size, theirs.load_ms, theirs.memory_bytes, theirs.file_bytes) == (2, 2301.0, None, 5)
+    assert theirs.median_ms > 0
 
 
 def test_latencies_are_those_of_the_models_in_order(model, tmp_path):

@@ -6,6 +6,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from runtime.bench import row_of
 from runtime.bench_report import BenchReport
+from runtime.machine import describe_machine
 from runtime.memory import Alone
 from tests.runtime import tiny
 
@@ -19,7 +20,7 @@ def test_a_row_is_what_the_times_come_to():
 
 
 def test_a_report_is_the_same_after_a_round_trip(tmp_path):
-    report = BenchReport((ROW,), {"model": "0" * 64})
+    report = BenchReport((ROW,), {"model": "0" * 64}, "2 cores of a kind", threads=2, cores=(1, 3), notes=("a note",))
     report.save(tmp_path / "bench.json")
     assert BenchReport.load(tmp_path / "bench.json") == report
 
@@ -28,6 +29,7 @@ def test_models_are_known_by_their_manifests(tmp_path):
     model = tiny.write(tmp_path / "model")
     report = BenchReport.of(row_of(str(path), 1, [1.0], Alone(1.0, None), 1) for path in (model, model / "model.onnx"))
     assert report.models == {str(model): sha256_file(model / "manifest.json")}
+    assert report.machine == describe_machine()
 
 
 def test_what_is_no_report_is_refused(tmp_path):
