@@ -27,7 +27,10 @@ def optimize(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
     precision: Annotated[str | None, typer.Option(help="Format of the experts: int8, int4, fp8 or nvfp4.")] = None,
     rest_precision: Annotated[
-        str | None, typer.Option(help="Format of everything else but the routers, which stay float32.")
+        str | None,
+        typer.Option(
+            help="Format of all other weights that are multiplied by, but routers': int8, int4, fp8 or nvfp4."
+        ),
     ] = None,
     block_size: Annotated[
         int | None,
@@ -49,6 +52,7 @@ def optimize(
     """
     from graph_passes.optimize import optimize as optimize_model
     from graph_passes.precision import FORMATS, Precision
+    from graph_passes.rest import Rest
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
@@ -80,6 +84,8 @@ def optimize(
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
         for block in manifest.blocks
     ]
+    rest = Rest(**manifest.details["rest"])
+    rows += [f"  rest in {rest_precision}: {rest}"] if rest.quantized or rest.left else []
     for head in ("unreachable", "not_proven"):
         found = summarise(Unreachable(**entry) for entry in manifest.details[head])
         rows += [f"  {head.replace('_', ' ')}: {line}" for line in found]

@@ -23,6 +23,7 @@ from graph_passes.precision import AS_IT_IS, Precision
 from graph_passes.proof import Proof, Work, prove_variant
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
+from graph_passes.rest import Rest, check_routers_known, quantize_rest
 from graph_passes.rewrite import Decision, Written, carry_out, decide
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
@@ -99,8 +100,9 @@ def optimize(
         decide(block, layer, form, accepted, precision.quantization, tokens)
         for block, layer in zip(model.blocks, layers, strict=True)
     ]
-    is_new = model.reduced or any(decision.form is not None for decision in decisions)
     before = measure(model.graph, model.path.parent)
+    rest = _quantize_rest(model, precision)
+    is_new = model.reduced or bool(rest.quantized) or any(decision.form is not None for decision in decisions)
     with new_directory(out) as staging, ThreadPoolExecutor(1) as beside:
         written = carry_out(model.graph, decisions)
         _save(model, staging, written, is_new, on_progress)
@@ -113,7 +115,8 @@ def optimize(
             passes = tuple(pass_entry(entry.name, False, before, before) for entry in passes)
         entries = _observe(model, written, staging)
         has_float4 = save_for_cpu(staging / OBSERVED, staging / OBSERVED_CPU)
-        work = Work(model, plan, layers, entries if is_new else (), precision.quantization if is_new else None)
+        hows = (precision.quantization, precision.rest_quantization if rest.quantized else None)
+        work = Work(model, plan, layers, entries, *hows) if is_new else Work(model, plan, layers, (), None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
         forced_inputs = save_forced(staging) if forced else {}
         experts_outputs = save_experts_observed(staging) if observe_experts else {}
@@ -140,6 +143,7 @@ def optimize(
                 "experts": experts_outputs,
                 "precision": dataclasses.asdict(precision),
                 "precision_error": proof.precision_error,
+                "rest": dataclasses.asdict(rest),
                 "not_run": [NOT_RUN] if has_float4 else [],
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
@@ -148,6 +152,18 @@ def optimize(
         )
         manifest.save(staging)
     return manifest
+
+
+def _quantize_rest(model: Model, precision: Precision) -> Rest:
+    """Quantise what is neither router nor expert, if that is asked for; before any block is written anew.
+
+    Raises:
+        UserError: nobody knows what the router of a layer is.
+    """
+    if precision.rest_quantization is None:
+        return Rest()
+    check_routers_known([*(entry.layer for entry in model.unrecognised), *(entry.name for entry in model.choosing)])
+    return quantize_rest(model.graph, model.path.parent, model.blocks, precision.rest_quantization)
 
 
 def _require_model(plan: PruningPlan, model: Model, source: Path) -> None:

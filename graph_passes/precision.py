@@ -22,7 +22,7 @@ FORMATS: Mapping[str, str] = {
 """What a user calls a format, and what ONNX does; targets know the latter."""
 
 EXPERTS: tuple[str, ...] = ("int8", "int4", "fp8", "nvfp4")
-REST: tuple[str, ...] = ()
+REST: tuple[str, ...] = ("int8", "int4", "fp8", "nvfp4")
 """What is written. A format of `FORMATS` that is missing here is refused by name."""
 
 
@@ -64,6 +64,11 @@ class Precision:
     def quantization(self) -> Quantization | None:
         """How the experts are quantised; None where they are not."""
         return self._quantization(self.experts)
+
+    @property
+    def rest_quantization(self) -> Quantization | None:
+        """How the rest is quantised; None where it is not."""
+        return self._quantization(self.rest)
 
     def _quantization(self, name: str | None) -> Quantization | None:
         if name is None or name not in NUMBERS:

@@ -57,6 +57,7 @@ class Work:
         layers: for each block what it loses, planned or unreachable.
         entries: for each block what became of it; nothing where the file is what it was.
         how: how experts were quantised, if they were.
+        rest: how the rest was, likewise.
     """
 
     model: Model
@@ -64,6 +65,7 @@ class Work:
     layers: Sequence[LayerPlan | None]
     entries: Sequence[BlockEntry]
     how: Quantization | None
+    rest: Quantization | None = None
 
 
 def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
@@ -81,15 +83,15 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=scratch) as directory:
         reference = _reference(work, graph, batches, runner, Path(directory) / "masked")
         files = (reference.directory / OBSERVED, candidate / OBSERVED)
-        if work.how is None:
+        if work.how is None and work.rest is None:
             oracle = check(batches, reference.path, candidate, runner)
             choices = compare_choices(reference.watched, batches, *files, runner)
             check_choices(choices, max(TOLERANCE.get(entry.dtype, 0.0) for entry in oracle))
             return Proof(tuple(oracle), tuple(choices))
         twin, coarse = (Path(directory) / name for name in ("float", "rounded"))
-        _save_twin(work, None, twin)
+        _save_twin(work, None, None, twin)
         check(batches, reference.path, twin, runner)
-        _save_twin(work, work.how, coarse)
+        _save_twin(work, work.how, work.rest, coarse)
         oracle = check(batches, coarse, candidate, runner)
         error = max(entry.max_rel for entry in compare(batches, reference.path, candidate, runner))
         choices = compare_choices(reference.watched, batches, *files, runner)
@@ -158,8 +160,8 @@ def _watch(block: MoEBlock, before: BlockEntry, after: BlockEntry, layer: LayerP
     return Watched(before, after, keep, by_score=block.router.groups is None and block.router.capacity is None)
 
 
-def _save_twin(work: Work, rounding: Quantization | None, target: Path) -> None:
-    """The result in float, every layer in form `TWIN`, its weights rounded where ``rounding`` says how."""
+def _save_twin(work: Work, rounding: Quantization | None, rest: Quantization | None, target: Path) -> None:
+    """The result in float, every layer in form `TWIN`; weights rounded where ``rounding`` and ``rest`` say how."""
 
     def change(block: MoEBlock, layer: LayerPlan | None) -> MoEBlock:
         pruned = block if layer is None else prune_block(block, layer)
@@ -167,4 +169,4 @@ def _save_twin(work: Work, rounding: Quantization | None, target: Path) -> None:
             return pruned
         return dataclasses.replace(pruned, experts=rounded(pruned.experts, rounding))
 
-    save_twin(work.model.path, work.layers, change, target)
+    save_twin(work.model.path, work.layers, change, target, rest)

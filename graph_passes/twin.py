@@ -14,7 +14,9 @@ from graph_passes.block import MoEBlock
 from graph_passes.merge import align_block, merge_block, merges
 from graph_passes.model_file import load_graph, save_graph
 from graph_passes.order import tidy
+from graph_passes.quantize import Quantization
 from graph_passes.readers import read_blocks
+from graph_passes.rest import round_rest
 from graph_passes.rewrite import Decision, carry_out
 from moe_spec.manifest import MODEL
 from moe_spec.plan import LayerPlan
@@ -26,15 +28,19 @@ Change = Callable[[MoEBlock, LayerPlan | None], MoEBlock | None]
 """What becomes of a block; None: it stays as it stands."""
 
 
-def save_twin(source: Path, layers: Sequence[LayerPlan | None], change: Change, target: Path) -> Path:
+def save_twin(
+    source: Path, layers: Sequence[LayerPlan | None], change: Change, target: Path, rest: Quantization | None = None
+) -> Path:
     """Write the ONNX file ``source`` to the new directory ``target``, its blocks changed; the new file.
 
-    ``layers`` says for each block what a plan does to it.
+    ``layers`` says for each block what a plan does to it, ``rest`` how what lies around the blocks is rounded.
     """
     target.mkdir()
     graph = load_graph(source)
-    decisions = []
-    for block, layer in zip(read_blocks(graph, source.parent).blocks, layers, strict=True):
+    decisions, blocks = [], read_blocks(graph, source.parent).blocks
+    if rest is not None:
+        round_rest(graph, source.parent, blocks, rest)
+    for block, layer in zip(blocks, layers, strict=True):
         changed = change(block, layer)
         decisions.append(Decision(block, block if changed is None else changed, None if changed is None else TWIN))
     carry_out(graph, decisions)
