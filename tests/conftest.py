@@ -13,6 +13,13 @@ from tests.zoo import Zoo
 
 torch.set_num_threads(1)  # two workers on two cores; tiny models gain nothing from more
 
+DOCUMENTS = ("test_docs.py", "test_readme.py", "test_samples.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs documents comes first: each test takes long, and at the end one worker would wait for another's."""
+    items.sort(key=lambda item: item.path.name not in DOCUMENTS)
+
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
