@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.own_code import save_own
 from tests.warm import warm_commands
 from tests.zoo import Zoo
 
+gc.disable()  # while tests are collected: what they import stays
 torch.set_num_threads(1)  # two workers on two cores; tiny models gain nothing from more
 
 DOCUMENTS = ("test_docs.py", "test_readme.py", "test_samples.py")
@@ -19,6 +21,13 @@ DOCUMENTS = ("test_docs.py", "test_readme.py", "test_samples.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs documents comes first: each test takes long, and at the end one worker would wait for another's."""
     items.sort(key=lambda item: item.path.name not in DOCUMENTS)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for less often, and among new objects only: it was a fifteenth of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
