@@ -21,7 +21,16 @@ import typer
 from rich.table import Table
 
 from cli import console
-from cli.options import AsJson
+from cli.options import (
+    AsJson,
+    Cache,
+    CpuFallback,
+    Parallel,
+    ProviderName,
+    ProviderOptions,
+    Spinning,
+    execution_of,
+)
 from moe_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +52,12 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model at each batch size.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the first that is timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 1,
+    provider: ProviderName = None,
+    provider_option: ProviderOptions = None,
+    cpu_fallback: CpuFallback = False,
+    parallel: Parallel = 1,
+    spinning: Spinning = True,
+    cache: Cache = None,
     length: Annotated[int, typer.Option(min=1, help="Length of dynamic axes other than the batch.")] = 32,
     past: Annotated[
         int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")
@@ -81,6 +96,7 @@ def bench(
             repeats=repeats,
             warmup=warmup,
             threads=threads,
+            execution=execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache),
             length=length,
             past=past,
             data=task,

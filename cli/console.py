@@ -1,11 +1,14 @@
 """Where words go: results to stdout, progress and errors to stderr."""
 
+import contextlib
+import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_spec.errors import UserError, VerificationError
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+READER_GONE = 141
+"""What a shell reports of a tool that SIGPIPE ended: 128 and the signal's number."""
+
+
+class _Console(Console):
+    """Whose reader may go before the end."""
+
+    def on_broken_pipe(self) -> None:
+        leave_without_reader()
+
+
+out = _Console(highlight=False)
+err = _Console(stderr=True, highlight=False)
 
 
 def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
@@ -25,15 +39,41 @@ def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
     if not is_first():
         return
     if as_json:
-        sys.stdout.write(json.dumps(payload, indent=1, sort_keys=True) + "\n")
+        piece(json.dumps(payload, indent=1, sort_keys=True) + "\n")
     else:
         out.print(summary, markup=False, soft_wrap=True)
 
 
 def piece(text: str) -> None:
     """Part of a longer text, as soon as it is known."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_without_reader()
+
+
+def leave_without_reader() -> NoReturn:
+    """End in order when nobody reads what is written, as behind `| head -1`: no traceback, and all that is open closed.
+
+    Raises:
+        SystemExit: always, with `READER_GONE`.
+    """
+    with contextlib.suppress(io.UnsupportedOperation):  # Python writes out what is left when it ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    raise SystemExit(READER_GONE)
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warning(record.getMessage())
+
+
+def show_warnings() -> None:
+    """Show what our packages warn of, which they do by Python's logging."""
+    logging.getLogger("moe_edge").handlers = [_Warnings(logging.WARNING)]
 
 
 def is_first() -> bool:

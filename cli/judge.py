@@ -13,6 +13,7 @@ from runtime.backend import ENGINE
 from runtime.bench import bench
 from runtime.bisect import find_fault
 from runtime.cut_run import CutPair
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.report import ParityReport
 from runtime.sides import Side
 from runtime.tolerances import TOLERANCES, Tolerance
@@ -29,6 +30,7 @@ def judge(
     tolerances: Mapping[str, Tolerance] = TOLERANCES,
     batch_size: int = 32,
     threads: int = 0,
+    execution: Execution = BY_DEFAULT,
     bisect: bool = True,
     greedy_tokens: int = GREEDY_TOKENS,
     cost: bool = False,
@@ -45,9 +47,11 @@ def judge(
         tolerances: by number format.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
         bisect: whether a candidate that fails is searched for the part that went wrong.
         greedy_tokens: so many tokens decoders write to be compared.
-        cost: whether both are timed, by turns, and their memory is measured; of a checkpoint nothing is.
+        cost: whether both are timed, by turns, as the candidate is run, and their memory is measured; of a checkpoint
+            nothing is.
 
     Raises:
         UserError: a model is missing or damaged, cannot be run here, or the two are not comparable.
@@ -63,6 +67,7 @@ def judge(
             data,
             batch_size=batch_size,
             threads=threads,
+            execution=execution,
             tolerance=tolerance,
             tolerances=tolerances,
             forced=_forced(candidate, scratch / "forced"),
@@ -71,13 +76,13 @@ def judge(
         if in_torch and not report.passed:
             report = report.with_note("to find the part at fault, export the checkpoint and give that as --reference")
         elif bisect and not report.passed:
-            report = _with_fault(report, candidate, parent, scratch / "cut", data, batch_size, threads)
+            report = _with_fault(report, candidate, parent, scratch / "cut", data, batch_size, threads, execution)
     if not cost:
         return report
     if in_torch:
         report = report.with_note("of a checkpoint neither latency nor memory is measured")
     timed = [candidate] if in_torch else [reference, candidate]
-    return report.with_cost(bench(timed, [batch_size], threads=threads, data=data))
+    return report.with_cost(bench(timed, [batch_size], threads=threads, execution=execution, data=data))
 
 
 def home(model: Path) -> Path:
@@ -159,6 +164,7 @@ def _with_fault(
     data: Dataset | None,
     batch_size: int,
     threads: int,
+    execution: Execution,
 ) -> ParityReport:
     """``report`` and the first part of ``candidate`` that went wrong, or a note of why none is named."""
     try:
@@ -177,7 +183,15 @@ def _with_fault(
     if not names:
         return report.with_note("no MoE layer could be cut out, so no part was looked at by itself")
     pair = CutPair(watched, save_cut(reference, scratch / "reference", names), cut)
-    fault = find_fault(pair, reference, data, tolerance=report.tolerance, batch_size=batch_size, threads=threads)
+    fault = find_fault(
+        pair,
+        reference,
+        data,
+        tolerance=report.tolerance,
+        batch_size=batch_size,
+        threads=threads,
+        execution=execution,
+    )
     uncut = [layer.name for layer in report.layers if layer.name not in names]
     if uncut:
         report = report.with_note(f"not cut, so a fault in them is told as one of what lies around: {', '.join(uncut)}")

@@ -82,7 +82,11 @@ def _show_version(asked: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
-    """Run one command; exit 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted."""
+    """Run one command.
+
+    It exits with 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted, 141 nobody reads on.
+    """
+    console.show_warnings()
     try:
         build_app(verbs)(args=list(arguments) if arguments is not None else None, standalone_mode=True)
     except SystemExit as leaving:

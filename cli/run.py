@@ -7,25 +7,43 @@ A decoder answers prompts, several at once: greedily, or as generation_config.js
 is shown as it comes, and an answer ends before the first --stop text in it. Text needs the tokenizer's files beside the
 model, and `moe-edge[text]`.
 
+--provider says what ONNX Runtime computes on; it is that or an error, for every node, unless --cpu-fallback lets some
+run on the CPU. --cache keeps what was made of a model when it was opened, for the next start.
+
+A reader that goes before the end (`moe-edge run ... | head -1`) ends the run with 141, as it ends any other tool.
+
 Example: moe-edge run optimized/ --input boot.png --input photographs/ --input more.npz -o predictions.npz
 Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100 --stop "The end"
 """
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import console
-from cli.options import AsJson
+from cli.options import (
+    AsJson,
+    Cache,
+    CpuFallback,
+    Parallel,
+    ProviderName,
+    ProviderOptions,
+    Spinning,
+    Threads,
+    execution_of,
+)
 from moe_spec.errors import UserError
 
 if TYPE_CHECKING:
+    from runtime.providers import Execution
     from runtime.run import Predictions
 
 _SHOWN = 20
+_BATCH = 32
 
 
 def run(
@@ -34,14 +52,21 @@ def run(
         list[Path] | None, typer.Option("--input", help=".npz, .jsonl or image, or folder of images.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz; it must not exist yet.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples that are run at once; by default 32.")] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are said to the model, by its chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many follow a prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together have it.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     stops: Annotated[list[str] | None, typer.Option("--stop", help="Text at which an answer ends; repeatable.")] = None,
+    threads: Threads = 0,
+    provider: ProviderName = None,
+    provider_option: ProviderOptions = None,
+    cpu_fallback: CpuFallback = False,
+    parallel: Parallel = 1,
+    spinning: Spinning = True,
+    cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a model or an engine over files, or let a decoder go on from prompts."""
@@ -50,30 +75,59 @@ def run(
             "there is nothing to run" if not inputs else "files and prompts cannot be run at once",
             hint="give files with --input, or texts with --prompt",
         )
-    if inputs:
-        _predict(model, inputs, output, batch_size, as_json)
-        return
-    from runtime.answer import answer
-
-    streams = len(prompts or ()) == 1 and not as_json
+    execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
-        "stop_strings": stops or None,
     }
+    if inputs:
+        _refuse(sampling | {"stop": stops or None, "chat": chat or None}, "--prompt", "--input")
+        _predict(model, inputs, output, batch_size or _BATCH, threads, execution, as_json)
+        return
+    _refuse({"output": output, "batch_size": batch_size}, "--input", "--prompt")
+    from runtime.answer import answer
+
+    streams = len(prompts or ()) == 1 and not as_json
     with contextlib.nullcontext() if streams else console.status(f"running {model}"):
-        answers = answer(model, prompts or (), chat=chat, on_text=console.piece if streams else None, **sampling)
+        answers = answer(
+            model,
+            prompts or (),
+            chat=chat,
+            threads=threads,
+            execution=execution,
+            on_text=console.piece if streams else None,
+            stop_strings=stops or None,
+            **sampling,
+        )
     texts = "\n".join(f"{found.prompt!r}: {found.text}" for found in answers)
     console.result("" if streams else texts, {"answers": [dataclasses.asdict(found) for found in answers]}, as_json)
 
 
-def _predict(model: Path, inputs: list[Path], output: Path | None, batch_size: int, as_json: bool) -> None:
+def _refuse(given: Mapping[str, object], goes_with: str, found: str) -> None:
+    """Options that say something about ``goes_with`` say nothing where ``found`` is given."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if names:
+        raise UserError(
+            f"{', '.join(sorted(names))} go with {goes_with}, not with {found}",
+            hint=f"leave out what does not go with {found}",
+        )
+
+
+def _predict(
+    model: Path,
+    inputs: list[Path],
+    output: Path | None,
+    batch_size: int,
+    threads: int,
+    execution: "Execution",
+    as_json: bool,
+) -> None:
     from runtime.run import run as predict
 
     with console.status(f"running {model}"):
-        predictions = predict(model, inputs, output, batch_size)
+        predictions = predict(model, inputs, output, batch_size, threads=threads, execution=execution)
     found = _examples(predictions)
     payload = {
         "examples": found,

@@ -3,6 +3,8 @@
 Where a plan was applied to the candidate, its reference is the parent model with the dropped experts made unselectable;
 that graph is made on the fly. Without --data both see random feeds at three shapes.
 
+--provider says what ONNX Runtime computes the candidate on; the reference is computed on the CPU.
+
 Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
 """
 
@@ -14,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson
+from cli.options import (
+    AsJson,
+    CpuFallback,
+    Parallel,
+    ProviderName,
+    ProviderOptions,
+    Spinning,
+    Threads,
+    execution_of,
+)
 from moe_spec.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -34,7 +45,12 @@ def verify(
     ] = None,
     tolerances: Annotated[Path | None, typer.Option(help='Other tolerances: {"int8": {"element": 0.05}}.')] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 0,
+    threads: Threads = 0,
+    provider: ProviderName = None,
+    provider_option: ProviderOptions = None,
+    cpu_fallback: CpuFallback = False,
+    parallel: Parallel = 1,
+    spinning: Spinning = True,
     bisect: Annotated[bool, typer.Option(help="Search a failing candidate for the part that went wrong.")] = True,
     greedy_tokens: Annotated[int, typer.Option(min=0, help="Tokens that decoders write to be compared; 0: none.")] = 16,
     cost: Annotated[bool, typer.Option("--cost", help="Time both, too, and measure their memory.")] = False,
@@ -69,6 +85,7 @@ def verify(
             tolerances=rows,
             batch_size=batch_size,
             threads=threads,
+            execution=execution_of(provider, provider_option, cpu_fallback, parallel, spinning, None),
             bisect=bisect,
             greedy_tokens=greedy_tokens,
             cost=cost,

@@ -20,10 +20,10 @@ from exporter.trace import run_as_set, run_torch
 from models.checkpoints import load_model
 from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
-from moe_spec.decoder import has_cache
+from moe_spec.decoder import has_cache, step_in_memory
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import BlockEntry, Manifest, TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 
 KIND = "checkpoint"
 """``Manifest.kind`` of a checkpoint that stands beside an export of it."""
@@ -47,6 +47,10 @@ class TorchSession:
         """Outputs by name, those asked for or all."""
         values = self._run({name: np.require(array, requirements="W") for name, array in feeds.items()})
         return values if outputs is None else {name: values[name] for name in outputs}
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        """A step of a decoder."""
+        return step_in_memory(self.run, self.inputs, feeds, kept)
 
     def _run(self, feeds: Feeds) -> Arrays:
         return run_as_set(self.model, self.task, feeds)

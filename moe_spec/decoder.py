@@ -6,7 +6,7 @@ One graph serves prefill and decode. For B examples with S new tokens, and P in 
 past of the next call. ONNX Runtime's and optimum's generation loops use the same names.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moe_spec.dataset import MASK
 from moe_spec.manifest import TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 
 IDS, POSITIONS = "input_ids", "position_ids"
 PAST, PRESENT = "past_key_values.", "present."
@@ -100,3 +100,11 @@ def complete(inputs: Sequence[TensorSpec], feeds: Feeds) -> Arrays:
 def as_past(outputs: Feeds) -> Arrays:
     """What a call leaves in the cache, as the next one takes it."""
     return {PAST + name.removeprefix(PRESENT): array for name, array in outputs.items() if name.startswith(PRESENT)}
+
+
+def step_in_memory(
+    run: Callable[[Feeds], Arrays], inputs: Sequence[TensorSpec], feeds: Feeds, kept: Kept | None
+) -> tuple[Arrays, Kept]:
+    """`runtime.backend.Session.step` where what ``run`` gives is in this process's memory anyway."""
+    outputs = run(complete(inputs, {**feeds, **(kept or {})}))
+    return {name: array for name, array in outputs.items() if not name.startswith(PRESENT)}, as_past(outputs)

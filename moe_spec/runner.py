@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
+Kept = Mapping[str, Any]
+"""The cache of a decoder between two steps, by the names of the inputs that take it: only its session can read it."""
 
 LOGITS = "logits"
 """The output that scores classes or tokens."""

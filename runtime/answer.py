@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from runtime.backends import open_session
 from runtime.generate import Sampling, Tokens, generate
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.tokenizer import Tokenizer
 from runtime.writing import Writing
 
@@ -39,6 +40,7 @@ def answer(
     *,
     chat: bool = False,
     threads: int = 0,
+    execution: Execution = BY_DEFAULT,
     on_text: OnText | None = None,
     **sampling: Any,
 ) -> list[Answer]:
@@ -49,6 +51,7 @@ def answer(
         prompts: where to go on from.
         chat: a prompt is what a user says to the model, by its chat template.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run it.
         on_text: told what the first answer goes on with, as soon as it is certain.
         sampling: what of `Sampling` is not to be as generation_config.json has it, by name.
 
@@ -68,7 +71,7 @@ def answer(
         if on_text is not None and piece:
             on_text(piece)
 
-    with open_session(model, threads) as session:
+    with open_session(model, threads, execution) as session:
         for _ in generate(session, ids, chosen, ends):
             tell(writings[0].piece())
     tell(writings[0].piece(last=True))

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from moe_spec.manifest import Manifest, TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.profiles import Profile, show_options
 from runtime.targets import Target
 
@@ -87,6 +87,21 @@ class Session(Protocol):
 
         Raises:
             UserError: an input is missing, unknown, or of another type or shape; or an output is unknown.
+        """
+        ...
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        """A step of a decoder, whose cache may stay where it was computed.
+
+        Args:
+            feeds: ids, and whatever else `moe_spec.decoder.complete` does not add.
+            kept: the second half of what the step before returned; None where nothing was seen yet.
+
+        Returns:
+            The outputs that are no cache, and the cache: empty where the model has none.
+
+        Raises:
+            UserError: as ``run``.
         """
         ...
 

@@ -7,6 +7,7 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.backend import ENGINE, Backend, Session
 from runtime.onnxruntime_backend import OnnxRuntimeBackend
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from runtime.tensorrt.backend import TensorRTBackend
 
@@ -17,19 +18,25 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
-def open_session(path: Path, threads: int = 0) -> Session:
+def open_session(path: Path, threads: int = 0, execution: Execution = BY_DEFAULT) -> Session:
     """A session of an engine directory, a model directory or an .onnx file.
 
     Args:
-        path: what to open; models run on ONNX Runtime's CPU provider, engines on what they were built for.
+        path: what to open; models run on ONNX Runtime, engines on what they were built for.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run it; by default on the CPU, or as its engine was built.
 
     Raises:
-        UserError: there is nothing to run, it is damaged, or it cannot run here.
+        UserError: there is nothing to run, it is damaged, or it cannot run here or in that way.
     """
     name = engine_backend(path)
     if name is None or name == ONNXRUNTIME:
-        return OnnxRuntimeBackend(threads=threads).open(path)
+        return OnnxRuntimeBackend(threads, execution).open(path)
+    if execution != BY_DEFAULT:
+        raise UserError(
+            f"{path} is an engine of {name}, which ONNX Runtime does not run",
+            hint="leave out --provider and what goes with it, or give the model that it was built from",
+        )
     return BACKENDS[name].open(path)
 
 

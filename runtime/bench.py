@@ -19,6 +19,7 @@ from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
 from runtime.memory import Alone, measure_alone
 from runtime.model_dir import model_bytes
+from runtime.providers import BY_DEFAULT, Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ class _OfFile:
     """An engine directory, a model directory or an .onnx file."""
 
     directory: Path
+    execution: Execution = BY_DEFAULT
 
     @property
     def name(self) -> str:
@@ -105,10 +107,11 @@ class _OfFile:
         return model_bytes(self.directory)
 
     def open(self, threads: int) -> Session:
-        return open_session(self.directory, threads)
+        return open_session(self.directory, threads, self.execution)
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
-        return measure_alone(self.directory, leading, other, past, threads)
+        how = self.execution.to_json()
+        return measure_alone(self.directory, leading, other, past, threads, execution=how)
 
 
 def bench(
@@ -118,6 +121,7 @@ def bench(
     repeats: int = 30,
     warmup: int = 3,
     threads: int = 1,
+    execution: Execution = BY_DEFAULT,
     length: int = 32,
     past: int | None = None,
     data: Dataset | None = None,
@@ -131,6 +135,7 @@ def bench(
         repeats: timed runs of each model at each batch size.
         warmup: runs before the first that is timed.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run the models.
         length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
         past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
         data: examples to feed; by default random ones (``feeds.RandomFeeds``).
@@ -145,7 +150,7 @@ def bench(
     """
     _check_counts(models, batch_sizes, repeats)
     timed = []
-    contestants = [*map(_OfFile, models), *rivals]
+    contestants = [*(_OfFile(model, execution) for model in models), *rivals]
     with _opened(contestants, threads) as sessions:
         for size in batch_sizes:
             runs = [

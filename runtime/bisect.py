@@ -19,6 +19,7 @@ from runtime.cut_run import CutPair, CutRun, LayerPair
 from runtime.diagnosis import what_experts_do, what_router_does
 from runtime.fault import EXPERTS, REST, ROUTER, Fault
 from runtime.parity import Flags, Floats, Routing, compare_routing
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.sides import batches_of
 from runtime.tolerances import Tolerance
 
@@ -48,6 +49,7 @@ def find_fault(
     tolerance: Tolerance,
     batch_size: int = 32,
     threads: int = 0,
+    execution: Execution = BY_DEFAULT,
 ) -> Fault | None:
     """The first part that differs by more than ``tolerance`` in any batch; None where none does.
 
@@ -58,11 +60,12 @@ def find_fault(
         tolerance: what is allowed of each part.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
 
     Raises:
         UserError: a model cannot be run here, or does not take the feeds.
     """
-    with CutRun.open(pair, threads) as run:
+    with CutRun.open(pair, threads, execution) as run:
         differing: dict[Part, list[tuple[float, Feeds]]] = {}
         for feeds, _ in batches_of(run.watched.inputs, directory, data, batch_size):
             for part, error in _parts_that_differ(run, feeds, tolerance):

@@ -16,6 +16,7 @@ from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.parity import Floats, slots_of
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.sides import run_cast
 
 
@@ -58,15 +59,15 @@ class CutRun:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, pair: CutPair, threads: int) -> Iterator["CutRun"]:
-        """Load all three.
+    def open(cls, pair: CutPair, threads: int, execution: Execution = BY_DEFAULT) -> Iterator["CutRun"]:
+        """Load all three; ``execution`` is how ONNX Runtime is to run the candidate.
 
         Raises:
             UserError: one of them cannot be run here.
         """
         with contextlib.ExitStack() as stack:
-            models = (pair.watched, pair.reference, pair.candidate)
-            yield cls(pair, *(stack.enter_context(open_session(model.path, threads)) for model in models))
+            models = ((pair.watched, BY_DEFAULT), (pair.reference, BY_DEFAULT), (pair.candidate, execution))
+            yield cls(pair, *(stack.enter_context(open_session(model.path, threads, how)) for model, how in models))
 
     @property
     def layers(self) -> list[LayerPair]:

@@ -1,7 +1,7 @@
 """Text generation: prompts in, tokens out one step at a time, what was computed kept in the cache between the steps."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import MASK
-from moe_spec.decoder import IDS, as_past, complete
+from moe_spec.decoder import IDS
 from moe_spec.errors import UserError
 from moe_spec.record import parse_object
-from moe_spec.runner import LOGITS
+from moe_spec.runner import LOGITS, Kept
 from runtime.backend import Session
 from runtime.parity import softmax
 
@@ -84,7 +84,7 @@ class Sampling:
 
 def generate(
     session: Session, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Ends | None = None
-) -> Iterator[Tokens]:
+) -> Generator[Tokens, None, None]:
     """The next token (B,) of every prompt, step by step, until all have ended; who has ended gets padding.
 
     Prompts of several lengths are padded on the left. A model without a cache reads everything again at every step.
@@ -102,9 +102,9 @@ def generate(
     random = np.random.default_rng(sampling.seed)
     ids_BS, mask_BT = pad_left(prompts, sampling.padding)
     ended_B = np.zeros(len(prompts), np.bool_)
-    past: dict[str, npt.NDArray[Any]] = {}
+    kept: Kept | None = None
     for _ in range(sampling.max_new_tokens):
-        outputs = session.run(complete(session.inputs, {IDS: ids_BS, MASK: mask_BT, **past}))
+        outputs, kept = session.step({IDS: ids_BS, MASK: mask_BT}, kept)
         drawn_B = choose(outputs[LOGITS][:, -1].astype(np.float64), sampling, random)
         next_B = np.where(ended_B, sampling.padding, drawn_B)
         ended_B |= np.isin(next_B, list(sampling.stop))
@@ -113,8 +113,7 @@ def generate(
         yield next_B
         if ended_B.all():
             return
-        past = as_past(outputs)
-        ids_BS = next_B[:, None] if past else np.concatenate((ids_BS, next_B[:, None]), axis=1)
+        ids_BS = next_B[:, None] if kept else np.concatenate((ids_BS, next_B[:, None]), axis=1)
         mask_BT = np.concatenate((mask_BT, np.ones_like(mask_BT[:, :1])), axis=1)
 
 

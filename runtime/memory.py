@@ -16,6 +16,7 @@ from moe_spec.errors import UserError
 from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
+from runtime.providers import BY_DEFAULT, Execution
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -34,7 +35,7 @@ class Alone:
 
 
 def measure_alone(
-    model: Path, leading: int, other: int, past: int, threads: int, *, module: str = "runtime.memory", **further: str
+    model: Path, leading: int, other: int, past: int, threads: int, *, module: str = "runtime.memory", **further: Any
 ) -> Alone:
     """Open ``model`` in a new process, and run it once on random feeds.
 
@@ -98,7 +99,8 @@ def _peak() -> int:
 
 
 def _main(request: Mapping[str, Any]) -> str:
-    return measure_here(request, lambda: open_session(Path(request["model"]), request["threads"]))
+    execution = Execution.of_json(request["execution"]) if "execution" in request else BY_DEFAULT
+    return measure_here(request, lambda: open_session(Path(request["model"]), request["threads"], execution))
 
 
 if __name__ == "__main__":

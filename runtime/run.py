@@ -22,6 +22,7 @@ from runtime.image_files import SUFFIXES, find_images, read_images
 from runtime.json_lines import SUFFIX as JSON_LINES
 from runtime.json_lines import read_json_lines
 from runtime.parity import softmax
+from runtime.providers import BY_DEFAULT, Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,15 @@ class Predictions:
             np.savez_compressed(staging, **arrays)  # type: ignore[arg-type]  # numpy's stub takes names for flags
 
 
-def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size: int = 32) -> Predictions:
+def run(
+    model: Path,
+    inputs: Sequence[Path],
+    out: Path | None = None,
+    batch_size: int = 32,
+    *,
+    threads: int = 0,
+    execution: Execution = BY_DEFAULT,
+) -> Predictions:
     """Run a model or an engine over files.
 
     Args:
@@ -58,6 +67,8 @@ def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size
             line), PNG or JPEG files, and folders of such images.
         out: .npz to write; it must not exist yet.
         batch_size: examples that are run at once.
+        threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run it.
 
     Raises:
         UserError: a file is missing, broken or does not fit the model, or ``out`` exists or is no .npz.
@@ -66,7 +77,7 @@ def run(model: Path, inputs: Sequence[Path], out: Path | None = None, batch_size
         refuse_existing(out)
         if out.suffix != ".npz":
             raise UserError(f"{out} is no .npz", hint=f"write to {out.with_suffix('.npz')}")
-    with open_session(model) as session:
+    with open_session(model, threads, execution) as session:
         names: list[str] = []
         batches: list[Arrays] = []
         wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]

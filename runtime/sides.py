@@ -20,6 +20,7 @@ from runtime.feeds import RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.tolerances import TOLERANCES, coarsest
 
 
@@ -40,7 +41,7 @@ class Side:
     observed: bool
 
     @classmethod
-    def open(cls, path: Path, threads: int) -> "Side":
+    def open(cls, path: Path, threads: int, execution: Execution = BY_DEFAULT) -> "Side":
         """Open ``path``.
 
         Raises:
@@ -55,7 +56,8 @@ class Side:
         observed = engine_backend(path) is None
         if observed:  # engines are checked where they are opened, with the command that rebuilds them
             manifest.check_files(path)
-        return cls(path, manifest, open_session(observed_file(path) if observed else path, threads), observed)
+        session = open_session(observed_file(path) if observed else path, threads, execution)
+        return cls(path, manifest, session, observed)
 
     @property
     def sha256(self) -> str:

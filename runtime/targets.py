@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Kernels
+from runtime.providers import CPU, CUDA, OPENVINO
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
 
@@ -20,7 +21,7 @@ _BLACKWELL = _ADA | {"float4e2m1"}
 _RTX, _RTX_121 = ">=1.4", ">=1.5"
 _TRT, _TRT_BLACKWELL, _TRT_SPARK = ">=10.3", ">=10.8", ">=10.14.1"  # from TensorRT's release notes
 _TRT_ORIN, _TRT_THOR = ">=10.3,<11 or >=11.4.1", ">=10.13,<11 or >=11.4.1"  # JetPack 6 or 7.0, or from 7.2.2
-_ORT = ">=1.23"
+_ORT = ">=1.24"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Target:
         forms: forms of the experts that it accepts, the best first. Each takes any number of experts.
         precisions: formats of weights and activations (ONNX names) that its kernels take.
         gigabytes: memory of the smallest and of the largest such device; None where any is sold.
-        shared: whether CPU and GPU share that memory, so that a build on the device takes part of it.
         note: what a user should know.
+        shared: whether CPU and GPU share that memory, so that a build on the device takes part of it.
+        provider: of ONNX Runtime, for that backend.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Target:
     gigabytes: tuple[int, int] | None
     note: str
     shared: bool = False
+    provider: str = CPU
 
 
 _AHEAD, _ON_DEVICE = "built without a GPU", "built on the device"
@@ -62,6 +65,14 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "onnxruntime-arm64", ("arm64",), ONNXRUNTIME, None, _ORT, _ALL_FORMS, _ORT_CPU, None,
         "the same engine; not tested there",
+    ),
+    Target(
+        "onnxruntime-cuda", (), ONNXRUNTIME, None, _ORT, _ALL_FORMS, _AMPERE, None,
+        "any NVIDIA GPU; needs onnxruntime-gpu with CUDA and cuDNN; not tested there", provider=CUDA,
+    ),
+    Target(
+        "onnxruntime-openvino", (), ONNXRUNTIME, None, _ORT, _STATIC_FORMS, _ORT_CPU, None,
+        "Intel; compiled when opened, see run --provider openvino", provider=OPENVINO,
     ),
     Target(
         "rtx-ampere", ("sm86",), TENSORRT_RTX, "8.6", _RTX, _STATIC_FORMS, _AMPERE, (4, 48), f"RTX 30, RTX A; {_AHEAD}"

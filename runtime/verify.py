@@ -22,6 +22,7 @@ from runtime.backends import open_session
 from runtime.feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.greedy import PROMPTS, compare_greedy, prompts_of
 from runtime.parity import Flags, compare_routing, slots_of
+from runtime.providers import BY_DEFAULT, Execution
 from runtime.report import ParityReport
 from runtime.sides import Side, batches_of, check_comparable, run_cast
 from runtime.tally import AccuracyTally, LayerTally, OutputTally
@@ -43,6 +44,7 @@ def verify(
     *,
     batch_size: int = 32,
     threads: int = 0,
+    execution: Execution = BY_DEFAULT,
     tolerance: Tolerance | None = None,
     tolerances: Mapping[str, Tolerance] = TOLERANCES,
     forced: ForcedModel | None = None,
@@ -57,6 +59,7 @@ def verify(
         data: task data; without it both see random feeds at three shapes, one of them a single token.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
+        execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
         tolerance: what is allowed; by default what ``tolerances`` says of the coarser model's number format.
         tolerances: by number format (`load_tolerances`).
         forced: the candidate with its routing as inputs, as `graph_passes.cut` writes it; it is run with the choices of
@@ -68,7 +71,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         mine = reference if isinstance(reference, Side) else Side.open(reference, threads)
-        theirs = Side.open(candidate, threads)
+        theirs = Side.open(candidate, threads, execution)
         stack.enter_context(mine.session)
         stack.enter_context(theirs.session)
         check_comparable(mine, theirs)
@@ -78,7 +81,7 @@ def verify(
             tolerance = tolerances[precision]
         routed = None
         if forced is not None and _is_forced_throughout(mine, theirs, forced):
-            routed = stack.enter_context(open_session(forced.path, threads)), forced
+            routed = stack.enter_context(open_session(forced.path, threads, execution)), forced
         comparison = _Comparison(mine, theirs, tolerance, routed)
         for feeds, labels in batches_of(mine.session.inputs, mine.path, data, batch_size):
             comparison.add(feeds, labels)

@@ -16,10 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from moe_spec.decoder import step_in_memory
 from moe_spec.errors import UserError
 from moe_spec.files import new_file
 from moe_spec.manifest import Manifest, TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backend import AMPERE_PLUS
 from runtime.engine import profiles_of, rebuild
 from runtime.feeds import check_feeds, select_outputs
@@ -116,6 +117,10 @@ class EngineSession:
         results = {spec.name: self._fetch(spec, shapes[spec.name]) for spec in self.outputs if spec.name in names}
         self._driver.synchronize()
         return results
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        """A step of a decoder; its cache comes to the host and goes back."""
+        return step_in_memory(self.run, self.inputs, feeds, kept)
 
     def _choose_profile(self, feeds: Feeds) -> None:
         """Switch to the first profile that takes these shapes."""

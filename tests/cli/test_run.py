@@ -1,10 +1,18 @@
+import contextlib
+import gc
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 
+from cli.main import main
+from runtime.onnxruntime_session import OnnxRuntimeSession
 from tests.cli.helpers import done, invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny
@@ -118,3 +126,127 @@ def test_an_answer_ends_before_a_stop_text_each_by_itself(zoo):
 def test_files_or_prompts_are_needed(arguments, what, model):
     message = f"error: {what}\nhint: give files with --input, or texts with --prompt\n"
     assert invoke("run", model, *arguments) == (1, "", message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--input", "a.npz", "--stop", "END", "--temperature", 0, "--top-p", 0.5, "--seed", 0, "--chat"),
+            "--chat, --seed, --stop, --temperature, --top-p go with --prompt, not with --input\n"
+            "hint: leave out what does not go with --input",
+        ),
+        (
+            ("--input", "a.npz", "--max-new-tokens", 4),
+            "--max-new-tokens go with --prompt, not with --input\nhint: leave out what does not go with --input",
+        ),
+        (
+            ("--prompt", "w5", "-o", "out.npz", "--batch-size", 32),
+            "--batch-size, --output go with --input, not with --prompt\nhint: leave out what does not go with --prompt",
+        ),
+        (
+            ("--input", "a.npz", "--provider", "cudda"),
+            "'cudda' is no execution provider\n"
+            "hint: did you mean 'cuda'? known: coreml, cpu, cuda, directml, openvino, qnn, tensorrt, tensorrt-rtx",
+        ),
+        (
+            ("--input", "a.npz", "--provider", "directml", "--provider-option", "device=1"),
+            "'device' is no option of the provider directml\nhint: did you mean 'device_id'? known: device_id",
+        ),
+        (
+            ("--input", "a.npz", "--provider-option", "device_id"),
+            "the provider option 'device_id' has no value\nhint: give each once, as NAME=VALUE",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(arguments, message, model):
+    assert invoke("run", model, *arguments) == (1, "", f"error: {message}\n")
+
+
+def test_what_runs_it_changes_no_answer(model, tmp_path):
+    data = save(tmp_path / "a.npz", 3)
+    expected = done("run", model, "--input", data)
+    cache = ("--cache", tmp_path / "cache")
+    for options in (("--provider", "cpu", "--threads", 1), ("--parallel", 2, "--no-spinning"), cache, cache):
+        assert invoke("run", model, "--input", data, *options) == (0, expected, "")
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "model.onnx").write_bytes(b"")
+    code, out, err = invoke("run", model, "--input", data, *cache)
+    assert (code, out) == (0, expected)
+    assert err == f"warning: {entry} is damaged (model.onnx changed): it is made again\n"
+
+
+class Reader(threading.Thread):
+    """Reads a little of a pipe, as `head` does, and goes."""
+
+    def __init__(self, descriptor, size):
+        super().__init__()
+        self.descriptor, self.size, self.read = descriptor, size, b""
+
+    def run(self):
+        while len(self.read) < self.size:
+            self.read += os.read(self.descriptor, self.size - len(self.read))
+        os.close(self.descriptor)
+
+
+def open_sessions():
+    gc.collect()
+    return sum(type(thing) is OnnxRuntimeSession for thing in gc.get_objects())
+
+
+def piped(size, *arguments):
+    """Exit code of a command and what was read of it, by a reader that goes after ``size`` bytes."""
+    source, sink = os.pipe()
+    reader = Reader(source, size)
+    reader.start()
+    with os.fdopen(sink, "w") as stdout, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as leaving:
+        main([*map(str, arguments)], verbs=[str(arguments[0])])
+    reader.join()
+    return leaving.value.code, reader.read
+
+
+def test_a_reader_that_goes_ends_the_answer_in_order(zoo, capfd):
+    """It is found out at the first token that nobody takes, and the session is let go."""
+    alive = open_sessions()
+    prompted = ("run", zoo.cached("mixtral"), "--prompt", "w5 w77 w9", "--max-new-tokens", 100_000)
+    assert piped(3, *prompted)[0] == 141
+    assert open_sessions() <= alive
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_reader_that_goes_before_the_result_ends_it_in_order(model, tmp_path, capfd):
+    data = save(tmp_path / "a.npz", 8000)  # more lines than a pipe holds
+    assert piped(1, "run", model, "--input", data, "--json")[0] == 141
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_reader_that_goes_before_a_table_ends_it_in_order(capfd):
+    """Of any verb: rich writes it."""
+    source, sink = os.pipe()
+    os.close(source)
+    with os.fdopen(sink, "w") as stdout, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as leaving:
+        main(["targets"], verbs=["targets"])
+    assert (leaving.value.code, capfd.readouterr()) == (141, ("", ""))
+
+
+def test_head_takes_the_first_words_of_an_answer(zoo):
+    """As in a shell: the tool ends by itself, without a word."""
+    code = "import sys; from cli.main import main; main(sys.argv[1:], verbs=['run'])"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        code,
+        "run",
+        zoo.cached("mixtral"),
+        "--prompt",
+        "w5",
+        "--max-new-tokens",
+        "100000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tool:
+        assert tool.stdout is not None
+        assert tool.stderr is not None
+        head = subprocess.run(["head", "-c", "2"], stdin=tool.stdout, stdout=subprocess.PIPE, check=True)
+        tool.stdout.close()
+        assert (tool.stderr.read(), tool.wait(timeout=60), len(head.stdout)) == (b"", 141, 2)

@@ -30,7 +30,7 @@ def test_machines_get_the_rows():
 def test_a_model_is_told_which_targets_take_it_and_why_not(model):
     (model / "manifest.json").write_text((model / "manifest.json").read_text().replace('"dense"', '"sorted"'))
     shown = done("targets", model)
-    assert shown.startswith(f"{model}: 2 of {len(TARGETS)} targets take it; needs are of ")
+    assert shown.startswith(f"{model}: 3 of {len(TARGETS)} targets take it; needs are of ")
     assert "rtx-ada: layer blocks.0.moe has the form 'sorted', rtx-ada takes dense, gather, ffn\n" in shown
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from models.checkpoints import load_model
+from moe_spec.dataset import MASK
+from moe_spec.decoder import IDS, step_in_memory
 from moe_spec.errors import UserError
 from runtime.backends import open_session
 from runtime.generate import Sampling, choose, generate, pad_left
@@ -40,6 +42,55 @@ def test_a_prompt_alone_goes_on_as_it_does_among_others(zoo):
     together = generated(zoo.cached("mixtral"), PROMPTS, Sampling(max_new_tokens=9))
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert generated(zoo.cached("mixtral"), [prompt], Sampling(max_new_tokens=9))[0].tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "exported"])
+def test_a_cache_that_stays_where_it_is_changes_no_bit(name, zoo):
+    """Step by step, with a cache that comes out as arrays and goes in again, and for a model that has none."""
+    directory = zoo.exported("qwen3_moe") if name == "exported" else zoo.cached(name)
+    ids, mask = pad_left(PROMPTS, padding=0)
+    kept: Any = None
+    copied: Any = None
+    with open_session(directory, threads=1) as session:
+        for _ in range(5):
+            feeds = {IDS: ids, MASK: mask}
+            mine, kept = session.step(feeds, kept)
+            theirs, copied = step_in_memory(session.run, session.inputs, feeds, copied)
+            np.testing.assert_array_equal(mine["logits"], theirs["logits"])
+            assert mine.keys() == theirs.keys() == {"logits"}
+            assert {key: value.numpy().tobytes() for key, value in kept.items()} == {
+                key: array.tobytes() for key, array in copied.items()
+            }
+            following = mine["logits"][:, -1].argmax(axis=1)[:, None]
+            ids = following if kept else np.concatenate((ids, following), axis=1)
+            mask = np.concatenate((mask, np.ones_like(following)), axis=1)
+
+
+def test_a_cache_is_handed_on_without_a_copy(zoo):
+    """What a step is given is read where it lies: written over, it is what the step has read."""
+    ids, mask = pad_left(PROMPTS[:1], padding=0)
+    with open_session(zoo.cached("mixtral"), threads=1) as session:
+        _, kept = session.step({IDS: ids, MASK: mask})
+        kept["past_key_values.0.value"].numpy()[...] = 7  # a view of ONNX Runtime's own memory
+        _, after = session.step({IDS: ids[:, :1], MASK: np.ones((1, ids.shape[1] + 1), np.int64)}, kept)
+    assert (after["past_key_values.0.value"].numpy()[:, :, :-1] == 7).all()
+
+
+def test_a_step_says_what_it_lacks(zoo):
+    with open_session(zoo.cached("mixtral"), threads=1) as session:
+        with pytest.raises(UserError, match=r"takes .*, but was given"):
+            session.step({})
+        _, kept = session.step({IDS: np.array([[5, 6]])})
+        with pytest.raises(UserError, match="cannot run on these inputs"):
+            session.step({IDS: np.array([[5], [6]]), MASK: np.ones((2, 3), np.int64)}, kept)
+
+
+def test_a_generator_that_is_closed_leaves_a_session_that_runs_on(zoo):
+    with open_session(zoo.cached("mixtral"), threads=1) as session:
+        steps = generate(session, PROMPTS, Sampling(max_new_tokens=STEPS))
+        first = next(steps)
+        steps.close()
+        np.testing.assert_array_equal(next(generate(session, PROMPTS, Sampling(max_new_tokens=1))), first)
 
 
 def test_a_model_without_a_cache_reads_everything_again(zoo):

@@ -13,7 +13,6 @@ from runtime.backends import open_session
 from runtime.onnxruntime_backend import OnnxRuntimeBackend, OnnxRuntimeRunner
 from runtime.profiles import ShapeRange
 from runtime.targets import find_target
-from runtime.tensorrt.driver import compute_capability_here
 from tests.runtime import tiny
 
 CPU = find_target("onnxruntime-cpu")
@@ -114,28 +113,6 @@ def test_a_profile_is_not_for_onnx_runtime(model, tmp_path):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         OnnxRuntimeBackend().build(model, CPU, options, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
-
-
-@pytest.mark.skipif(compute_capability_here() is not None, reason="there is a GPU here")
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this ONNX Runtime knows no CUDA"
-)
-def test_a_provider_that_cannot_start_is_an_error_and_no_fallback(model, capfd):
-    message = (
-        "ONNX Runtime cannot start CUDAExecutionProvider, it offers CPUExecutionProvider\n"
-        "hint: install the provider's libraries and driver, or use CPUExecutionProvider"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        OnnxRuntimeBackend(provider="CUDAExecutionProvider").open(model)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_an_unknown_provider_is_refused(model):
-    message = (
-        f"ONNX Runtime has no provider 'Tpu' here\nhint: known here: {', '.join(onnxruntime.get_available_providers())}"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        OnnxRuntimeBackend(provider="Tpu").open(model)
 
 
 def test_a_missing_model_is_named(tmp_path):

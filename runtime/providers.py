@@ -1,0 +1,243 @@
+"""Execution providers of ONNX Runtime: what they are called, what brings them, and how a session is asked for one."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_spec.errors import UserError, did_you_mean, require_known
+
+CPU, CUDA, OPENVINO = "cpu", "cuda", "openvino"
+
+_CUDA_OPTIONS = (
+    "device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace",
+    "cudnn_conv1d_pad_to_nc1d", "do_copy_in_default_stream", "enable_cuda_graph", "enable_skip_layer_norm_strict_mode",
+    "fuse_conv_bias", "prefer_nhwc", "sdpa_kernel", "tunable_op_enable", "tunable_op_tuning_enable",
+    "tunable_op_max_tuning_duration_ms", "use_ep_level_unified_stream", "use_tf32",
+)  # fmt: skip
+_TENSORRT_OPTIONS = (
+    "device_id", "trt_auxiliary_streams", "trt_bf16_enable", "trt_build_heuristics_enable",
+    "trt_builder_optimization_level", "trt_context_memory_sharing_enable", "trt_cuda_graph_enable",
+    "trt_detailed_build_log", "trt_dla_core", "trt_dla_enable", "trt_engine_cache_enable", "trt_engine_cache_path",
+    "trt_engine_cache_prefix", "trt_engine_hw_compatible", "trt_extra_plugin_lib_paths",
+    "trt_force_sequential_engine_build", "trt_force_timing_cache", "trt_fp16_enable", "trt_int8_enable",
+    "trt_int8_calibration_table_name", "trt_int8_use_native_calibration_table", "trt_layer_norm_fp32_fallback",
+    "trt_max_partition_iterations", "trt_max_workspace_size", "trt_min_subgraph_size", "trt_op_types_to_exclude",
+    "trt_profile_max_shapes", "trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_sparsity_enable",
+    "trt_tactic_sources", "trt_timing_cache_enable", "trt_timing_cache_path", "trt_weight_stripped_engine_enable",
+)  # fmt: skip
+_TENSORRT_RTX_OPTIONS = (
+    "device_id", "enable_cuda_graph", "nv_detailed_build_log", "nv_max_shared_mem_size", "nv_max_workspace_size",
+    "nv_multi_profile_enable", "nv_profile_max_shapes", "nv_profile_min_shapes", "nv_profile_opt_shapes",
+    "nv_runtime_cache_path", "nv_weight_streaming_budget",
+)  # fmt: skip
+_OPENVINO_OPTIONS = (
+    "device_type", "disable_dynamic_shapes", "enable_causallm", "layout", "load_config", "reshape_input"
+)  # fmt: skip
+_QNN_OPTIONS = (
+    "device_type", "backend_path", "backend_type", "device_id", "enable_htp_fp16_precision",
+    "enable_htp_shared_memory_allocator", "enable_htp_spill_fill_buffer", "enable_vtcm_backup_buffer_sharing",
+    "extended_udma", "htp_arch", "htp_bf16_enable", "htp_graph_finalization_optimization_mode", "htp_performance_mode",
+    "offload_graph_io_quantization", "op_packages", "profiling_file_path", "profiling_level", "qnn_context_priority",
+    "qnn_saver_path", "rpc_control_latency", "skip_qnn_version_check", "soc_model", "vtcm_mb",
+)  # fmt: skip
+_COREML_OPTIONS = (
+    "AllowLowPrecisionAccumulationOnGPU", "EnableOnSubgraphs", "MLComputeUnits", "ModelCacheDirectory", "ModelFormat",
+    "ProfileComputePlan", "RequireStaticInputShapes", "SpecializationStrategy",
+)  # fmt: skip
+
+
+Defaults = Callable[[int, Path | None], Mapping[str, str]]
+"""Options of a provider where nobody asks for others, by how many threads it may use (0: one a core) and where it may
+keep what it compiles: its numbers are those of the graph, as number formats are a matter of graphs here."""
+
+
+def _openvino(threads: int, cache: Path | None) -> dict[str, str]:
+    """By default OpenVINO computes in bfloat16 where the CPU has it: 1 % off what the graph says."""
+    of_all: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY"} | ({} if cache is None else {"CACHE_DIR": str(cache)})
+    of_cpu = of_all | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    return {"load_config": json.dumps({"CPU": of_cpu, "GPU": of_all, "NPU": of_all})}
+
+
+def _cuda(_threads: int, _cache: Path | None) -> dict[str, str]:
+    """By default products in float32 are computed in TF32, which has 10 bits of mantissa."""
+    return {"use_tf32": "0"}
+
+
+def _tensorrt(_threads: int, cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return {}
+    paths = dict.fromkeys(("trt_engine_cache_path", "trt_timing_cache_path"), str(cache))
+    return {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **paths}
+
+
+def _in(option: str) -> Defaults:
+    """Of a provider that has one option for its cache."""
+    return lambda _threads, cache: {} if cache is None else {option: str(cache)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """A row of `PROVIDERS`.
+
+    Attributes:
+        name: as given to ``--provider``.
+        official: ONNX Runtime's name of it.
+        package: what `pip install` brings it with.
+        plugin: module of the package where that goes beside any onnxruntime; None where the package is an onnxruntime.
+        needs: what has to be on the machine besides.
+        options: that it takes. Some providers ignore what they do not know, so nothing else is handed to them.
+        defaults: options that it is given besides.
+        memory: where its tensors lie, as ONNX Runtime calls devices.
+        writes_graph: whether ONNX Runtime can write a graph as it optimises it for this provider: not where that
+            compiles the graph.
+    """
+
+    name: str
+    official: str
+    package: str
+    plugin: str | None
+    needs: str
+    options: tuple[str, ...] = ()
+    defaults: Defaults = lambda _threads, _cache: {}
+    memory: str = CPU
+    writes_graph: bool = False
+
+
+PROVIDERS: tuple[Provider, ...] = (
+    Provider(CPU, "CPUExecutionProvider", "onnxruntime", None, "any CPU", writes_graph=True),
+    Provider(
+        CUDA, "CUDAExecutionProvider", "'onnxruntime-gpu[cuda,cudnn]'", None,
+        "an NVIDIA GPU with its driver, CUDA, cuDNN", _CUDA_OPTIONS, _cuda, memory="cuda", writes_graph=True,
+    ),
+    Provider(
+        "tensorrt", "TensorrtExecutionProvider", "'onnxruntime-gpu[cuda,cudnn]' tensorrt", None,
+        "an NVIDIA GPU with its driver, CUDA, cuDNN, TensorRT", _TENSORRT_OPTIONS,
+        _tensorrt,
+        memory="cuda",
+    ),
+    Provider(
+        "tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "onnxruntime-ep-nv-tensorrt-rtx",
+        "onnxruntime_ep_nv_tensorrt_rtx", "an RTX GPU with its driver", _TENSORRT_RTX_OPTIONS,
+        _in("nv_runtime_cache_path"), memory="cuda",
+    ),
+    Provider(
+        OPENVINO, "OpenVINOExecutionProvider", "onnxruntime-ep-openvino", "onnxruntime_ep_openvino",
+        "an Intel CPU, GPU or NPU", _OPENVINO_OPTIONS, _openvino,
+    ),
+    Provider(
+        "qnn", "QNNExecutionProvider", "onnxruntime-qnn", "onnxruntime_qnn", "a Qualcomm SoC", _QNN_OPTIONS
+    ),
+    Provider(
+        "coreml", "CoreMLExecutionProvider", "onnxruntime", None, "macOS", _COREML_OPTIONS, _in("ModelCacheDirectory"),
+    ),
+    Provider("directml", "DmlExecutionProvider", "onnxruntime-directml", None, "Windows", ("device_id",), memory="dml"),
+)  # fmt: skip
+"""Sources: https://onnxruntime.ai/docs/execution-providers, and the names that are in the libraries themselves."""
+
+
+def find_provider(name: str) -> Provider:
+    """The provider called ``name``, by us or by ONNX Runtime.
+
+    >>> find_provider("cuda").official, find_provider("QNNExecutionProvider").name
+    ('CUDAExecutionProvider', 'qnn')
+
+    Raises:
+        UserError: there is none; the hint names the closest.
+    """
+    found = next((row for row in PROVIDERS if name in (row.name, row.official)), None)
+    if found is None:
+        raise UserError(f"{name!r} is no execution provider", hint=did_you_mean(name, [row.name for row in PROVIDERS]))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How ONNX Runtime is to run a model, besides the threads of an operator.
+
+    Attributes:
+        provider: a name of `PROVIDERS`; None for what an engine was built for, and the CPU for models.
+        options: for the provider, as ONNX Runtime has them.
+        cpu_fallback: whether nodes that the provider does not take may run on the CPU.
+        parallel: operators that may run at once, where the graph has branches.
+        spinning: whether threads without work wait busily: quicker, and a core that nobody else can use.
+        cache: directory that keeps what was made of a model when it was opened: the next time takes it from there.
+    """
+
+    provider: str | None = None
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cpu_fallback: bool = False
+    parallel: int = 1
+    spinning: bool = True
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what the provider does not take.
+
+        Raises:
+            UserError: an unknown provider or option, or no operator at all may run.
+        """
+        asked = self.asked
+        for option in self.options:
+            require_known(option, f"option of the provider {asked.name}", asked.options)
+        if self.parallel < 1:
+            raise UserError(f"{self.parallel} operators may run at once, expected 1 or more", hint="give 1 or more")
+
+    @property
+    def asked(self) -> Provider:
+        """The row of the provider."""
+        return find_provider(CPU if self.provider is None else self.provider)
+
+    def settled(self, threads: int, cache: Path | None = None) -> "Execution":
+        """With all options that the provider is given, see `Defaults`.
+
+        Raises:
+            UserError: the provider keeps nothing in a cache, or an option says where.
+        """
+        chosen = self.asked.defaults(threads, cache)
+        keeps = {name for name, value in chosen.items() if value != self.asked.defaults(threads, None).get(name)}
+        if cache is not None and (not keeps or keeps & self.options.keys()):
+            why = f"has the option {', '.join(sorted(keeps))} for it" if keeps else "keeps nothing"
+            raise UserError(f"the provider {self.asked.name} {why}, so --cache says nothing", hint="leave --cache out")
+        return dataclasses.replace(self, options={**chosen, **self.options})
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process, see `of_json`."""
+        return dataclasses.asdict(self) | {"cache": None if self.cache is None else str(self.cache)}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "Execution":
+        """What `to_json` wrote.
+
+        >>> execution = Execution("cuda", {"device_id": "1"}, cache=Path("cache"))
+        >>> Execution.of_json(execution.to_json()) == execution
+        True
+        """
+        cache = values["cache"]
+        return cls(**{**values, "cache": None if cache is None else Path(cache)})
+
+
+BY_DEFAULT = Execution()
+"""Models on the CPU, engines as they were built."""
+
+
+def parse_options(given: Iterable[str]) -> dict[str, str]:
+    """Options of a provider as the command line takes them.
+
+    >>> parse_options(["device_id=1", "cache_dir=/tmp/a=b"])
+    {'device_id': '1', 'cache_dir': '/tmp/a=b'}
+
+    Raises:
+        UserError: one has no ``=``, or comes twice.
+    """
+    options: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise UserError(
+                f"the provider option {text!r} {'comes twice' if equals else 'has no value'}",
+                hint="give each once, as NAME=VALUE",
+            )
+        options[name] = value
+    return options
