@@ -1,11 +1,13 @@
 """The page of tables: targets, forms, criteria, tolerances and families, read from where the code reads them."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import getdoc
 from types import ModuleType
 
 from benchmarks.markdown import table
 from cli.targets import SHORT
+from graph_passes.precision import EXPERTS, FORMATS, REST
 from graph_passes.readers import READERS
 from graph_passes.writers import WRITERS
 from models.support import STAGES, families, tools
@@ -20,7 +22,8 @@ from runtime.tolerances import TOLERANCES
 
 def page() -> str:
     """All tables, the command that prints each where there is one."""
-    return "\n\n".join(("# Tables", *_targets(), *_forms(), *_criteria(), *_tolerances(), *_families())) + "\n"
+    tables = (_targets(), _formats(), _forms(), _criteria(), _tolerances(), _families())
+    return "\n\n".join(("# Tables", *itertools.chain(*tables))) + "\n"
 
 
 def _targets() -> Iterator[str]:
@@ -63,6 +66,22 @@ def _targets() -> Iterator[str]:
         for row in PLUGINS
     ]
     yield table(head, plugins, left=len(head))
+
+
+def _formats() -> Iterator[str]:
+    yield "## Formats"
+    yield "What `optimize --precision` (experts) and `--rest-precision` (all but routers) take."
+    rows = [
+        (
+            _code(name),
+            onnx,
+            _yes(name in EXPERTS),
+            _yes(name in REST),
+            _codes(row.name for row in TARGETS if onnx in row.precisions),
+        )
+        for name, onnx in FORMATS.items()
+    ]
+    yield table(("format", "in ONNX", "of experts", "of the rest", "taken by"), rows, left=5)
 
 
 def _forms() -> Iterator[str]:
