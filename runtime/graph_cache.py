@@ -1,8 +1,9 @@
 """What ONNX Runtime made of a graph when it was opened, kept for the next time.
 
-An entry is a directory named after everything that its content depends on: the model, ONNX Runtime's version, the
-provider and its options. It is a copy of the weights too. An entry is hashed before it is used, and made again where it
-is damaged; where two processes make the same one, the first is kept.
+An entry is a directory named after everything that its content depends on: the model, ONNX Runtime's version, this kind
+of CPU, the provider and its options. It holds the weights too, as they are and as this CPU's kernels pack them: these
+are mapped, so a session takes less memory. An entry is hashed before it is used, and made again where it is damaged;
+where two processes make the same one, the first is kept.
 """
 
 import json
@@ -22,6 +23,8 @@ from runtime.providers import Execution
 LOGGER = logging.getLogger("moe_edge.cache")
 
 SUMS = "SHA256SUMS"
+
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def kept_graph(source: Path, execution: Execution, version: str, make: Callable[[Path], object]) -> Path:
@@ -54,11 +57,18 @@ def _entry(source: Path, execution: Execution, version: str) -> Path:
         "graph": sha256_file(source),
         "weights": {name: sha256_file(inside(source.parent, name, source)) for name in sorted(locations)},
         "onnxruntime": version,
-        "machine": platform.machine(),
+        "cpu": _cpu(),
         "provider": execution.asked.official,
         "options": dict(execution.options),
     }
     return execution.cache / sha256_text(json.dumps(known_by, sort_keys=True))
+
+
+def _cpu() -> str:
+    """The processor's instruction sets where the system lists them, else its name: weights are packed for these."""
+    listed = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    instructions = next((line for line in listed if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()} {instructions}"
 
 
 def _make(entry: Path, make: Callable[[Path], object]) -> None:

@@ -84,7 +84,7 @@ class OnnxRuntimeBackend:
         check_external_data(source)
         execution = dataclasses.replace(self.execution, provider=target.provider)
         with new_directory(out_dir) as staging:
-            session = self._optimize(source, staging / MODEL, execution)
+            session = self._optimize(source, staging / MODEL, execution, packed=False)
             return finish_engine(
                 model_dir,
                 target,
@@ -112,13 +112,13 @@ class OnnxRuntimeBackend:
         if not execution.asked.writes_graph:
             execution = execution.settled(self.threads, directory_for_provider(path, execution, version()))
             return self._load(path, execution, str(engine_dir))
-        kept = kept_graph(path, execution, version(), lambda out: self._optimize(path, out, execution))
+        kept = kept_graph(path, execution, version(), lambda out: self._optimize(path, out, execution, packed=True))
         return self._load(kept, execution, str(engine_dir), optimize=False)
 
-    def _optimize(self, source: Path, out: Path, execution: Execution) -> OnnxRuntimeSession:
-        """Write ``source`` to ``out`` as ONNX Runtime makes it for the provider."""
+    def _optimize(self, source: Path, out: Path, execution: Execution, *, packed: bool) -> OnnxRuntimeSession:
+        """Write ``source`` to ``out`` as ONNX Runtime makes it for the provider, see `write_optimized`."""
         options = session_options(self.threads, execution)
-        write_optimized(options, out, _EXTERNAL_FROM_BYTES)
+        write_optimized(options, out, _EXTERNAL_FROM_BYTES, packed=packed)
         return _session(source, options, execution.settled(self.threads), str(source))
 
     def _load(self, path: Path, execution: Execution, where: str, *, optimize: bool = True) -> OnnxRuntimeSession:

@@ -63,16 +63,25 @@ def session_options(threads: int, execution: Execution, *, optimize: bool = True
     return options
 
 
-def write_optimized(options: Any, path: Path, inline_bytes: int) -> None:
-    """Let a session with ``options`` write what it makes of its graph; weights of ``inline_bytes`` and more beside it.
+def write_optimized(options: Any, path: Path, inline_bytes: int, *, packed: bool) -> None:
+    """Let a session with ``options`` write what it makes of its graph.
 
-    What depends on this very CPU is left for the session that runs it.
+    Args:
+        options: of the session; what depends on this very CPU is left out of the graph.
+        path: of the graph.
+        inline_bytes: weights of so many bytes and more stand beside it.
+        packed: whether weights are written as this CPU's kernels pack them too. Such a file is twice as large, fits
+            this kind of CPU only, and is mapped where weights are otherwise copied in memory.
     """
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
-    prefix = "session.optimized_model_external_initializers"
-    options.add_session_config_entry(f"{prefix}_file_name", f"{path.name}.data")
-    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(inline_bytes))
+    entries = {
+        "session.optimized_model_external_initializers_file_name": f"{path.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(inline_bytes),
+        "session.save_external_prepacked_constant_initializers": "1" if packed else "0",
+    }
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
 
 
 def load(path: Path, options: Any, execution: Execution) -> Any:

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -182,3 +183,20 @@ def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):
     """Neither has an observed.onnx; batched_mm keeps its weights in a column."""
     code, _, err = invoke("verify", zoo.exported("mixtral"), "--reference", zoo.batched_mm("mixtral"), "--json")
     assert (code, err) == (0, "")
+
+
+def test_the_candidate_is_computed_on_the_provider_that_is_named(model, tmp_path):
+    verified = ("verify", tiny.write(tmp_path / "copy"), "--reference", model)
+    assert invoke(*verified, "--provider", "cpu", "--threads", 1, "--parallel", 2, "--no-spinning")[0] == 0
+    assert invoke(*verified, "--provider", "gpu")[2].startswith("error: 'gpu' is no execution provider\n")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime_ep_openvino") is None, reason="needs onnxruntime-ep-openvino")
+def test_openvino_passes_with_the_numbers_of_the_graph_and_fails_with_its_own(zoo, tmp_path):
+    exported = zoo.exported("vmoe")
+    optimize(exported, tmp_path / "dense", OnnxRuntimeRunner(threads=1), form="dense")
+    verified = ("verify", tmp_path / "dense", "--reference", exported, "--provider", "openvino")
+    assert invoke(*verified)[0] == 0
+    own = 'load_config={"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}'
+    code, _, err = invoke(*verified, "--provider-option", own, "--no-bisect")
+    assert (code, "differs by" in err) == (3, True)

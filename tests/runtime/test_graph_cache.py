@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -15,6 +16,7 @@ from tests.runtime import tiny
 from tests.runtime.tiny import Tiny
 
 VERSION = onnxruntime.__version__
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture
@@ -44,6 +46,21 @@ def test_a_graph_is_optimised_once_and_computes_the_same(model, cached):
     np.testing.assert_array_equal(logits(model, cached), first)
     assert {path.name: path.stat().st_mtime_ns for path in entry.iterdir()} == before
     np.testing.assert_allclose(logits(model, Execution()), first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists what a process has mapped")
+def test_weights_are_mapped_as_this_cpu_packs_them(cached, tmp_path):
+    weight = onnx.numpy_helper.from_array(np.ones((128, 128), np.float32), "w")
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n, 128] x) => (float[n, 128] y) { y = MatMul(x, w) }'
+    graph = onnx.parser.parse_model(text)
+    graph.graph.initializer.append(weight)
+    onnx.save(graph, tmp_path / "product.onnx")
+    for _ in range(2):
+        with open_session(tmp_path / "product.onnx", 1, cached) as session:
+            (entry,) = entries(cached)
+            assert f"{entry}/{MODEL}.data" in MAPS.read_text()
+            assert (session.run({"x": np.ones((3, 128), np.float32)})["y"] == 128).all()
+    assert (entry / f"{MODEL}.data").stat().st_size >= 2 * 128 * 128 * 4
 
 
 def test_another_model_version_or_provider_is_another_entry(model, cached, tmp_path):

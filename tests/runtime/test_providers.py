@@ -186,6 +186,17 @@ def test_an_engine_runs_on_what_it_was_built_for(model, tmp_path):
     )
 
 
+def test_an_engine_of_tensorrt_has_no_provider(model, tmp_path):
+    engine = tmp_path / "engine"
+    build(model, find_target("cpu"), BuildOptions(), engine)
+    text = (engine / "manifest.json").read_text()
+    (engine / "manifest.json").write_text(text.replace('"backend": "onnxruntime"', '"backend": "tensorrt-rtx"'))
+    assert refusal(engine, Execution("cpu")) == (
+        f"{engine} is an engine of tensorrt-rtx, which ONNX Runtime does not run\n"
+        "hint: leave out --provider and what goes with it, or give the model that it was built from"
+    )
+
+
 @WITHOUT_GPU
 def test_an_engine_for_a_provider_that_does_not_start_is_refused_before_any_work(model, tmp_path):
     with pytest.raises(UserError) as caught:
