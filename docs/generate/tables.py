@@ -16,13 +16,14 @@ from moe_spec.statistics import KEYS
 from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, WEIGHT_CRITERIA
 from pruning.criteria.moments import Moment
 from pruning.merging.mergers import MERGERS
+from runtime.providers import PROVIDERS
 from runtime.targets import PLUGINS, TARGETS
 from runtime.tolerances import TOLERANCES
 
 
 def page() -> str:
     """All tables, the command that prints each where there is one."""
-    tables = (_targets(), _formats(), _forms(), _criteria(), _tolerances(), _families())
+    tables = (_targets(), _providers(), _formats(), _forms(), _criteria(), _tolerances(), _families())
     return "\n\n".join(("# Tables", *itertools.chain(*tables))) + "\n"
 
 
@@ -66,6 +67,16 @@ def _targets() -> Iterator[str]:
         for row in PLUGINS
     ]
     yield table(head, plugins, left=len(head))
+
+
+def _providers() -> Iterator[str]:
+    yield "## Providers"
+    yield "What ONNX Runtime computes on: `--provider` of `run`, `bench` and `verify`."
+    rows = [
+        (_code(row.name), row.official, _code(f"pip install {row.package}"), row.needs, _codes(row.options))
+        for row in PROVIDERS
+    ]
+    yield table(("provider", "ONNX Runtime's name", "brought by", "needs", "`--provider-option`"), rows, left=5)
 
 
 def _formats() -> Iterator[str]:
