@@ -137,9 +137,14 @@ class Context:
 class DecoderContext(Context):
     """Keeps a number for every token, its id: logits are the sums of all that were seen up to each."""
 
+    foresees = True
+    """Whether it says how long the cache will be."""
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         (batch, past, _), new = self.shapes[KEPT], self.shapes["input_ids"][1]
-        return (batch, past + new, 1) if name == "present.0.key" else (batch, new, 1)
+        if name == "logits":
+            return (batch, new, 1)
+        return (batch, past + new, 1) if self.foresees else (batch, -1, 1)
 
     def execute_async_v3(self, _stream: int) -> bool:
         self.enqueued += 1
@@ -147,6 +152,10 @@ class DecoderContext(Context):
         ids = np.ctypeslib.as_array((ctypes.c_int64 * (batch * new)).from_address(self.addresses["input_ids"]))
         past = read(self.addresses[KEPT], int(np.prod(self.shapes[KEPT]))).reshape(self.shapes[KEPT])
         present = np.concatenate((past, ids.reshape(batch, new, 1).astype(FLOAT)), axis=1)
+        if not self.foresees:
+            size = present.nbytes
+            self.addresses["present.0.key"] = self.allocator.reallocate_output("present.0.key", 0, size, 256)
+            self.allocator.notify_shape("present.0.key", present.shape)
         read(self.addresses["present.0.key"], present.size)[:] = present.ravel()
         read(self.addresses["logits"], batch * new)[:] = present.cumsum(axis=1)[:, -new:].ravel()
         return not self._fails

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from tests.runtime.gpu_stand_in import KEPT, DecoderContext, Engine, HostDriver,
 
 
 @contextlib.contextmanager
-def opened(tmp_path, longest=64):
+def opened(tmp_path, longest=64, foresees=True):
     """A session and its driver."""
-    driver = HostDriver()
+    driver: Any = HostDriver()
+    context = DecoderContext(driver, fails=False)
+    context.foresees = foresees
     (tmp_path / "model.engine").write_bytes(b"plan")
-    engine = Engine(DecoderContext(driver, fails=False))
+    engine = Engine(context)
     with EngineSession(library(engine), tmp_path / "model.engine", decoder(longest), driver) as session:
         yield session, driver
 
@@ -45,6 +48,12 @@ def test_the_cache_never_comes_to_the_host(tmp_path, lengths):
             assert [array.size for array in floats] == [0]  # the empty cache that a text begins with
 
 
+def test_a_cache_of_which_nobody_knows_how_long_it_will_be_goes_through_the_host(tmp_path):
+    ids_BT = np.arange(12).reshape(2, 6)
+    with opened(tmp_path, foresees=False) as (session, _):
+        np.testing.assert_array_equal(decode(session, ids_BT, (3, 1, 2)), ids_BT.cumsum(axis=1))
+
+
 def test_a_run_between_two_steps_leaves_the_cache_alone(tmp_path):
     with opened(tmp_path) as (session, _):
         first, kept = session.step({"input_ids": np.array([[3, 4]])})
@@ -68,7 +77,7 @@ def test_a_cache_that_grows_beyond_the_profile_is_refused(tmp_path):
 def test_texts_are_generated(tmp_path):
     """One logit: the only token there is comes every time."""
     with opened(tmp_path) as (session, driver):
-        prompts = [np.array([4, 5, 6]), np.array([9])]
+        prompts = [[4, 5, 6], [9]]
         tokens = [row.tolist() for row in generate(session, prompts, Sampling(max_new_tokens=3))]
     assert tokens == [[0, 0]] * 3
     assert sum(array.nbytes for array in driver.uploaded if array.dtype == np.float32) == 0
