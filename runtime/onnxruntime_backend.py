@@ -57,9 +57,13 @@ class OnnxRuntimeBackend:
 
     def why_not(self, model_dir: Path, target: Target) -> list[str]:
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
-        reasons, provider = why_not_buildable(model_dir, target), find_provider(target.provider)
+        return [*why_not_buildable(model_dir, target), *self.why_not_here(target)]
+
+    def why_not_here(self, target: Target) -> list[str]:
+        """Reasons why nothing can be built for ``target`` on this machine."""
+        provider = find_provider(target.provider)
         here = why_not_here(provider) if provider.writes_graph else _COMPILES.format(provider.name)
-        return reasons if here is None else [*reasons, here]
+        return [] if here is None else [here]
 
     def build(
         self,

@@ -38,9 +38,10 @@ class TensorRTBackend:
 
     def why_not(self, model_dir: Path, target: Target) -> list[str]:
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
-        return [*self._why_not_here(target), *why_not_buildable(model_dir, target)]
+        return [*self.why_not_here(target), *why_not_buildable(model_dir, target)]
 
-    def _why_not_here(self, target: Target) -> list[str]:
+    def why_not_here(self, target: Target) -> list[str]:
+        """Reasons why nothing can be built for ``target`` on this machine."""
         if target.backend != self.name:
             return [f"{target.name} is a target of {target.backend}, not of {self.name}"]
         try:
