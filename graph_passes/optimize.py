@@ -3,31 +3,31 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from graph_passes.activations import Activations, Rounded, round_activations
 from graph_passes.block import MoEBlock
-from graph_passes.casts import is_float32
-from graph_passes.casts.assign import NO_BFLOAT16, Formats
-from graph_passes.casts.stage import Cast, cast_directory
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.float4 import NOT_RUN, Float4Runner, save_for_cpu
 from graph_passes.force import save_forced
 from graph_passes.measure import Size, measure, pass_entry
-from graph_passes.model_file import copy_weights, save_graph, save_variant
+from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant
 from graph_passes.observe import is_observable, observe_routing, routing_of
 from graph_passes.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.order import sort_nodes, tidy
 from graph_passes.other_readers import check_choice_is_unread
+from graph_passes.pairs import rounds
 from graph_passes.precision import AS_IT_IS, Precision
 from graph_passes.proof import Proof, Work, prove_variant
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
-from graph_passes.rest import Rest, check_routers_known, quantize_rest
+from graph_passes.rest import Rest, check_routers_known, nodes_of, quantize_rest
 from graph_passes.rewrite import Decision, Written, carry_out, decide
+from graph_passes.task_data import check_batches, fit_data
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
@@ -56,6 +56,7 @@ def optimize(
     tokens: int | None = None,
     precision: Precision = AS_IT_IS,
     accepted_precisions: Sequence[str] | None = None,
+    activations: Activations | None = None,
     any_model: bool = False,
     prove: bool = True,
     forced: bool = False,
@@ -78,6 +79,7 @@ def optimize(
         tokens: how many a run has, where that is known; ``auto`` chooses for it.
         precision: formats of the experts and of the rest; what it does not name stays what it is.
         accepted_precisions: the formats that the target takes; None: no target in view.
+        activations: data that tell how what int8 weights multiply is rounded to int8 too; None: it stays float.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
         forced: write forced.onnx too, whose routing is an input (`graph_passes.force`).
         observe_experts: write experts.onnx too, which gives logits, ids, weights and norms of what experts give
@@ -88,15 +90,16 @@ def optimize(
 
     Raises:
         UserError: unreadable input, an unrecognised layer, a plan that does not fit, a form that cannot express it, a
-            form or a precision that the target does not take, halves to cast.
+            form or a precision that the target does not take.
         VerificationError: the proof failed; nothing is written.
     """
     refuse_existing(out)
     _check_form(form, accepted)
     precision.check_accepted(accepted_precisions)
     runner = Float4Runner(runner)
+    accepted = _without_qmoe(form, accepted, activations)
     model = read_model(source, allow_partial=allow_partial)
-    formats = _formats(model, precision)
+    activations = _fitted(model, activations)
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
     layers = [layer if found is None else found.plan for layer, found in zip(layers, findings, strict=True)]
@@ -104,6 +107,7 @@ def optimize(
         decide(block, layer, form, accepted, precision.quantization, tokens)
         for block, layer in zip(model.blocks, layers, strict=True)
     ]
+    _check_pairs(decisions)
     before = measure(model.graph, model.path.parent)
     rest = _quantize_rest(model, precision)
     is_new = model.reduced or bool(rest.quantized) or any(decision.form is not None for decision in decisions)
@@ -112,7 +116,7 @@ def optimize(
         _save(model, staging, written, is_new, on_progress)
         if plan is not None and not any_model:  # here, because a large model is hashed while its weights are written
             _require_model(plan, model, source)
-        hashed = None if formats is not None else beside.submit(_hash_weights, staging)
+        hashed = beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
         if not is_new:  # the file as it was
@@ -121,10 +125,10 @@ def optimize(
         hows = (precision.quantization, precision.rest_quantization if rest.quantized else None)
         work = Work(model, plan, layers, entries, *hows) if is_new else Work(model, plan, layers, (), None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
-        cast: Cast | None = None
-        if formats is not None:
-            cast = cast_directory(staging, entries, formats, runner if prove else None, out.parent)
-            inputs, outputs, entries, passes = cast.inputs, cast.outputs, cast.blocks, (*passes, cast.entry)
+        rounded = None if activations is None else round_activations(staging, activations, runner)
+        if rounded is not None:
+            floats, pairs = measure(model.graph, staging), measure(load_graph(staging / MODEL), staging)
+            passes = (*passes, pass_entry("round-activations", bool(rounded.ranges), floats, pairs))
         has_float4 = save_for_cpu(staging / OBSERVED, staging / OBSERVED_CPU)
         forced_inputs = save_forced(staging) if forced else {}
         experts_outputs = save_experts_observed(staging) if observe_experts else {}
@@ -136,7 +140,7 @@ def optimize(
             kind="optimized",
             source_sha256=model.source_sha256,
             parent_sha256=model.parent_sha256,
-            files=list_files(staging, {} if hashed is None else hashed.result()),
+            files=list_files(staging, hashed.result()),
             inputs=inputs,
             outputs=outputs,
             blocks=entries,
@@ -149,11 +153,11 @@ def optimize(
                 "choices": [dataclasses.asdict(entry) for entry in proof.choices],
                 "forced": forced_inputs,
                 "experts": experts_outputs,
-                "precision": dataclasses.asdict(precision.over(_asked_before(model))),
+                "precision": dataclasses.asdict(precision),
                 "precision_error": proof.precision_error,
-                "rest": {"quantized": list(rest.quantized), "left": [list(pair) for pair in rest.left]},
-                "not_run": [*([NOT_RUN] if has_float4 else []), *([NO_BFLOAT16] if _is_bfloat16(formats) else [])],
-                "casts": None if cast is None or cast.proof is None else dataclasses.asdict(cast.proof),
+                "rest": dataclasses.asdict(rest),
+                "activations": _activations_entry(model, activations, rounded),
+                "not_run": [NOT_RUN] if has_float4 else [],
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
                 "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],
@@ -175,30 +179,55 @@ def _quantize_rest(model: Model, precision: Precision) -> Rest:
     return quantize_rest(model.graph, model.path.parent, model.blocks, precision.rest_quantization)
 
 
-def _is_bfloat16(formats: Formats | None) -> bool:
-    return formats is not None and formats.has_bfloat16
-
-
-def _asked_before(model: Model) -> Mapping[str, Any]:
-    """What an earlier run was asked for."""
-    return ({} if model.manifest is None else model.manifest.details.get("precision")) or {}
-
-
-def _formats(model: Model, precision: Precision) -> Formats | None:
-    """What has to be cast; None where nothing has, or an earlier run did just that.
+def _without_qmoe(form: str, accepted: Sequence[str] | None, activations: Activations | None) -> Sequence[str] | None:
+    """The forms that remain where activations are int8: what a fused op does inside cannot be rounded.
 
     Raises:
-        UserError: the model is not float32.
+        UserError: ``form`` is not among them.
     """
-    before = _asked_before(model)
-    if is_float32(model.graph) or not precision.asks_for_floats:
-        return precision.formats
-    if before and precision.over(before) == Precision().over(before):
+    if activations is None:
+        return accepted
+    if form == "qmoe":
+        raise UserError(
+            "form qmoe computes with float activations inside its op",
+            hint="leave --activations out, or choose another --form",
+        )
+    return None if accepted is None else [name for name in accepted if name != "qmoe"]
+
+
+def _fitted(model: Model, activations: Activations | None) -> Activations | None:
+    """``activations`` with the data as the graph takes them.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if activations is None:
         return None
-    raise UserError(
-        f"{model.path} is of halves already, and casts start from float32",
-        hint="optimise the float32 model with --precision and --rest-precision; moe-edge export writes one",
-    )
+    inputs, _ = io_of(model.graph)
+    check_batches(activations.data, inputs, activations.batch_size, str(model.path))
+    return dataclasses.replace(activations, data=fit_data(activations.data, inputs, activations.name))
+
+
+def _check_pairs(decisions: Sequence[Decision]) -> None:
+    """Refuse to write anew what rounds its activations: that would be lost.
+
+    Raises:
+        UserError: a layer is such.
+    """
+    for decision in decisions:
+        if decision.form is not None and rounds(nodes_of(decision.read)):
+            raise UserError(
+                f"layer {decision.read.name} rounds its activations, which would be lost where it is written anew",
+                hint="prune, quantise and write the model that had float activations, with --activations int8",
+            )
+
+
+def _activations_entry(model: Model, how: Activations | None, rounded: Rounded | None) -> Any:
+    """What the manifest says of int8 activations: of this run, or of the one before."""
+    if how is None or rounded is None or not rounded.ranges:
+        return None if model.manifest is None else model.manifest.details.get("activations")
+    told = {"format": "int8", "percentile": how.percentile, "data_sha256": how.data.sha256}
+    return {**told, "ranges": dict(rounded.ranges), "error": rounded.error}
 
 
 def _require_model(plan: PruningPlan, model: Model, source: Path) -> None:

@@ -27,14 +27,14 @@ class SampleModel:
     """A model before it is pruned, and what becomes of each of its layers of eight experts.
 
     Attributes:
-        sample: those that make it so; none does where it is empty.
+        of: the sample that makes it so.
         make: exports it into a directory.
         keep: the experts that stay.
         router: as in a plan.
         merge: likewise.
     """
 
-    sample: str
+    of: str
     make: Callable[[Zoo], Path]
     keep: tuple[int, ...] = FOUR
     router: str = ROWS

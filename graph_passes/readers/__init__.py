@@ -14,6 +14,7 @@ from types import ModuleType
 import onnx_graphsurgeon as gs
 
 from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
+from graph_passes.pairs import bypassed
 from graph_passes.readers import (
     batched_mm,
     dense,
@@ -71,8 +72,9 @@ class _Failure:
 def read_blocks(graph: gs.Graph, directory: Path) -> Reading:
     """Every MoE block of ``graph`` (in topological order), whose weights lie in ``directory``."""
     order = {id(node): index for index, node in enumerate(graph.nodes)}
-    blocks, failures = _try_all(graph, order, Weights(directory))
-    sites, bodies = find_sites(graph, order), find_bodies(graph, order)
+    with bypassed(graph):
+        blocks, failures = _try_all(graph, order, Weights(directory))
+        sites, bodies = find_sites(graph, order), find_bodies(graph, order)
     return Reading(tuple(blocks), tuple(_unrecognised(blocks, failures, sites, bodies, order)))
 
 
