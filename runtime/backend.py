@@ -95,7 +95,8 @@ class Session(Protocol):
 
         Args:
             feeds: ids, and whatever else `moe_spec.decoder.complete` does not add.
-            kept: the second half of what the step before returned; None where nothing was seen yet.
+            kept: the second half of what the last step returned, None where nothing was seen yet. A session may write
+                over what earlier steps left.
 
         Returns:
             The outputs that are no cache, and the cache: empty where the model has none.

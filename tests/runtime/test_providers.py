@@ -15,7 +15,7 @@ from moe_spec.errors import UserError
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.build import build
-from runtime.onnxruntime_library import check_placement, version
+from runtime.onnxruntime_library import check_placement, session_options, version
 from runtime.providers import PROVIDERS, Execution, find_provider, parse_options
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here
@@ -172,6 +172,14 @@ def test_threads_change_no_number(execution, model):
     feeds = {"x": tiny.examples(6)}
     with open_session(model, 1) as plain, open_session(model, 2, execution) as other:
         np.testing.assert_array_equal(plain.run(feeds)["logits"], other.run(feeds)["logits"])
+
+
+def test_threads_are_told_to_onnx_runtime():
+    plain, told = session_options(3, Execution()), session_options(0, Execution(parallel=2, spinning=False))
+    modes = onnxruntime.ExecutionMode
+    spins = [options.get_session_config_entry("session.intra_op.allow_spinning") for options in (plain, told)]
+    assert (plain.intra_op_num_threads, plain.execution_mode, spins[0]) == (3, modes.ORT_SEQUENTIAL, "1")
+    assert (told.inter_op_num_threads, told.execution_mode, spins[1]) == (2, modes.ORT_PARALLEL, "0")
 
 
 def test_an_engine_runs_on_what_it_was_built_for(model, tmp_path):
