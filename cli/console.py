@@ -59,11 +59,16 @@ def leave_without_reader() -> NoReturn:
     Raises:
         SystemExit: always, with `READER_GONE`.
     """
-    with contextlib.suppress(io.UnsupportedOperation):  # Python writes out what is left when it ends
+    drop_output()
+    raise SystemExit(READER_GONE)
+
+
+def drop_output() -> None:
+    """Let what is left for stdout go nowhere: Python writes it when it ends, and would fail once more."""
+    with contextlib.suppress(io.UnsupportedOperation):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    raise SystemExit(READER_GONE)
 
 
 class _Warnings(logging.Handler):

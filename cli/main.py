@@ -11,6 +11,7 @@ import typer
 
 from cli import console
 from moe_spec.errors import UserError, VerificationError
+from moe_spec.files import is_full
 
 VERBS = (
     "inspect",
@@ -102,6 +103,13 @@ def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -
     except VerificationError as failure:
         console.failure(failure)
         _leave(EXIT_VERIFICATION)
+    except OSError as failure:
+        if not is_full(failure):
+            raise
+        console.drop_output()
+        hint = "make room where it goes, or let it go elsewhere"
+        console.error(UserError(f"what was found cannot be written: {failure.strerror}", hint=hint))
+        _leave(EXIT_USER)
     except KeyboardInterrupt:
         console.err.print(_INTERRUPTED)
         _leave(EXIT_INTERRUPTED)

@@ -16,6 +16,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says of a disk that is full, of one's share of it, and of a file that is larger than any may be."""
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what one may have of it, cannot hold more."""
+    return error.errno in _FULL
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in chunks."""
     with path.open("rb") as file:
@@ -116,7 +121,7 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_full(error):
             raise
         free = shutil.disk_usage(path.parent).free
         raise UserError(

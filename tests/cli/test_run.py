@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,21 @@ def test_a_reader_that_goes_before_a_table_ends_it_in_order(capfd):
     with os.fdopen(sink, "w") as stdout, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as leaving:
         main(["targets"], verbs=["targets"])
     assert (leaving.value.code, capfd.readouterr()) == (141, ("", ""))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("verb", ["run", "targets"])
+def test_a_full_disk_behind_stdout_is_an_error(verb, model, tmp_path, capfd):
+    """Of what is written word by word, and of rich's tables."""
+    arguments = (model, "--input", save(tmp_path / "a.npz", 2), "--json") if verb == "run" else ()
+    with open("/dev/full", "w") as stdout, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as leaving:  # noqa: PTH123 - a device
+        main([verb, *map(str, arguments)], verbs=[verb])
+    assert (leaving.value.code, *capfd.readouterr()) == (
+        1,
+        "",
+        "error: what was found cannot be written: No space left on device\n"
+        "hint: make room where it goes, or let it go elsewhere\n",
+    )
 
 
 def test_head_takes_the_first_words_of_an_answer(zoo):
