@@ -16,6 +16,7 @@ from runtime.bundle.scripts import write_scripts
 from runtime.model_dir import copy_files, model_file, model_manifest, observed_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types
 from runtime.profiles import Profile, check_profile, default_profile, profile_to_json
+from runtime.providers import find_provider
 from runtime.targets import ONNXRUNTIME, Target
 from runtime.tensorrt.library import PACKAGES
 from runtime.tolerances import coarsest, tolerance_of
@@ -99,6 +100,11 @@ def _checked(model_dir: Path, target: Target) -> Manifest:
         raise UserError(
             f"{target.name} does not take {model_dir}: {'; '.join(reasons)}",
             hint=f"moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}",
+        )
+    if find_provider(target.provider).plugin is not None:
+        raise UserError(
+            f"{target.name} is reached by a plugin of ONNX Runtime, which verify.py of a bundle does not load",
+            hint=f"take the model directory there: moe-edge verify --provider {target.provider}",
         )
     observed_file(model_dir)
     return manifest

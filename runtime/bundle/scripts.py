@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_spec.manifest import Manifest
 from moe_spec.record import Json
 from runtime.profiles import dims, options_of, profile_from_json
+from runtime.providers import CPU, find_provider
 from runtime.targets import ONNXRUNTIME, TENSORRT, Target
 from runtime.tolerances import TOLERANCES
 
@@ -102,7 +103,13 @@ def _words(target: Target, manifest: Manifest, details: Json, builders: tuple[st
 
 def _how(target: Target, details: Json, builders: tuple[str, ...]) -> str:
     if not builders:
-        return "Nothing has to be built: ONNX Runtime opens `model/model.onnx`."
+        provider = find_provider(target.provider)
+        there = (
+            f" On {provider.name}:\n\n```\npython3 verify.py --backend onnxruntime --provider {provider.official}\n```"
+        )
+        return "Nothing has to be built: ONNX Runtime opens `model/model.onnx`." + (
+            there if provider.name != CPU else ""
+        )
     package = details["package"]
     where = "On the device" if target.backend == TENSORRT else "Here or there, no GPU is needed for it"
     first = "./build.sh" if "build.sh" in builders else "python3 build.py"

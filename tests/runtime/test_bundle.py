@@ -284,6 +284,19 @@ def test_a_form_that_the_target_does_not_take_is_refused(tmp_path):
     )
 
 
+def test_a_provider_of_onnx_runtime_is_named_where_verify_can_load_it(model, tmp_path):
+    bundle(model, find_target("onnxruntime-cuda"), tmp_path / "cuda")
+    readme = (tmp_path / "cuda" / "README.md").read_text()
+    assert "On cuda:\n\n```\npython3 verify.py --backend onnxruntime --provider CUDAExecutionProvider\n```" in readme
+    refuses(
+        "onnxruntime-openvino is reached by a plugin of ONNX Runtime, which verify.py of a bundle does not load\n"
+        "hint: take the model directory there: moe-edge verify --provider openvino",
+        model,
+        find_target("onnxruntime-openvino"),
+        tmp_path / "out",
+    )
+
+
 def test_bundles_and_engines_are_no_models(model, bundled, tmp_path):
     build(model, CPU, BuildOptions(), tmp_path / "engine")
     for directory, kind in ((tmp_path / "engine", "engine"), (bundled, "bundle")):
