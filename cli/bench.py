@@ -7,6 +7,8 @@ With `--against torch` and `--against torch.compile` the checkpoint takes its tu
 feeds with as many threads, its experts and its cache as transformers has them by default. What torch.compile compiles
 at its first run counts as its load.
 
+--provider says what ONNX Runtime computes the models on, --cache keeps what it makes of them: as for `moe-edge run`.
+
 Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64 -o bench.json
 Example: moe-edge bench optimized/ --against torch --against torch.compile --checkpoint checkpoint/
 """
@@ -88,6 +90,7 @@ def bench(
     if output is not None:
         refuse_existing(output)
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
+    execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
     rivals = _rivals(against or (), checkpoint, models)
     with console.status(f"timing {len(models) + len(rivals)} models"), pinned(threads if pin else 0) as cores:
         rows = measure(
@@ -96,13 +99,15 @@ def bench(
             repeats=repeats,
             warmup=warmup,
             threads=threads,
-            execution=execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache),
+            execution=execution,
             length=length,
             past=past,
             data=task,
             rivals=rivals,
         )
-    report = BenchReport.of(rows, threads, cores, [note for rival in rivals for note in rival.notes()])
+    notes = [] if provider is None else [f"models were computed by {execution}"]
+    notes += [note for rival in rivals for note in rival.notes()]
+    report = BenchReport.of(rows, threads, cores, notes)
     if output is not None:
         report.save(output)
     if as_json:

@@ -2,7 +2,9 @@
 
 TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built here, without a GPU; with --also
 one engine runs on several. TensorRT engines (a100, h100, b200, jetson-orin, jetson-thor) are built on the device.
-onnxruntime-cpu optimises the graph ahead of time. `moe-edge targets` lists them all, and says what fits their memory.
+onnxruntime-cpu optimises the graph ahead of time, onnxruntime-cuda does so on the device; other providers of ONNX
+Runtime compile a model when it is opened (`moe-edge run --provider openvino --cache DIR`). `moe-edge targets` lists
+them all, and says what fits their memory.
 
 Shapes are given as to trtexec, and so may these options be: --timingCacheFile, --builderOptimizationLevel,
 --allowWeightStreaming, --versionCompatible, --hardwareCompatibilityLevel. --minShapes, --optShapes and --maxShapes may

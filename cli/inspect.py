@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics or parity report.
+"""Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics, or report of parity or cost.
 
 Example: moe-edge inspect exported/
 """
@@ -31,7 +31,7 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics or parity report.
+    """Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics, or report of parity or cost.
 
     Example: moe-edge inspect exported/
     """
@@ -153,6 +153,7 @@ def _json(path: Path) -> Description:
     import json
 
     by_artifact: Mapping[str, Callable[[Path], Description]] = {
+        "bench": _bench,
         "manifest": lambda manifest: _directory(manifest.parent),
         "parity": _parity,
         "plan": _plan,
@@ -169,12 +170,20 @@ def _json(path: Path) -> Description:
 
 
 def _parity(path: Path) -> Description:
+    from cli.parity import reasons, summary
     from runtime.report import ParityReport
 
     report = ParityReport.load(path)
-    lines = [f"{path}: {'PASS' if report.passed else 'FAIL'}, {report.examples} examples of {report.data}"]
-    lines += [f"  {reason}" for reason in report.reasons]
-    return "\n".join(lines), report.to_json()
+    failed = [] if report.passed else [f"  {reason}" for reason in reasons(report)]
+    return "\n".join([f"{path}: {summary(report)}", *failed]), report.to_json()
+
+
+def _bench(path: Path) -> Description:
+    from cli.parity import cost
+    from runtime.bench_report import BenchReport
+
+    report = BenchReport.load(path)
+    return "\n".join([f"{path}: {report.machine}", *cost(report.rows)]), report.to_json()
 
 
 def _plan(path: Path) -> Description:

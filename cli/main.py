@@ -12,6 +12,7 @@ import typer
 from cli import console
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import is_full
+from runtime.extras import extra_of
 
 VERBS = (
     "inspect",
@@ -31,21 +32,9 @@ VERBS = (
     "bench",
     "run",
     "demo",
+    "doctor",
 )
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
-
-EXTRAS = {
-    "accelerate": "prune",
-    "jinja2": "text",
-    "ml_dtypes": "optimize",
-    "onnx": "optimize",
-    "onnx_graphsurgeon": "optimize",
-    "onnxscript": "export",
-    "tokenizers": "text",
-    "torch": "export",
-    "transformers": "export",
-}
-"""What brings a package that the base install lacks."""
 
 EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
 _INTERRUPTED = "interrupted; nothing half-written is left"
@@ -116,7 +105,7 @@ def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -
 
 
 def _not_installed(missing: ModuleNotFoundError) -> UserError:
-    extra = EXTRAS.get((missing.name or "").partition(".")[0])
+    extra = extra_of(missing.name or "")
     if extra is None:
         raise missing
     return UserError(f"this needs {missing.name}, which is not installed", hint=f"pip install 'moe-edge[{extra}]'")

@@ -4,8 +4,9 @@ Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized
 """
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,11 +26,13 @@ def optimize(
     ] = None,
     form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Format of the experts: int8, int4, fp8 or nvfp4.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Format of the experts: fp32, fp16, bf16, int8, int4, fp8 or nvfp4.")
+    ] = None,
     rest_precision: Annotated[
         str | None,
         typer.Option(
-            help="Format of all other weights that are multiplied by, but routers': int8, int4, fp8 or nvfp4."
+            help="Format of all else: fp16 or bf16 with float32 islands, or weights in int8, int4, fp8, nvfp4."
         ),
     ] = None,
     block_size: Annotated[
@@ -100,10 +103,15 @@ def optimize(
         rows += [f"  {head.replace('_', ' ')}: {line}" for line in found]
     rows += [textwrap.indent(f"left as it is: {layer}", "  ") for layer in manifest.details["left_alone"]]
     oracle = manifest.details["oracle"]
-    proof = f"proven to {max(entry['max_rel'] for entry in oracle):.1e}" if oracle else "not proven (--no-prove)"
+    proof = f"proven to {_worst(oracle):.1e}" if oracle else "not proven (--no-prove)"
     error = manifest.details["precision_error"]
     if error is not None:
         proof += f" beside the rounded experts; quantising changes outputs by up to {error:.1e} of their range"
+    casts = manifest.details["casts"]
+    if casts is not None:
+        proof += f"; casts to {_worst(casts['rewrite']):.1e} beside rounded weights in float32"
+        proof += f", to {_worst(casts['low']):.1e} when run" if casts["low"] else ""
+        proof += f"; rounding changes outputs by up to {casts['error']:.1e} of their range"
     rounded = manifest.details["activations"]
     if rounded is not None:
         proof += f"; activations in int8 change them by up to {rounded['error']:.1e} on the data"
@@ -111,3 +119,8 @@ def optimize(
     changed = "" if manifest.modified else "; nothing had to change"
     payload = {"modified": manifest.modified, **manifest.to_json()}
     console.result("\n".join([f"{output}: {proof}{changed}", *rows]), payload, as_json)
+
+
+def _worst(entries: Sequence[Mapping[str, Any]]) -> float:
+    """The largest error among ``entries`` of a proof."""
+    return max(float(entry["max_rel"]) for entry in entries)

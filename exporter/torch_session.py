@@ -98,7 +98,7 @@ def open_checkpoint(directory: Path, like: Manifest) -> tuple[ObservedTorchSessi
         inputs=like.inputs,
         outputs=like.outputs,
         blocks=tuple(_entry(layer) for layer in layers),
-        details={"float_types": ["float32"]},
+        details={"number_formats": ["float32"]},
     )
 
 

@@ -61,7 +61,8 @@ def compare_choices(
         return []
     expected = runner.run(reference, batches, _outputs([each.reference for each in watched]))
     got = runner.run(result, batches, _outputs([each.result for each in watched]))
-    return [_compare(each, wanted, found) for wanted, found in zip(expected, got, strict=True) for each in watched]
+    both = zip(expected, got, strict=True)
+    return [compare_choice(each, wanted, found) for wanted, found in both for each in watched]
 
 
 def check_choices(entries: Sequence[ChoiceEntry], tolerance: float) -> None:
@@ -83,7 +84,8 @@ def _outputs(entries: Sequence[BlockEntry]) -> list[str]:
     return [name for entry in entries for name in (entry.gates, entry.scores) if name is not None]
 
 
-def _compare(watched: Watched, expected: Arrays, got: Arrays) -> ChoiceEntry:
+def compare_choice(watched: Watched, expected: Arrays, got: Arrays) -> ChoiceEntry:
+    """What one layer chose, in outputs of reference and result."""
     assert watched.reference.gates is not None
     assert watched.reference.scores is not None
     assert watched.result.gates is not None

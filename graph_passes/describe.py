@@ -90,7 +90,7 @@ def inspect_model(path: Path) -> Model:
     loaded = load_model(file)
     graph = loaded.graph
     reading = read_blocks(graph, file.parent)
-    blocks = _with_ids(reading.blocks, () if manifest is None else manifest.blocks)
+    blocks = with_ids(reading.blocks, () if manifest is None else manifest.blocks)
     return Model(
         path=file,
         graph=graph,
@@ -148,7 +148,7 @@ def read_model(path: Path, *, allow_partial: bool = False) -> Model:
     return model
 
 
-def _with_ids(blocks: Sequence[MoEBlock], entries: Sequence[BlockEntry]) -> tuple[MoEBlock, ...]:
+def with_ids(blocks: Sequence[MoEBlock], entries: Sequence[BlockEntry]) -> tuple[MoEBlock, ...]:
     """The blocks with the names and ids that they have in the source model, as the manifest says.
 
     Where the graph has lost its names, blocks are counted, and a layer that has become a plain FFN counts no more.

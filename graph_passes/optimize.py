@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from graph_passes.activations import Activations, Rounded, round_activations
 from graph_passes.block import MoEBlock
+from graph_passes.casts import is_float32
+from graph_passes.casts.assign import NO_BFLOAT16, Formats
+from graph_passes.casts.stage import Cast, cast_directory
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
 from graph_passes.emitter import Emitter, Names
 from graph_passes.float4 import NOT_RUN, Float4Runner, save_for_cpu
@@ -90,7 +93,7 @@ def optimize(
 
     Raises:
         UserError: unreadable input, an unrecognised layer, a plan that does not fit, a form that cannot express it, a
-            form or a precision that the target does not take.
+            form or a precision that the target does not take, halves to cast.
         VerificationError: the proof failed; nothing is written.
     """
     refuse_existing(out)
@@ -99,6 +102,7 @@ def optimize(
     runner = Float4Runner(runner)
     accepted = _without_qmoe(form, accepted, activations)
     model = read_model(source, allow_partial=allow_partial)
+    formats = _formats(model, precision)
     activations = _fitted(model, activations)
     layers = match_layers(plan, model.blocks)
     findings = [found if layer is None else None for found, layer in zip(model.findings, layers, strict=True)]
@@ -116,7 +120,7 @@ def optimize(
         _save(model, staging, written, is_new, on_progress)
         if plan is not None and not any_model:  # here, because a large model is hashed while its weights are written
             _require_model(plan, model, source)
-        hashed = beside.submit(_hash_weights, staging)
+        hashed = None if formats is not None else beside.submit(_hash_weights, staging)
         inputs, outputs = io_of(model.graph)
         passes = _passes(model, decisions, findings, before, staging)
         if not is_new:  # the file as it was
@@ -125,6 +129,10 @@ def optimize(
         hows = (precision.quantization, precision.rest_quantization if rest.quantized else None)
         work = Work(model, plan, layers, entries, *hows) if is_new else Work(model, plan, layers, (), None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
+        cast: Cast | None = None
+        if formats is not None:
+            cast = cast_directory(staging, entries, formats, runner if prove else None, out.parent)
+            inputs, outputs, entries, passes = cast.inputs, cast.outputs, cast.blocks, (*passes, cast.entry)
         rounded = None if activations is None else round_activations(staging, activations, runner)
         if rounded is not None:
             floats, pairs = measure(model.graph, staging), measure(load_graph(staging / MODEL), staging)
@@ -140,7 +148,7 @@ def optimize(
             kind="optimized",
             source_sha256=model.source_sha256,
             parent_sha256=model.parent_sha256,
-            files=list_files(staging, hashed.result()),
+            files=list_files(staging, {} if hashed is None else hashed.result()),
             inputs=inputs,
             outputs=outputs,
             blocks=entries,
@@ -153,11 +161,12 @@ def optimize(
                 "choices": [dataclasses.asdict(entry) for entry in proof.choices],
                 "forced": forced_inputs,
                 "experts": experts_outputs,
-                "precision": dataclasses.asdict(precision),
+                "precision": dataclasses.asdict(precision.over(_asked_before(model))),
                 "precision_error": proof.precision_error,
-                "rest": dataclasses.asdict(rest),
+                "rest": {"quantized": list(rest.quantized), "left": [list(pair) for pair in rest.left]},
                 "activations": _activations_entry(model, activations, rounded),
-                "not_run": [NOT_RUN] if has_float4 else [],
+                "not_run": [*([NOT_RUN] if has_float4 else []), *([NO_BFLOAT16] if _is_bfloat16(formats) else [])],
+                "casts": None if cast is None or cast.proof is None else dataclasses.asdict(cast.proof),
                 "left_alone": [str(layer) for layer in model.unrecognised],
                 "unreachable": [dataclasses.asdict(item) for found in findings if found for item in found.unreachable],
                 "not_proven": [dataclasses.asdict(item) for found in findings if found for item in found.not_proven],
@@ -177,6 +186,32 @@ def _quantize_rest(model: Model, precision: Precision) -> Rest:
         return Rest()
     check_routers_known([*(entry.layer for entry in model.unrecognised), *(entry.name for entry in model.choosing)])
     return quantize_rest(model.graph, model.path.parent, model.blocks, precision.rest_quantization)
+
+
+def _is_bfloat16(formats: Formats | None) -> bool:
+    return formats is not None and formats.has_bfloat16
+
+
+def _asked_before(model: Model) -> Mapping[str, Any]:
+    """What an earlier run was asked for."""
+    return ({} if model.manifest is None else model.manifest.details.get("precision")) or {}
+
+
+def _formats(model: Model, precision: Precision) -> Formats | None:
+    """What has to be cast; None where nothing has, or an earlier run did just that.
+
+    Raises:
+        UserError: the model is not float32.
+    """
+    before = _asked_before(model)
+    if is_float32(model.graph) or not precision.asks_for_floats:
+        return precision.formats
+    if before and precision.over(before) == Precision().over(before):
+        return None
+    raise UserError(
+        f"{model.path} is of halves already, and casts start from float32",
+        hint="optimise the float32 model with --precision and --rest-precision; moe-edge export writes one",
+    )
 
 
 def _without_qmoe(form: str, accepted: Sequence[str] | None, activations: Activations | None) -> Sequence[str] | None:

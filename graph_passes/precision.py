@@ -6,7 +6,12 @@ asked for: a router that is rounded selects other experts.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16" by name)
+import numpy as np
+
+from graph_passes.casts.assign import WIDE, Formats
 from graph_passes.quantize import BLOCK_SIZES, IN_BLOCKS, NUMBERS, Quantization
 from moe_spec.errors import UserError, did_you_mean
 
@@ -21,9 +26,8 @@ FORMATS: Mapping[str, str] = {
 }
 """What a user calls a format, and what ONNX does; targets know the latter."""
 
-EXPERTS: tuple[str, ...] = ("int8", "int4", "fp8", "nvfp4")
-REST: tuple[str, ...] = ("int8", "int4", "fp8", "nvfp4")
-"""What is written. A format of `FORMATS` that is missing here is refused by name."""
+FLOATS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+"""Those that a graph computes in; the others are numbers of few bits, which are floats when they are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +50,11 @@ class Precision:
         """As a user gave it.
 
         Raises:
-            UserError: a format that is unknown or not written, blocks that there are not, or blocks of nothing.
+            UserError: a format that is unknown, blocks that there are not, or blocks of nothing.
         """
-        _check_format("experts", experts, EXPERTS)
-        _check_format("the rest", rest, REST)
+        for name in (experts, rest):
+            if name is not None and name not in FORMATS:
+                raise UserError(f"unknown precision {name!r}", hint=did_you_mean(name, FORMATS))
         if block_size is not None and block_size not in BLOCK_SIZES:
             known = ", ".join(map(str, BLOCK_SIZES))
             raise UserError(f"there are no blocks of {block_size} inputs", hint=f"--block-size is one of {known}")
@@ -75,6 +80,27 @@ class Precision:
             return None
         return Quantization(name, self.block_size if name in IN_BLOCKS else None)
 
+    @property
+    def asks_for_floats(self) -> bool:
+        """Whether experts or rest are to be in a float format."""
+        return bool({self.experts, self.rest} & set(FLOATS))
+
+    @property
+    def formats(self) -> Formats | None:
+        """What experts and rest are to compute in; None where that is float32.
+
+        Quantised experts compute in what the rest does: their weights are floats when they are multiplied.
+        """
+        experts = self.rest if self.experts in NUMBERS else self.experts
+        formats = Formats(*(np.dtype(FORMATS[name]) if name in FLOATS else WIDE for name in (experts, self.rest)))
+        return None if formats == Formats(WIDE, WIDE) else formats
+
+    def over(self, earlier: Mapping[str, Any] | None) -> "Precision":
+        """This, and what an ``earlier`` run was asked for where this does not name anything: as a manifest has it."""
+        asked = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        known = {field.name for field in dataclasses.fields(self)}
+        return Precision(**{name: (earlier or {}).get(name) for name in known} | asked)
+
     def check_accepted(self, accepted: Sequence[str] | None) -> None:
         """Refuse what a target has no kernels for; it takes the formats ``accepted``, or all where that is None.
 
@@ -88,11 +114,3 @@ class Precision:
 
 AS_IT_IS = Precision()
 """Nothing was asked for."""
-
-
-def _check_format(what: str, name: str | None, written: Sequence[str]) -> None:
-    if name is None or name in written:
-        return
-    if name not in FORMATS:
-        raise UserError(f"unknown precision {name!r}", hint=did_you_mean(name, FORMATS))
-    raise UserError(f"{what} cannot be written in {name}", hint=f"known: {', '.join(written)}")

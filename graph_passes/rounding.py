@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graph_passes.double import doubled, save_doubled
 from graph_passes.model_file import load_graph, save_graph
+from graph_passes.retype import DOUBLED, retyped, save_retyped
 from graph_passes.stored import LazyWeight, of_constant
 from graph_passes.walk import constants
 from graph_passes.weights import Array
@@ -67,7 +67,8 @@ def own_rounding(
             return runner.run(Path(directory) / MODEL, feeds)
 
     try:
-        exact = run(save_doubled, [doubled(feeds) for feeds in batches])
+        doubled = [retyped(feeds, DOUBLED) for feeds in batches]
+        exact = run(lambda source, target: save_retyped(source, target, DOUBLED), doubled)
     except UserError:
         return None
     own, other, random = _error(exact, expected), _error(exact, got), np.random.default_rng(0)

@@ -15,6 +15,8 @@ from moe_spec.staging import staging_directory
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says of a disk that is full, of one's share of it, and of a file that is larger than any may be."""
 
+_PIECE = 1 << 20
+
 
 def is_full(error: OSError) -> bool:
     """Whether a disk, or what one may have of it, cannot hold more."""
@@ -72,6 +74,17 @@ def refuse_existing(path: Path) -> None:
     """
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} already exists", hint=f"give another -o, or remove it first: rm -r {path}")
+
+
+def require_room(directory: Path, size: int) -> None:
+    """Find out whether a file of ``size`` bytes can be written, for who was only told that it failed.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for start in range(0, size, _PIECE):
+            file.write(bytes(min(_PIECE, size - start)))
 
 
 @contextlib.contextmanager

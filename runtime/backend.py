@@ -125,6 +125,10 @@ class Backend(Protocol):
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
         ...
 
+    def why_not_here(self, target: Target) -> list[str]:
+        """Reasons why nothing can be built for ``target`` on this machine."""
+        ...
+
     def build(
         self,
         model_dir: Path,

@@ -8,7 +8,7 @@ from moe_spec.manifest import Manifest
 from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.backends import BACKENDS
 from runtime.fit import GIGABYTE, fit
-from runtime.model_dir import model_manifest, why_not_buildable
+from runtime.model_dir import model_manifest, unknown_formats, why_not_buildable
 from runtime.targets import TARGETS, Target
 
 
@@ -29,18 +29,28 @@ def build(
         raise UserError(f"{model_dir} is an engine already", hint="give the model directory that it was built from")
     manifest.check_files(model_dir)
     backend = BACKENDS[target.backend]
-    reasons = [reason for row in (target, *options.also) for reason in backend.why_not(model_dir, row)]
+    rows = (target, *options.also)
+    reasons = [reason for row in rows for reason in backend.why_not(model_dir, row)]
     if reasons:
         possible = [row.name for row in TARGETS if not BACKENDS[row.backend].why_not(model_dir, row)]
-        rewrite = f"; write a graph for it: moe-edge optimize {model_dir} -o DIRECTORY --target {target.name}"
         raise UserError(
             f"{model_dir} cannot be built for {target.name}: {'; '.join(reasons)}",
             hint=f"as it is, it can be built here for {', '.join(possible) or 'no target'}"
-            + (rewrite if why_not_buildable(model_dir, target) else ""),
+            + next(filter(None, (_rewrite(model_dir, row) for row in rows)), ""),
         )
-    for row in (target, *options.also):
+    for row in rows:
         _refuse_unfit(model_dir, manifest, row, options)
     return backend.build(model_dir, target, options, out, on_progress)
+
+
+def _rewrite(model_dir: Path, target: Target) -> str:
+    """The command that writes a graph which ``target`` takes; empty where the graph is not what keeps it."""
+    options = f"-o DIRECTORY --target {target.name}"
+    if unknown_formats(model_dir, target):
+        return f"; write one from the float model: moe-edge optimize FLOAT_MODEL {options} --precision int8"
+    if why_not_buildable(model_dir, target):
+        return f"; write a graph for it: moe-edge optimize {model_dir} {options}"
+    return ""
 
 
 def _refuse_unfit(model_dir: Path, manifest: Manifest, target: Target, options: BuildOptions) -> None:

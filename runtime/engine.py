@@ -46,10 +46,15 @@ def finish_engine(
         outputs=tuple(outputs),
         blocks=tuple(dataclasses.replace(block, gates=None, scores=None) for block in parent.blocks),
         tools={**parent.tools, **tools},
-        details={"backend": target.backend, "target": target.name, **details},
+        details={"backend": target.backend, "target": target.name, **_judged_by(parent), **details},
     )
     manifest.save(out_dir)
     return manifest
+
+
+def _judged_by(model: Manifest) -> dict[str, Any]:
+    """The precision that was asked for, which also says how exact an engine can be."""
+    return {"precision": model.details["precision"]} if "precision" in model.details else {}
 
 
 def check_engine(engine_dir: Path, backend: str, library: str, version: str) -> Manifest:

@@ -91,9 +91,13 @@ def why_not_buildable(model_dir: Path, target: Target) -> list[str]:
         for block in manifest.blocks
         if block.form not in (*target.forms, EXPERT_CHOICE)
     ]
-    found = number_formats(check_external_data(model_file(model_dir)))
-    unknown = sorted(set(found) - target.precisions)
+    unknown = unknown_formats(model_dir, target)
     if unknown:
         takes = ", ".join(sorted(target.precisions))
         reasons.append(f"{MODEL} holds {', '.join(unknown)}, {target.name} takes {takes}")
     return reasons
+
+
+def unknown_formats(model_dir: Path, target: Target) -> list[str]:
+    """Number formats of the model that ``target`` has no kernels for."""
+    return sorted(set(number_formats(check_external_data(model_file(model_dir)))) - target.precisions)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from moe_spec.files import new_directory
+from moe_spec.files import new_directory, require_room
 from moe_spec.manifest import FILE_NAME, MODEL, Manifest
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import ENGINE, BuildOptions, Progress
 from runtime.engine import check_engine, finish_engine, rebuild
 from runtime.graph_cache import directory_for_provider, kept_graph
-from runtime.model_dir import model_file, why_not_buildable
+from runtime.model_dir import model_bytes, model_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types, read_tensors
 from runtime.onnxruntime_library import (
     is_not_implemented,
@@ -57,9 +57,13 @@ class OnnxRuntimeBackend:
 
     def why_not(self, model_dir: Path, target: Target) -> list[str]:
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
-        reasons, provider = why_not_buildable(model_dir, target), find_provider(target.provider)
+        return [*why_not_buildable(model_dir, target), *self.why_not_here(target)]
+
+    def why_not_here(self, target: Target) -> list[str]:
+        """Reasons why nothing can be built for ``target`` on this machine."""
+        provider = find_provider(target.provider)
         here = why_not_here(provider) if provider.writes_graph else _COMPILES.format(provider.name)
-        return reasons if here is None else [*reasons, here]
+        return [] if here is None else [here]
 
     def build(
         self,
@@ -119,7 +123,11 @@ class OnnxRuntimeBackend:
         """Write ``source`` to ``out`` as ONNX Runtime makes it for the provider, see `write_optimized`."""
         options = session_options(self.threads, execution)
         write_optimized(options, out, _EXTERNAL_FROM_BYTES, packed=packed)
-        return _session(source, options, execution.settled(self.threads), str(source))
+        try:
+            return _session(source, options, execution.settled(self.threads), str(source))
+        except UserError:
+            require_room(out.parent, model_bytes(source))  # ONNX Runtime fails to load what it cannot write
+            raise
 
     def _load(self, path: Path, execution: Execution, where: str, *, optimize: bool = True) -> OnnxRuntimeSession:
         options = session_options(self.threads, execution, optimize=optimize)

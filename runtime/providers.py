@@ -189,6 +189,15 @@ class Execution:
         """The row of the provider."""
         return find_provider(CPU if self.provider is None else self.provider)
 
+    def __str__(self) -> str:
+        """The provider and the options that were asked for.
+
+        >>> str(Execution("cuda", {"device_id": "1"}))
+        'cuda with device_id=1'
+        """
+        options = ", ".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        return f"{self.asked.name} with {options}" if options else self.asked.name
+
     def settled(self, threads: int, cache: Path | None = None) -> "Execution":
         """With all options that the provider is given, see `Defaults`.
 

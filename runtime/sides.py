@@ -68,7 +68,7 @@ class Side:
 
     def precision(self) -> str:
         """The number format that decides how exact this model can be: that of its experts where they are quantised."""
-        known = self.manifest.details.get("float_types")
+        known = self.manifest.details.get("number_formats")
         formats = number_formats(check_external_data(model_file(self.path))) if known is None else list(known)
         asked = self.manifest.details.get("precision") or {}  # bytes of two 4-bit numbers are not told from others
         formats += [asked[part] for part in ("experts", "rest") if asked.get(part) in TOLERANCES]

@@ -86,6 +86,8 @@ def verify(
         for feeds, labels in batches_of(mine.session.inputs, mine.path, data, batch_size):
             comparison.add(feeds, labels)
         report = comparison.report(data, precision)
+        if execution.provider is not None:
+            report = report.with_note(f"the candidate was computed by {execution}")
         prompts = prompts_of(_prompted(mine, data)) if greedy_tokens and has_cache(mine.session.inputs) else []
         if not prompts:
             return report

@@ -27,14 +27,14 @@ class SampleModel:
     """A model before it is pruned, and what becomes of each of its layers of eight experts.
 
     Attributes:
-        of: the sample that makes it so.
+        sample: those that make it so; none does where it is empty.
         make: exports it into a directory.
         keep: the experts that stay.
         router: as in a plan.
         merge: likewise.
     """
 
-    of: str
+    sample: str
     make: Callable[[Zoo], Path]
     keep: tuple[int, ...] = FOUR
     router: str = ROWS

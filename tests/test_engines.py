@@ -1,11 +1,14 @@
 """What samples make, and decoders with their caches, really built by TensorRT-RTX in every precision that it has."""
 
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import pytest
 
 from graph_passes.optimize import optimize
 from graph_passes.precision import FORMATS, Precision
+from moe_spec.errors import UserError
 from runtime.targets import Target
 from tests.engines import ADA, AMPERE, BLACKWELL, FORMS, built
 from tests.sample_models import CACHED, SAMPLE_MODELS
@@ -17,19 +20,58 @@ MODELS = {**SAMPLE_MODELS, **CACHED}
 
 GPUS: Mapping[Precision, Sequence[Target]] = {
     Precision(): (AMPERE, ADA, BLACKWELL),
+    Precision("int8"): (AMPERE, ADA, BLACKWELL),
+    Precision("int4"): (AMPERE, ADA, BLACKWELL),
+    Precision("fp8"): (ADA, BLACKWELL),
+    Precision("nvfp4"): (BLACKWELL,),
 }
-"""Which of them have the number format."""
+"""Which of the three can compute with it."""
+
+COARSE_AND_FINE = [Precision(), Precision("int4")]
+"""Enough for decoders that no sample makes: they differ in caches, not in experts."""
+
+CASES = [
+    (name, precision) for name, model in MODELS.items() for precision in (GPUS if model.sample else COARSE_AND_FINE)
+]
 
 
-@pytest.mark.parametrize("precision", GPUS, ids=lambda precision: precision.experts or "fp32")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "precision"), CASES, ids=lambda value: getattr(value, "experts", value) or "fp32")
 def test_a_model_is_built_for_every_gpu_that_has_its_precision(zoo, tmp_path, name, precision):
     model = MODELS[name]
     exported, out = model.make(zoo), tmp_path / "model"
     plan = model.plan(exported)
     optimized = optimize(exported, out, RUNNER, plan=plan, accepted=FORMS, precision=precision, prove=False)
     details = built(out, GPUS[precision]).details
-    ranked = [block for block in optimized.blocks if block.experts > block.top_k]
-    assert {layer for layer in details["layers"] if layer.startswith("TOPK")} == ({"TOPK float32"} if ranked else set())
-    if precision.experts is not None:
-        assert details["layers"][f"CONSTANT {FORMATS[precision.experts]}"] >= 2 * len(optimized.blocks)
+    layers, ranked = details["layers"], any(block.experts > block.top_k for block in optimized.blocks)
+    assert {layer for layer in layers if layer.startswith("TOPK")} == ({"TOPK float32"} if ranked else set())
+    assert details["precision"] == dataclasses.asdict(precision)
+    if precision.quantization is not None:
+        weights = len(optimized.blocks) * (2 if name in SAMPLE_MODELS else 3)  # a V-MoE's experts are not gated
+        assert layers[f"CONSTANT {FORMATS[precision.experts]}"] == weights
+
+
+def test_a_gpu_that_lacks_the_format_is_refused_before_the_build(zoo, tmp_path):
+    model = tmp_path / "model"
+    optimize(zoo.exported("vmoe"), model, RUNNER, form="dense", precision=Precision("nvfp4"), prove=False)
+    message = (
+        f"{model} cannot be built for rtx-ada: model.onnx holds float4e2m1, rtx-ada takes bfloat16, float16, float32, "
+        "float64, float8e4m3fn, int4, int8\nhint: as it is, it can be built here for rtx-blackwell, dgx-spark; write "
+        "one from the float model: moe-edge optimize FLOAT_MODEL -o DIRECTORY --target rtx-ada --precision int8"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        built(model, [ADA])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_so_is_one_engine_for_a_gpu_that_has_it_and_one_that_lacks_it(zoo, tmp_path):
+    model = tmp_path / "model"
+    optimize(zoo.exported("vmoe"), model, RUNNER, form="dense", precision=Precision("fp8"), prove=False)
+    message = (
+        f"{model} cannot be built for rtx-ada: model.onnx holds float8e4m3fn, rtx-ampere takes bfloat16, float16, "
+        "float32, float64, int4, int8\nhint: as it is, it can be built here for onnxruntime-cpu, onnxruntime-arm64, "
+        "rtx-ada, rtx-blackwell, dgx-spark; write one from the float model: moe-edge optimize FLOAT_MODEL -o DIRECTORY "
+        "--target rtx-ampere --precision int8"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        built(model, [ADA, AMPERE])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

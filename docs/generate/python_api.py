@@ -23,6 +23,7 @@ FUNCTIONS: Mapping[str, str] = {
     "bench": "runtime.bench",
     "run": "runtime.run",
     "demo": "cli.demo",
+    "doctor": "runtime.doctor",
 }
 """The module in which each verb is a plain function of the same name."""
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from benchmarks.markdown import table
 from cli.targets import SHORT
-from graph_passes.precision import EXPERTS, FORMATS, REST
+from graph_passes.precision import FLOATS, FORMATS
 from graph_passes.readers import READERS
 from graph_passes.writers import WRITERS
 from models.support import STAGES, families, tools
@@ -86,13 +86,12 @@ def _formats() -> Iterator[str]:
         (
             _code(name),
             onnx,
-            _yes(name in EXPERTS),
-            _yes(name in REST),
+            "a float that the graph computes in" if name in FLOATS else "of weights, which are floats when multiplied",
             _codes(row.name for row in TARGETS if onnx in row.precisions),
         )
         for name, onnx in FORMATS.items()
     ]
-    yield table(("format", "in ONNX", "of experts", "of the rest", "taken by"), rows, left=5)
+    yield table(("format", "in ONNX", "what it is", "taken by"), rows, left=4)
 
 
 def _forms() -> Iterator[str]:

@@ -17,7 +17,7 @@ from moe_spec.manifest import Manifest, TensorSpec
 from runtime.backend import AMPERE_PLUS, ENGINE_FILE, SAME_CAPABILITY, BuildOptions, Progress
 from runtime.engine import check_engine, finish_engine
 from runtime.model_dir import model_file, why_not_buildable
-from runtime.onnx_file import check_external_data, float_types
+from runtime.onnx_file import check_external_data, number_formats
 from runtime.profiles import check_profile, default_profile, profile_to_json
 from runtime.targets import TENSORRT, TENSORRT_RTX, Target, version_fits
 from runtime.tensorrt.driver import compute_capability_here
@@ -38,9 +38,10 @@ class TensorRTBackend:
 
     def why_not(self, model_dir: Path, target: Target) -> list[str]:
         """Reasons why this model cannot be built for ``target`` here; empty: it can."""
-        return [*self._why_not_here(target), *why_not_buildable(model_dir, target)]
+        return [*self.why_not_here(target), *why_not_buildable(model_dir, target)]
 
-    def _why_not_here(self, target: Target) -> list[str]:
+    def why_not_here(self, target: Target) -> list[str]:
+        """Reasons why nothing can be built for ``target`` on this machine."""
         if target.backend != self.name:
             return [f"{target.name} is a target of {target.backend}, not of {self.name}"]
         try:
@@ -87,7 +88,7 @@ class TensorRTBackend:
             request = self._request(onnx, target, options, staging)
             with _log_kept_on_failure(staging / LOG_FILE, out_dir.with_name(f"{out_dir.name}.{LOG_FILE}")) as log:
                 facts = build_in_fresh_process(request, log, on_progress)
-            details = _details(request, facts, options, float_types(tensors))
+            details = _details(request, facts, options, number_formats(tensors))
             return self._finish(model_dir, target, request, facts, details)
 
     def _request(self, onnx: Path, target: Target, options: BuildOptions, staging: Path) -> BuildRequest:
@@ -164,7 +165,9 @@ def _check_options(options: BuildOptions, backend: str) -> None:
         )
 
 
-def _details(request: BuildRequest, facts: NetworkFacts, options: BuildOptions, floats: list[str]) -> dict[str, object]:
+def _details(
+    request: BuildRequest, facts: NetworkFacts, options: BuildOptions, formats: list[str]
+) -> dict[str, object]:
     by_format: Counter[str] = Counter()
     for layer, count in facts.layers.items():
         by_format[layer.rpartition(" ")[2]] += count
@@ -177,7 +180,7 @@ def _details(request: BuildRequest, facts: NetworkFacts, options: BuildOptions, 
         "version_compatible": request.version_compatible,
         "hardware_compatibility": request.hardware_compatibility,
         "arguments": options.arguments(),
-        "float_types": floats,
+        "number_formats": formats,
         "layers": facts.layers,
         "formats": dict(by_format),
         "memory": facts.memory,

@@ -1,6 +1,7 @@
 """An engine that runs on a GPU.
 
 Uploads, execution and downloads go onto one stream, which is waited for once a run. Device buffers stay between runs.
+A decoder's cache stays there from step to step, in two buffers that take turns.
 What comes with the same shapes again is replayed as a CUDA graph: TensorRT-RTX captures it itself, for TensorRT it is
 done here.
 
@@ -8,6 +9,7 @@ Executed by the tests: over a stand-in for the GPU and the engine. It has not ru
 """
 
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from moe_spec.decoder import step_in_memory
+from moe_spec.decoder import PRESENT, as_past, complete
 from moe_spec.errors import UserError
 from moe_spec.files import new_file
 from moe_spec.manifest import Manifest, TensorSpec
@@ -59,6 +61,14 @@ def require_gpu(manifest: Manifest, engine_dir: Path) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnGpu:
+    """A part of a decoder's cache: the buffer that a step left it in."""
+
+    buffer: str
+    shape: tuple[int, ...]
+
+
 class EngineSession:
     """A deserialised engine with its buffers. Left by the ``with`` block, it frees them."""
 
@@ -76,6 +86,7 @@ class EngineSession:
         self._profile = 0
         self._graphs: OrderedDict[Key, Any] = OrderedDict()
         self._seen: Key | None = None
+        self._turn = False
         with contextlib.ExitStack() as undo:
             self._driver = undo.enter_context(Driver() if driver is None else driver)
             self._logger = make_logger(trt)
@@ -103,26 +114,60 @@ class EngineSession:
         """
         check_feeds(self.inputs, feeds, self._where)
         names = select_outputs(self.outputs, outputs, self._where)
-        self._driver.make_current()
-        self._logger.errors.clear()
-        self._choose_profile(feeds)
-        for name, array in feeds.items():
-            if not self._context.set_input_shape(name, array.shape):
-                raise self._failure()
-            address = self._buffer(name, array.nbytes)
-            self._driver.upload(address, np.ascontiguousarray(array))
-            self._context.set_tensor_address(name, address)
-        shapes = {spec.name: self._allocate(spec) for spec in self.outputs}
+        self._give(feeds)
+        shapes = {spec.name: self._allocate(spec, spec.name) for spec in self.outputs}
         self._execute(tuple(feeds[spec.name].shape for spec in self.inputs), shapes)
         results = {spec.name: self._fetch(spec, shapes[spec.name]) for spec in self.outputs if spec.name in names}
         self._driver.synchronize()
         return results
 
     def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
-        """A step of a decoder; its cache comes to the host and goes back."""
-        return step_in_memory(self.run, self.inputs, feeds, kept)
+        """A step of a decoder; its cache stays on the GPU: what one step wrote, the next one reads where it is.
 
-    def _choose_profile(self, feeds: Feeds) -> None:
+        Only the cache that the last step gave can be handed on: the one before lies where the next one is written.
+
+        Raises:
+            UserError: the feeds do not fit the inputs or any profile, or the GPU fails.
+        """
+        given: dict[str, Any] = complete(self.inputs, {**feeds, **(kept or {})})
+        if not kept:
+            check_feeds(self.inputs, given, self._where)
+        self._give(given)
+        self._turn = not self._turn
+        places = {spec.name: self._place(spec.name) for spec in self.outputs}
+        shapes = {spec.name: self._allocate(spec, places[spec.name]) for spec in self.outputs}
+        self._enqueue()  # the cache is longer each time, so that there is nothing to replay
+        results: dict[str, Any] = {
+            name: _OnGpu(places[name], shape)
+            for name, shape in shapes.items()
+            if name.startswith(PRESENT) and shape is not None
+        }
+        results |= {
+            spec.name: self._fetch(spec, shapes[spec.name]) for spec in self.outputs if spec.name not in results
+        }
+        self._driver.synchronize()
+        return {name: value for name, value in results.items() if not name.startswith(PRESENT)}, as_past(results)
+
+    def _place(self, output: str) -> str:
+        """The buffer of an output of a step: parts of the cache have two, which take turns."""
+        return f"{output} {int(self._turn)}" if output.startswith(PRESENT) else output
+
+    def _give(self, feeds: Mapping[str, Any]) -> None:
+        """Choose the profile, and tell where every input lies: arrays are copied to the GPU."""
+        self._driver.make_current()
+        self._logger.errors.clear()
+        self._choose_profile(feeds)
+        for name, value in feeds.items():
+            if not self._context.set_input_shape(name, value.shape):
+                raise self._failure()
+            if isinstance(value, _OnGpu):
+                address = self._driver.buffer(value.buffer, 0)
+            else:
+                address = self._buffer(name, value.nbytes)
+                self._driver.upload(address, np.ascontiguousarray(value))
+            self._context.set_tensor_address(name, address)
+
+    def _choose_profile(self, feeds: Mapping[str, Any]) -> None:
         """Switch to the first profile that takes these shapes."""
         index = next((index for index, profile in enumerate(self._profiles) if takes(profile, feeds)), None)
         if index is None:
@@ -140,14 +185,16 @@ class EngineSession:
             self._driver.synchronize()
             self._profile = index
 
-    def _allocate(self, spec: TensorSpec) -> tuple[int, ...] | None:
-        """Give an output a buffer; its shape, which follows from the inputs', or None where it depends on the data."""
+    def _allocate(self, spec: TensorSpec, buffer: str) -> tuple[int, ...] | None:
+        """Give an output that buffer; its shape, which follows from the inputs', or None where the data decide."""
         shape = tuple(self._context.get_tensor_shape(spec.name))
         if any(dim < 0 for dim in shape):
             self._context.set_output_allocator(spec.name, self._allocator)
             return None
         size = int(np.prod(shape)) * self._types[spec.name].itemsize
-        self._context.set_tensor_address(spec.name, self._buffer(spec.name, size))
+        if buffer != spec.name:
+            size = _with_room(size)
+        self._context.set_tensor_address(spec.name, self._buffer(buffer, size))
         return shape
 
     def _buffer(self, name: str, size: int) -> int:
@@ -240,6 +287,16 @@ class _RuntimeCache:
         if after != self._before:
             with contextlib.suppress(OSError), new_file(self._path) as staging:
                 staging.write_bytes(after)
+
+
+def _with_room(size: int) -> int:
+    """Up to a quarter more, so that a buffer that grows with every step seldom moves.
+
+    >>> _with_room(1000), _with_room(1024), _with_room(1025)
+    (1024, 1024, 1280)
+    """
+    granule = 1 << max(0, size.bit_length() - 3)
+    return -(-size // granule) * granule
 
 
 def _stream_weights(engine: Any) -> None:

@@ -107,3 +107,12 @@ def test_a_decoder_writes_text_with_the_text_extra_alone(zoo, moe_edge):
     code, out, err = moe_edge("base", *prompted)
     assert (code, out) == (1, "")
     assert "moe-edge[text]" in err
+
+
+def test_the_doctor_needs_the_base_package_alone(moe_edge):
+    code, out, err = moe_edge("base", "doctor", "--json")
+    assert (code, err) == (0, "")
+    health = json.loads(out)
+    assert [found["name"] for found in health["extras"] if found["works"]] == []
+    assert {found["name"]: found["works"] for found in health["providers"]}["cpu"]
+    assert {found["hint"] for found in health["extras"]} >= {"pip install 'moe-edge[export]'"}

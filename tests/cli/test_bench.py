@@ -71,6 +71,7 @@ def test_ctrl_c_ends_it(model, tmp_path):
 
 def test_a_provider_is_named_and_a_cache_is_filled(model, tmp_path):
     timed = ("bench", model, "--batch-size", 1, "--repeats", 1, "--cache", tmp_path / "cache", "--provider", "cpu")
-    assert invoke(*timed)[0] == 0  # both in this process and in the one that is measured
+    code, out, _ = invoke(*timed)  # both in this process and in the one that is measured
+    assert (code, out.splitlines()[-1]) == (0, "  note: models were computed by cpu")
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert invoke("bench", model, "--provider", "gpu")[2].startswith("error: 'gpu' is no execution provider\n")

@@ -12,6 +12,8 @@ from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from runtime.backend import BuildOptions
+from runtime.bench import BenchRow
+from runtime.bench_report import BenchReport
 from runtime.build import build
 from runtime.report import SCHEMA
 from runtime.targets import find_target
@@ -126,13 +128,24 @@ def test_a_plan_that_keeps_the_router_full_and_what_it_makes(made, tmp_path):
     assert Manifest.load(tmp_path / "out").blocks[0].router == "softmax, top-k, 3 of 8 rows lead to an expert"
 
 
-def test_a_parity_report(made, tmp_path):
+def test_a_parity_report_says_what_verify_said(made, tmp_path):
     text, payload = described(made / "parity.json")
-    assert text.startswith(f"{made / 'parity.json'}: PASS, {payload['examples']} examples of random feeds")
-    assert text.count("\n") == 1
+    assert text.startswith(f"{made / 'parity.json'}: PASS: {payload['examples']} examples of random feeds at ")
+    assert len(text.splitlines()) == 1 + len(payload["outputs"]) + len(payload["notes"])
     failed = payload | {"passed": False, "reasons": ["out differs"], "artifact": "parity", "schema": SCHEMA}
     (tmp_path / "failed.json").write_text(json.dumps(failed))
-    assert described(tmp_path / "failed.json")[0].splitlines()[1:] == ["  out differs"]
+    assert described(tmp_path / "failed.json")[0].splitlines()[-2:] == [
+        "  out differs",
+        "  the routers of all layers agree",
+    ]
+
+
+def test_a_report_of_cost(tmp_path):
+    row = BenchRow("small", 8, "", 1.25, 1.5, 2.0, 6400.0, None, 3.0, 1 << 20, 12345)
+    BenchReport((row,), {}, "a machine").save(tmp_path / "bench.json")
+    assert described(tmp_path / "bench.json")[0] == (
+        f"{tmp_path / 'bench.json'}: a machine\n  small: 1.250 ms for 8 examples, 1.0 MiB RAM, 12,345 bytes\n"
+    )
 
 
 def test_statistics(tmp_path):
@@ -169,7 +182,7 @@ def test_refusals_are_shown(tmp_path):
     assert payload["unrecognised"][0]["refusals"][0]["form"] == "experts"
 
 
-KNOWN = "known artifacts: manifest, parity, plan"
+KNOWN = "known artifacts: bench, manifest, parity, plan"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """What every verb shares: exit codes, errors on stderr, missing packages."""
 
 import importlib
-import importlib.metadata
 
 import pytest
 
-from cli import main
 from moe_spec.errors import UserError, VerificationError
 from tests.cli.helpers import invoke
 
@@ -40,11 +38,6 @@ def test_a_missing_package_names_the_extra_that_brings_it(failing):
     code, _, err = failing(ModuleNotFoundError("No module named 'torch'", name="torch"))
     assert code == 1
     assert err == "error: this needs torch, which is not installed\nhint: pip install 'moe-edge[export]'\n"
-
-
-def test_every_missing_package_has_an_extra():
-    extras = set(importlib.metadata.metadata("moe-edge").get_all("Provides-Extra") or ())
-    assert set(main.EXTRAS.values()) <= extras
 
 
 def test_help_keeps_square_brackets():

@@ -44,6 +44,21 @@ def test_the_same_for_machines(block, tmp_path):
     assert 0 < details["precision_error"] < 0.05
 
 
+@pytest.mark.parametrize(
+    ("name", "run", "end"), [("fp16", ", to {n} when run", ""), ("bf16", "", "; not run: bfloat16, .*")]
+)
+def test_casts_are_proven_and_the_line_says_what_rounding_costs(block, tmp_path, name, run, end):
+    asked = ("--precision", name, "--rest-precision", name)
+    code, out, _ = invoke("optimize", block, "--form", "dense", *asked, "-o", tmp_path / "out")
+    assert code == 0
+    number = r"\d\.\de[-+]\d\d"
+    assert re.fullmatch(
+        rf"{tmp_path / 'out'}: proven to {number}; casts to {number} beside rounded weights in float32"
+        rf"{run.replace('{n}', number)}; rounding changes outputs by up to {number} of their range{end}",
+        out.splitlines()[0],
+    )
+
+
 def test_the_forms_of_onnx_runtime_are_offered_for_its_target_only(block, tmp_path):
     assert invoke("optimize", block, "--form", "moe", "--target", "cpu", "-o", tmp_path / "out")[0] == 0
     assert "MoE" in ops(tmp_path / "out")

@@ -78,7 +78,7 @@ def test_a_precision_may_be_chosen_to_judge_by(model, tmp_path):
         1,
         [
             "error: unknown precision 'fp16'",
-            "hint: known: bfloat16, float16, float32, int4, int8",
+            "hint: known: bfloat16, float16, float32, float4e2m1, float8e4m3fn, int4, int8",
         ],
     )
 
@@ -187,7 +187,8 @@ def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):
 
 def test_the_candidate_is_computed_on_the_provider_that_is_named(model, tmp_path):
     verified = ("verify", tiny.write(tmp_path / "copy"), "--reference", model)
-    assert invoke(*verified, "--provider", "cpu", "--threads", 1, "--parallel", 2, "--no-spinning")[0] == 0
+    code, out, _ = invoke(*verified, "--provider", "cpu", "--threads", 1, "--parallel", 2, "--no-spinning")
+    assert (code, out.splitlines()[-1]) == (0, "  note: the candidate was computed by cpu")
     assert invoke(*verified, "--provider", "gpu")[2].startswith("error: 'gpu' is no execution provider\n")
 
 

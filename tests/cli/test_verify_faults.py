@@ -12,7 +12,7 @@ from graph_passes.precision import Precision
 from runtime.fault import EXPERTS, REST, ROUTER, Fault
 from runtime.report import ParityReport
 from runtime.tolerances import TOLERANCES
-from tests.cli.helpers import invoke
+from tests.cli.helpers import done, invoke
 from tests.zoo import RUNNER
 
 FOUND = {
@@ -95,6 +95,13 @@ def test_a_fault_outside_the_moe_layers_is_found_between_them(zoo, tmp_path, wei
     found = report["fault"]
     assert (code, found["part"], found["layer"], found["experts"]) == (3, REST, layer, [])
     assert f"; the fault is in {place}: it differs by " in err
+
+
+def test_an_engine_of_int8_experts_is_judged_as_its_model_is(zoo, tmp_path):
+    optimize(zoo.exported("vmoe"), tmp_path / "int8", RUNNER, form="sorted", precision=Precision("int8"), prove=False)
+    done("build", tmp_path / "int8", "--target", "cpu", "-o", tmp_path / "engine")
+    code, report, _ = verify(tmp_path / "engine", zoo.exported("vmoe"))
+    assert (code, report["precision"]) == (0, "int8")
 
 
 def test_int8_experts_pass_by_their_own_tolerance_and_fail_by_that_of_float32(zoo, tmp_path):

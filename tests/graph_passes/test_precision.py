@@ -1,7 +1,9 @@
 """What may be asked for: formats of experts and of the rest, and which of them a target takes."""
 
+import numpy as np
 import pytest
 
+from graph_passes.casts.assign import Formats
 from graph_passes.optimize import optimize
 from graph_passes.precision import FORMATS, Precision
 from graph_passes.quantize import Quantization
@@ -25,7 +27,6 @@ from tests.zoo import RUNNER
             "unknown precision 'float'",
             "known: bf16, fp16, fp32, fp8, int4, int8, nvfp4",
         ),
-        ({"experts": "fp32"}, "experts cannot be written in fp32", "known: int8, int4, fp8, nvfp4"),
         (
             {"experts": "int4", "block_size": 48},
             "there are no blocks of 48 inputs",
@@ -49,6 +50,21 @@ def test_formats_that_have_scales_quantise():
     assert Precision("int8").quantization == Quantization("int8")
     assert Precision("nvfp4", "int8", block_size=32).quantization == Quantization("nvfp4")
     assert Precision(rest="int8").quantization is None
+
+
+def test_what_is_cast_is_float_and_quantised_experts_compute_as_the_rest_does():
+    half, wide, brain = (np.dtype(name) for name in ("float16", "float32", "bfloat16"))
+    assert Precision("int4", "fp16").formats == Formats(half, half)
+    assert Precision("bf16").formats == Formats(brain, wide)
+    assert Precision(None, "fp16").formats == Formats(wide, half)
+    assert Precision("fp32", "fp32").formats is None
+    assert Precision("int8").formats is None
+
+
+def test_a_later_run_keeps_what_it_does_not_name():
+    before = {"experts": "int4", "rest": None, "block_size": 32}
+    assert Precision(rest="fp16").over(before) == Precision("int4", "fp16", 32)
+    assert Precision("int8").over({}) == Precision("int8")
 
 
 def test_what_the_target_lacks_is_refused_before_any_work(tmp_path):

@@ -5,11 +5,11 @@ import onnx
 import pytest
 
 from graph_passes import oracle
-from graph_passes.double import doubled, save_doubled
 from graph_passes.feeds import random_batches
 from graph_passes.mask import mask_model
 from graph_passes.model_file import load_graph
 from graph_passes.optimize import optimize
+from graph_passes.retype import DOUBLED, retyped, save_retyped
 from graph_passes.rounding import LARGEST, ROUNDING, own_rounding
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
@@ -77,8 +77,8 @@ def test_a_fault_is_not_rounding(deep, tmp_path):
 def test_a_run_that_was_lucky_is_not_taken_for_the_rounding(deep, tmp_path):
     """Had the reference itself rounded nothing, other last bits would still tell what rounding does."""
     reference, batches, _, got = results(deep)
-    save_doubled(reference, tmp_path / MODEL)
-    exact = RUNNER.run(tmp_path / MODEL, [doubled(feeds) for feeds in batches])
+    save_retyped(reference, tmp_path / MODEL, DOUBLED)
+    exact = RUNNER.run(tmp_path / MODEL, [retyped(feeds, DOUBLED) for feeds in batches])
     own = own_rounding(reference, batches, exact, got, RUNNER, tmp_path)
     assert own is not None
     assert 1e-6 < own < LARGEST
@@ -110,8 +110,8 @@ def test_a_doubled_graph_computes_the_same_more_exactly(form, zoo, tmp_path):
     made = getattr(zoo, form)("mixtral")
     source = made / MODEL if made.is_dir() else made
     batches = random_batches(load_graph(source), ())
-    save_doubled(source, tmp_path / MODEL)
-    wide = [doubled(feeds) for feeds in batches]
+    save_retyped(source, tmp_path / MODEL, DOUBLED)
+    wide = [retyped(feeds, DOUBLED) for feeds in batches]
     for exact, single in zip(RUNNER.run(tmp_path / MODEL, wide), RUNNER.run(source, batches), strict=True):
         assert {array.dtype for array in exact.values()} == {np.dtype(np.float64)}
         assert 0 < error_between(exact["logits"], single["logits"])[1] < LARGEST / 10

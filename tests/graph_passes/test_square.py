@@ -115,8 +115,8 @@ def test_the_square_closes_where_the_router_stays_as_it_is(zoo, tmp_path, router
 
 
 @every_model
-@every_keep
-def test_tensorrt_rtx_builds_the_dense_form(zoo, tmp_path, name, keep):
+def test_tensorrt_rtx_builds_the_dense_form(zoo, tmp_path, name):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
-    optimize(zoo.exported(name), tmp_path / "dense", RUNNER, plan=plan_of(zoo, name, keep), form="dense")
+    plan = plan_of(zoo, name, KEEPS["3 of 8"])
+    optimize(zoo.exported(name), tmp_path / "dense", RUNNER, plan=plan, form="dense", prove=False)
     built(tmp_path / "dense")

@@ -17,6 +17,7 @@ import numpy as np
 from moe_spec.manifest import Manifest, TensorSpec
 
 FLOAT = np.dtype(np.float32)
+KEPT = "past_key_values.0.key"
 CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "IOutputAllocator")
 """Classes of the library that something here stands in for."""
 
@@ -28,6 +29,7 @@ class HostDriver:
         self.stream = ctypes.c_void_p(7)
         self.capturing: list[Callable[[], None]] | None = None
         self.launched = self.freed = 0
+        self.uploaded: list[np.ndarray[Any, Any]] = []
         self.closed = False
         self._can_capture = can_capture
         self._buffers: dict[str, np.ndarray[Any, Any]] = {}
@@ -53,6 +55,7 @@ class HostDriver:
         return held.ctypes.data
 
     def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
+        self.uploaded.append(array)
         ctypes.memmove(address, array.ctypes.data, array.nbytes)
 
     def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -129,6 +132,33 @@ class Context:
         address = self.allocator.reallocate_output_async("positive", 0, positive.nbytes, 256, 7)
         read(address, positive.size)[:] = positive
         self.allocator.notify_shape("positive", positive.shape)
+
+
+class DecoderContext(Context):
+    """Keeps a number for every token, its id: logits are the sums of all that were seen up to each."""
+
+    foresees = True
+    """Whether it says how long the cache will be."""
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (batch, past, _), new = self.shapes[KEPT], self.shapes["input_ids"][1]
+        if name == "logits":
+            return (batch, new, 1)
+        return (batch, past + new, 1) if self.foresees else (batch, -1, 1)
+
+    def execute_async_v3(self, _stream: int) -> bool:
+        self.enqueued += 1
+        batch, new = self.shapes["input_ids"]
+        ids = np.ctypeslib.as_array((ctypes.c_int64 * (batch * new)).from_address(self.addresses["input_ids"]))
+        past = read(self.addresses[KEPT], int(np.prod(self.shapes[KEPT]))).reshape(self.shapes[KEPT])
+        present = np.concatenate((past, ids.reshape(batch, new, 1).astype(FLOAT)), axis=1)
+        if not self.foresees:
+            size = present.nbytes
+            self.addresses["present.0.key"] = self.allocator.reallocate_output("present.0.key", 0, size, 256)
+            self.allocator.notify_shape("present.0.key", present.shape)
+        read(self.addresses["present.0.key"], present.size)[:] = present.ravel()
+        read(self.addresses["logits"], batch * new)[:] = present.cumsum(axis=1)[:, -new:].ravel()
+        return not self._fails
 
 
 class Cache:
@@ -219,4 +249,23 @@ def manifest(*largest: int, positive: bool = False, **details: Any) -> Manifest:
     return Manifest(
         "engine", "", "", (), (TensorSpec("x", "float32", ("batch", "n")),), outputs,
         details={"target": "a100", "profiles": profiles, "compute_capabilities": ["8.0"], **details},
+    )  # fmt: skip
+
+
+def decoder(longest: int) -> Manifest:
+    """Of the engine over a `DecoderContext`, for prompts and caches of that length."""
+    ids, mask = ({"min": [1, 1], "opt": [1, 1], "max": [4, most]} for most in (longest, 2 * longest))
+    past = {"min": [1, 0, 1], "opt": [1, 1, 1], "max": [4, longest, 1]}
+    return Manifest(
+        "engine", "", "", (),
+        (
+            TensorSpec("input_ids", "int64", ("batch", "new")),
+            TensorSpec("attention_mask", "int64", ("batch", "past + new")),
+            TensorSpec(KEPT, "float32", ("batch", "past", 1)),
+        ),
+        (
+            TensorSpec("logits", "float32", ("batch", "new", 1)),
+            TensorSpec("present.0.key", "float32", ("batch", "past + new", 1)),
+        ),
+        details={"profiles": [{"input_ids": ids, "attention_mask": mask, KEPT: past}], "compute_capabilities": ["8.0"]},
     )  # fmt: skip

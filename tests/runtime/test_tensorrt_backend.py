@@ -88,7 +88,7 @@ def test_the_manifest_says_all_that_cannot_be_asked_without_a_gpu(model, built):
     assert [entry.name for entry in manifest.files] == ["build.log", "config.json", "model.engine"]
     assert manifest.tools["tensorrt_rtx"] == trt.__version__
     assert manifest.details["layers"]["TOPK float32"] == 2
-    assert manifest.details["float_types"] == ["float32"]
+    assert manifest.details["number_formats"] == ["float32"]
     assert manifest.details["profiles"] == [{"x": {"min": [1, 1, 8], "opt": [8, 32, 8], "max": [64, 128, 8]}}]
     assert manifest.details["formats"]["float32"] == sum(
         count for layer, count in manifest.details["layers"].items() if layer.endswith(" float32")
