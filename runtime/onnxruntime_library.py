@@ -17,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from onnxruntime.capi.build_and_package_info import package_name
 
 from moe_spec.errors import UserError
-from runtime.providers import CPU, Execution, Provider, find_provider
+from runtime.providers import CPU, PROVIDERS, Execution, Provider
 
 LOGGER = logging.getLogger("moe_edge.onnxruntime")
 
@@ -102,7 +102,7 @@ def load(path: Path, options: Any, execution: Execution) -> Any:
         except RuntimeError as error:  # which is none of its own errors
             raise _not_started(provider, str(error)) from error
     if provider.official not in session.get_providers():
-        raise _not_started(provider, "it finds no device that it can use")
+        raise _not_started(provider, "it finds no device that it can use, or refuses an option")
     check_placement(path, provider, placement(session), cpu_fallback=execution.cpu_fallback)
     return session
 
@@ -120,10 +120,10 @@ def placement(session: Any) -> dict[str, collections.Counter[str]]:
 
     Constants are folded and ops fused before they are placed, so these are not always those of the file.
     """
-    known = set(ort.get_available_providers())
+    ours = {row.official: row.name for row in PROVIDERS}
     found: dict[str, collections.Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        name = find_provider(part.ep_name).name if part.ep_name in known else part.ep_name
+        name = ours.get(part.ep_name, part.ep_name)
         found.setdefault(name, collections.Counter()).update(node.op_type for node in part.get_nodes())
     return found
 
