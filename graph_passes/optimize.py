@@ -163,7 +163,7 @@ def optimize(
                 "experts": experts_outputs,
                 "precision": dataclasses.asdict(precision.over(_asked_before(model))),
                 "precision_error": proof.precision_error,
-                "rest": {"quantized": list(rest.quantized), "left": [list(pair) for pair in rest.left]},
+                "rest": dataclasses.asdict(rest),
                 "activations": _activations_entry(model, activations, rounded),
                 "not_run": [*([NOT_RUN] if has_float4 else []), *([NO_BFLOAT16] if _is_bfloat16(formats) else [])],
                 "casts": None if cast is None or cast.proof is None else dataclasses.asdict(cast.proof),
