@@ -143,16 +143,23 @@ class Assignment:
             return product(kinds)
         if node.op == "Cast" and not kinds:
             return Kind.FREE if self._types.get(id(node.inputs[0])) == onnx.TensorProto.BOOL else Kind.EXACT
-        if node.op not in FOLLOWERS:
+        adds_up = node.op == "ReduceSum" and id(node) in self._regions.experts  # as many terms as a token has experts
+        if node.op not in FOLLOWERS and not adds_up:
             return ISLANDS.get(node.op, Kind.WIDE)
         kind = follow(kinds)
         table = node.op in LOOK_UPS and not isinstance(node.inputs[1], gs.Constant)
         return Kind.NARROW if table and kind is Kind.FREE else kind
 
     def _kind_of(self, tensor: gs.Tensor, low: Format, node: gs.Node) -> Kind:
-        if not isinstance(tensor, gs.Constant):
-            return self._kinds.get(id(tensor), Kind.WIDE)
-        return Kind.FREE if node.op in PRODUCTS or self._fits(tensor, low, node) else Kind.EXACT
+        if isinstance(tensor, gs.Constant):
+            return Kind.FREE if node.op in PRODUCTS or self._fits(tensor, low, node) else Kind.EXACT
+        kind = self._kinds.get(id(tensor), Kind.WIDE)
+        return Kind.NARROW if kind is Kind.WIDE and self._enters(tensor, node) else kind
+
+    def _enters(self, tensor: gs.Tensor, node: gs.Node) -> bool:
+        """Whether ``tensor`` is a hidden state that experts get: it is cast once, before each of them gets a part."""
+        regions, makers = self._regions, {id(maker) for maker in tensor.inputs}
+        return id(node) in regions.experts and not makers & (regions.experts | regions.routers)
 
     def _fits(self, tensor: gs.Constant, low: Format, node: gs.Node) -> bool:
         """Whether no number of ``tensor`` becomes infinite in ``low``; nor 0, where it is the only one.

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from graph_passes.block import MoEBlock
 from graph_passes.casts import cast_graph
 from graph_passes.casts.assign import Formats
 from graph_passes.casts.proof import CastProof, prove_casts
@@ -15,6 +16,7 @@ from graph_passes.mask import save_observed
 from graph_passes.measure import measure, pass_entry
 from graph_passes.model_file import load_graph, save_graph
 from graph_passes.readers import read_blocks
+from moe_spec.errors import VerificationError
 from moe_spec.manifest import MODEL, BlockEntry, PassEntry, TensorSpec
 from moe_spec.runner import Runner
 
@@ -52,7 +54,7 @@ def cast_directory(
 
     Raises:
         UserError: a router that is not recognised, an op whose types nobody knows, a weight beyond what float16 has.
-        VerificationError: more differs than rounding explains, or float16 overflows.
+        VerificationError: more differs than rounding explains, float16 overflows, or a layer is not read any more.
     """
     with tempfile.TemporaryDirectory(prefix=".float32.", dir=scratch) as name:
         wide = Path(name)
@@ -64,6 +66,7 @@ def cast_directory(
         after = measure(graph, directory)
         inputs, outputs = io_of(graph)
         read = with_ids(read_blocks(graph, directory).blocks, blocks)
+        _check_read(read, blocks)
         observed = save_observed(graph, Names(graph), read, [None] * len(read), directory)
         by_name = {entry.name: entry for entry in observed}
         watched = [
@@ -81,3 +84,11 @@ def cast_directory(
         pass_entry("cast-floats", True, before, after),
         proof,
     )
+
+
+def _check_read(read: Sequence[MoEBlock], blocks: Sequence[BlockEntry]) -> None:
+    """Whatever is written is read again, as by whoever prunes the result."""
+    known = {block.name for block in read}
+    lost = next((block.name for block in blocks if block.router and block.name not in known), None)
+    if lost is not None:
+        raise VerificationError(f"layer {lost} is not recognised any more once it is cast; nothing was written")

@@ -15,6 +15,7 @@ from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest
+from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.runner import error_between
 from runtime.sides import Side
 from tests.graph_passes.block_models import Spec
@@ -162,3 +163,18 @@ def test_a_weight_that_is_cast_wrongly_fails_the_proof(zoo, tmp_path, monkeypatc
         optimize(zoo.exported("mixtral"), tmp_path / "out", RUNNER, precision=FP16)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted"])
+def test_what_is_cast_is_read_pruned_and_observed_like_any_other(zoo, tmp_path, form):
+    cast = tmp_path / "cast"
+    manifest = optimize(
+        zoo.cached("mixtral"), cast, RUNNER, precision=FP16, form=form, forced=True, observe_experts=True
+    )
+    assert len(manifest.details["forced"]) == len(manifest.details["experts"]) == 2
+    layers = tuple(LayerPlan(block.name, block.experts, block.top_k, (0, 1, 4, 6)) for block in manifest.blocks)
+    plan = PruningPlan(manifest.model_sha256, "by hand", layers)
+    again = optimize(cast, tmp_path / "pruned", RUNNER, plan=plan)
+    assert [(block.form, block.experts) for block in again.blocks] == [(form, 4)] * 2
+    assert max(entry["max_rel"] for entry in again.details["oracle"]) <= 2e-3
+    assert again.details["precision"] == dataclasses.asdict(FP16)
