@@ -27,6 +27,12 @@ class _Console(Console):
         leave_without_reader()
 
 
+SAID = logging.getLogger("moe_edge_said")
+"""What was said, for ``--log-file``; apart from the packages' own loggers, whose warnings are said."""
+SAID.propagate = False
+SAID.setLevel(logging.INFO)
+SAID.addHandler(logging.NullHandler())
+
 out = _Console(highlight=False)
 err = _Console(stderr=True, highlight=False)
 
@@ -38,6 +44,7 @@ def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
     """
     if not is_first():
         return
+    SAID.info(summary)
     if as_json:
         piece(json.dumps(payload, indent=1, sort_keys=True) + "\n")
     else:
@@ -88,6 +95,7 @@ def is_first() -> bool:
 
 def error(failure: UserError) -> None:
     """``error:`` and ``hint:``, one line each."""
+    SAID.error(str(failure), exc_info=failure)
     err.print(f"[bold red]error:[/] {plain(failure.what)}", soft_wrap=True)
     err.print(f"[bold cyan]hint:[/] {plain(failure.hint)}", soft_wrap=True)
 
@@ -95,11 +103,13 @@ def error(failure: UserError) -> None:
 def warning(what: str) -> None:
     """What a user should stop at. Of several processes the first one says it."""
     if is_first():
+        SAID.warning(what)
         err.print(f"[bold yellow]warning:[/] {plain(what)}", soft_wrap=True)
 
 
 def failure(what: VerificationError) -> None:
     """What was not proven."""
+    SAID.error(str(what), exc_info=what)
     err.print(f"[bold red]verification failed:[/] {plain(str(what))}", soft_wrap=True)
 
 
@@ -125,6 +135,7 @@ def status(what: str) -> Iterator[None]:
 
 def step(what: str) -> None:
     """One line on stderr for each step of a longer journey."""
+    SAID.info(what)
     err.print(f"[dim]·[/] {plain(what)}", soft_wrap=True)
 
 

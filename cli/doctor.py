@@ -1,7 +1,7 @@
-"""Say what works on this machine, why the rest does not, and what to install. It always exits with 0.
+"""Say what works on this machine, why the rest does not, and what to install.
 
 Everything is tried: packages of each extra are imported, each provider of ONNX Runtime computes a product, TensorRT and
-TensorRT-RTX build an engine of it.
+TensorRT-RTX build an engine of it. Whatever it finds, it exits with 0.
 
 Example: moe-edge doctor
 Example: moe-edge doctor --json

@@ -4,6 +4,7 @@
 nothing; the new checkpoint has them still, and the new plan.json removes them from its graph. task-specific: drop the
 experts that the task uses less and less, until one a layer is left. seer: make routers decisive, and lower K.
 router-kd: only the routers learn, from --teacher, without labels.
+
 --recipe adamw, or how a V-MoE is fine-tuned after pruning in arXiv 2405.16646, with SGD: router-norm-cifar or
 router-norm-imagenet. Whatever a recipe says can be given here; the warm-up is a share of the steps.
 

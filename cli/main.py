@@ -5,36 +5,37 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cli import console
+from cli.help import Verb, help_text
+from cli.log import ending_logged, log_to
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import is_full
 from runtime.extras import extra_of
 
-VERBS = (
-    "inspect",
-    "families",
-    "targets",
-    "upcycle",
-    "calibrate",
-    "merge",
-    "plan",
-    "prune",
-    "finetune",
-    "export",
-    "optimize",
-    "build",
-    "bundle",
-    "verify",
-    "bench",
-    "run",
-    "demo",
-    "doctor",
-)
+GROUPS = {
+    "Look": ("inspect", "families", "targets", "doctor"),
+    "Choose experts": ("upcycle", "calibrate", "merge", "plan", "prune", "finetune"),
+    "Make what runs": ("export", "optimize", "build", "bundle"),
+    "Prove and run": ("verify", "bench", "run", "demo"),
+}
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
+
+HELP = """
+Drop the experts of a Mixture-of-Experts model that a task does not need, export the rest to ONNX, build engines, and
+prove that they compute the same.
+
+The whole way: calibrate, plan, export, optimize, build, verify, bench, run. Verbs read files and write files; -o never
+overwrites. `moe-edge demo` goes it once with a small model that is in the package.
+
+Example: moe-edge demo -o demo-output
+Example: moe-edge plan --help
+"""
 
 EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
 _INTERRUPTED = "interrupted; nothing half-written is left"
@@ -43,7 +44,7 @@ _INTERRUPTED = "interrupted; nothing half-written is left"
 def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
     """The typer application over ``verbs``; the docstring of a verb's file is its help."""
     app = typer.Typer(
-        help="Prune Mixture-of-Experts models, export them to ONNX, build engines, and prove what was done.",
+        help=help_text(HELP),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,17 +52,26 @@ def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
 
     @app.callback()
     def common(
+        context: typer.Context,
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
         _version: Annotated[
             bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
         ] = False,
+        log_file: Annotated[
+            Path | None,
+            typer.Option("--log-file", help="Add to this file what was run, when, what it said and how it ended."),
+        ] = None,
     ) -> None:
         os.environ["MOE_EDGE_DEBUG"] = "1" if debug else ""
+        if log_file is not None:
+            log_to(log_file, context.obj)
 
-    for verb in verbs:
-        module = importlib.import_module(f"cli.{verb}")
-        function: Callable[..., Any] = getattr(module, verb)
-        app.command(verb, help=console.plain(module.__doc__ or ""))(function)
+    for group, members in GROUPS.items():
+        for verb in members:
+            if verb in verbs:
+                module = importlib.import_module(f"cli.{verb}")
+                function: Callable[..., Any] = getattr(module, verb)
+                app.command(verb, cls=Verb, help=help_text(module.__doc__ or ""), rich_help_panel=group)(function)
     return app
 
 
@@ -77,8 +87,13 @@ def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -
     It exits with 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted, 141 nobody reads on.
     """
     console.show_warnings()
+    with ending_logged():
+        _run(list(sys.argv[1:] if arguments is None else arguments), verbs)
+
+
+def _run(arguments: list[str], verbs: Sequence[str]) -> None:
     try:
-        build_app(verbs)(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+        build_app(verbs)(args=arguments, obj=arguments, standalone_mode=True)
     except SystemExit as leaving:
         if leaving.code == EXIT_INTERRUPTED:  # typer turns ctrl-C into this
             console.err.print(_INTERRUPTED)

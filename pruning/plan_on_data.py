@@ -26,7 +26,7 @@ from pruning.apply import apply_plan
 from pruning.budget import SEARCHED, Keep, RankedLayer
 from pruning.collect import collect
 from pruning.cost import BYTES, FLAGS, AtMost, Limit, Measure
-from pruning.criteria import CRITERIA, by_statistics
+from pruning.criteria import CRITERIA, NAEE, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.finetuning.examples import is_language_model
 from pruning.inputs import check_inputs, tensors_of
@@ -45,8 +45,6 @@ from pruning.plan import (
 )
 from pruning.reconstruction import check_search, search_model
 from pruning.spend import Outcome, limit_of, spend
-
-NAEE = "naee"
 
 Way = Callable[[PreTrainedModel, Batches], Outcome]
 """How a plan is made of a model and data."""

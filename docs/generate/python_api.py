@@ -9,6 +9,7 @@ FUNCTIONS: Mapping[str, str] = {
     "inspect": "cli.inspect",
     "families": "models.support",
     "targets": "runtime.fit",
+    "doctor": "runtime.doctor",
     "upcycle": "models.upcycle",
     "calibrate": "pruning.calibrate",
     "merge": "moe_spec.statistics",
@@ -23,7 +24,6 @@ FUNCTIONS: Mapping[str, str] = {
     "bench": "runtime.bench",
     "run": "runtime.run",
     "demo": "cli.demo",
-    "doctor": "runtime.doctor",
 }
 """The module in which each verb is a plain function of the same name."""
 

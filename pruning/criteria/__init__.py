@@ -27,6 +27,7 @@ __all__ = [
     "CHANGE_CRITERIA",
     "CRITERIA",
     "DATA_FREE_CRITERIA",
+    "NAEE",
     "WEIGHT_CRITERIA",
     "Criterion",
     "Scores",
@@ -51,6 +52,9 @@ WEIGHT_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"aimer": aimer}
 
 CHANGE_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"router-norm": router_norm}
 """Criteria that compare a checkpoint with the one that it was fine-tuned from; they rank within a layer too."""
+
+NAEE = "naee"
+"""The criterion that ranks nothing: it searches on data (`pruning.reconstruction`)."""
 
 
 def by_statistics(name: str) -> Criterion | None:

@@ -1,0 +1,58 @@
+"""The three shells complete verbs, options, and values that come out of the tables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from cli.completion import VALUES
+from cli.main import build_app
+
+INSTALLED = Path(sys.executable).parent / "moe-edge"
+COMMAND: Any = typer.main.get_command(build_app())
+SOME = {
+    "also": "rtx-ada", "backend": "tensorrt-rtx", "criterion": "seer-soft", "family": "deepseek_v3", "form": "dense",
+    "method": "seer", "optimize precision": "int8", "plan router": "replace", "plan target": "edge-llm-fp16",
+    "precision": "float32", "provider": "openvino", "recipe": "adamw", "rest_precision": "int8", "scope": "global",
+    "target": "jetson-orin",
+}  # fmt: skip
+
+
+def shell(name, line, action="complete", **more):
+    """What the shell's completion of ``line`` prints."""
+    asked = {"_MOE_EDGE_COMPLETE": f"{action}_{name}", "_TYPER_COMPLETE_ARGS": line, "COMP_WORDS": line}
+    asked |= {"COMP_CWORD": str(len(line.split()) - 1), "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    found = subprocess.run([INSTALLED], env=os.environ | asked | more, capture_output=True, text=True, check=True)
+    return found.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")]
+)
+def test_each_shell_has_a_script(name, sign):
+    script = shell(name, "", "source")
+    assert sign in script
+    assert f"_MOE_EDGE_COMPLETE=complete_{name}" in script
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_each_shell_completes_values(name):
+    assert "seer-soft" in shell(name, "moe-edge plan --criterion seer-s")
+
+
+def test_every_table_is_completed_and_narrowed():
+    seen = set()
+    for command in COMMAND.commands.values():
+        for parameter in command.params:
+            key = f"{command.name} {parameter.name}"
+            key = key if key in VALUES else parameter.name
+            if key in VALUES:
+                seen.add(key)
+                assert SOME[key] in [item.value for item in parameter.shell_complete(None, "")], key
+                assert parameter.shell_complete(None, SOME[key])[0].value == SOME[key]
+                assert parameter.shell_complete(None, "no such thing") == []
+    assert seen == set(SOME) == set(VALUES)
