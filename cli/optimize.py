@@ -63,7 +63,7 @@ def optimize(
     from graph_passes.activations import Activations
     from graph_passes.optimize import optimize as optimize_model
     from graph_passes.precision import FORMATS, Precision
-    from graph_passes.rest import Rest
+    from graph_passes.rest import of_details
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
@@ -96,7 +96,7 @@ def optimize(
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"
         for block in manifest.blocks
     ]
-    rest = Rest(**manifest.details["rest"])
+    rest = of_details(manifest.details["rest"])
     rows += [f"  rest in {rest_precision}: {rest}"] if rest.quantized or rest.left else []
     for head in ("unreachable", "not_proven"):
         found = summarise(Unreachable(**entry) for entry in manifest.details[head])

@@ -28,7 +28,7 @@ from graph_passes.precision import AS_IT_IS, Precision
 from graph_passes.proof import Proof, Work, prove_variant
 from graph_passes.proof import prove as prove_result
 from graph_passes.prune import match_layers
-from graph_passes.rest import Rest, check_routers_known, nodes_of, quantize_rest
+from graph_passes.rest import Rest, check_routers_known, nodes_of, quantize_rest, to_details
 from graph_passes.rewrite import Decision, Written, carry_out, decide
 from graph_passes.task_data import check_batches, fit_data
 from graph_passes.unreachable import Findings
@@ -163,7 +163,7 @@ def optimize(
                 "experts": experts_outputs,
                 "precision": dataclasses.asdict(precision.over(_asked_before(model))),
                 "precision_error": proof.precision_error,
-                "rest": dataclasses.asdict(rest),
+                "rest": to_details(rest),
                 "activations": _activations_entry(model, activations, rounded),
                 "not_run": [*([NOT_RUN] if has_float4 else []), *([NO_BFLOAT16] if _is_bfloat16(formats) else [])],
                 "casts": None if cast is None or cast.proof is None else dataclasses.asdict(cast.proof),

@@ -8,8 +8,9 @@ convolved, those that something else reads too, gates (one output), and those wh
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -53,6 +54,16 @@ class Rest:
         reasons = Counter(reason for _, reason in self.left)
         left = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
         return f"{len(self.quantized)} weights" + (f"; left as they are: {left}" if left else "")
+
+
+def to_details(rest: Rest) -> dict[str, list[Any]]:
+    """As a manifest has it: what is read from a file is equal to what was written."""
+    return {"quantized": list(rest.quantized), "left": [list(pair) for pair in rest.left]}
+
+
+def of_details(entry: Mapping[str, list[Any]]) -> Rest:
+    """Of a manifest."""
+    return Rest(tuple(entry["quantized"]), tuple((name, reason) for name, reason in entry["left"]))
 
 
 def quantize_rest(graph: gs.Graph, directory: Path, blocks: Sequence[MoEBlock], how: Quantization) -> Rest:

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
-from graph_passes.rest import Rest
+from graph_passes.rest import of_details
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from tests.graph_passes.block_models import save
@@ -75,7 +75,7 @@ def test_matrices_of_products_are_quantised_and_the_others_told(tmp_path, source
     manifest = optimize(source, tmp_path / "out", RUNNER, precision=how)
     assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
     assert 1e-4 < manifest.details["precision_error"] < 1
-    rest = Rest(**manifest.details["rest"])
+    rest = of_details(manifest.details["rest"])
     whole = name in ("int8", "fp8")
     assert rest.quantized == (("up", "down", "odd") if whole else ("up", "down"))
     assert dict(rest.left) == {
