@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
+from tests.graph_passes.block_models import save, spec_of
 from tests.runtime import tiny
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ABSENT = {"torch", "transformers", "onnx", "onnx_graphsurgeon", "scipy", "ml_dtypes", "jinja2", "tokenizers"}
+ALONE = ("text", "optimize", "prune", "export", "tensorrt-rtx")
+"""Extras of which each is enough for what it is for."""
 CODE = "import sys; from cli.main import main; sys.exit(main())"
 
 
@@ -42,14 +45,14 @@ def packages(tmp_path_factory):
 
     def folder(name, requirements):
         path = tmp_path_factory.mktemp(name)
-        for distribution in map(importlib.metadata.distribution, needed(requirements)):
+        for distribution in map(importlib.metadata.distribution, {"moe-edge", *needed(requirements)}):
             for part in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
                 if not (path / part).exists():
                     (path / part).symlink_to(Path(str(distribution.locate_file(part))))
         return path
 
-    base = PROJECT["dependencies"]
-    return {"base": folder("base", base), "text": folder("text", base + PROJECT["optional-dependencies"]["text"])}
+    base, extras = PROJECT["dependencies"], PROJECT["optional-dependencies"]
+    return {"base": folder("base", base)} | {name: folder(name, base + extras[name]) for name in ALONE}
 
 
 @pytest.fixture
@@ -116,3 +119,31 @@ def test_the_doctor_needs_the_base_package_alone(moe_edge):
     assert [found["name"] for found in health["extras"] if found["works"]] == []
     assert {found["name"]: found["works"] for found in health["providers"]}["cpu"]
     assert {found["hint"] for found in health["extras"]} >= {"pip install 'moe-edge[export]'"}
+
+
+def test_an_extra_is_enough_to_optimize(moe_edge, tmp_path):
+    save(spec_of("masked_loop", "softmax"), tmp_path / "block.onnx")
+    code, out, err = moe_edge("optimize", "optimize", tmp_path / "block.onnx", "-o", tmp_path / "out", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["blocks"]
+
+
+def test_an_extra_is_enough_to_prune(zoo, moe_edge, tmp_path):
+    by_hand = ("plan", zoo.checkpoint("vmoe"), "--experts", "0,2,5", "-o", tmp_path / "plan.json")
+    assert moe_edge("prune", *by_hand)[0] == 0
+    pruning = ("prune", zoo.checkpoint("vmoe"), "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned")
+    code, _, err = moe_edge("prune", *pruning)
+    assert (code, err) == (0, "")
+
+
+def test_an_extra_is_enough_to_export(zoo, moe_edge, tmp_path):
+    code, _, err = moe_edge("export", "export", zoo.checkpoint("vmoe"), "-o", tmp_path / "exported", "--dry-run")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "exported").exists() is False
+
+
+def test_an_extra_is_enough_to_build(zoo, moe_edge, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
+    model = tiny.write(tmp_path / "model")
+    code, _, err = moe_edge("tensorrt-rtx", "build", model, "--target", "rtx-ada", "-o", tmp_path / "engine")
+    assert (code, err) == (0, "")
