@@ -181,10 +181,9 @@ def _product(score: Moment) -> str:
 
 
 def _first_sentence(thing: ModuleType | object) -> str:
-    """What a docstring says first, without the name of the form that it begins with."""
-    head = (getdoc(thing) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
-    said = head.partition(": ")[2] if head.startswith("Form ") else head
-    return _cell(said.partition(": ")[0].rstrip(".") if not head.startswith("Form ") else said.rstrip("."))
+    """What a docstring says first, up to a colon; of a form, which its name and a colon stand before, behind that."""
+    name, _, said = (getdoc(thing) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`").partition(": ")
+    return _cell((said if name.startswith("Form ") else name).rstrip("."))
 
 
 def _code(name: str) -> str:
