@@ -86,7 +86,7 @@ def without_float4(model: onnx.ModelProto) -> None:
             nodes.append(node)
             continue
         weight.data_type = TensorProto.UINT4
-        nodes += _looked_up(graph, node, list(weight.dims), types[node.input[1]])
+        nodes += _looked_up(graph, node, list(weight.dims), types.get(node.input[1], TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

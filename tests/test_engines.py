@@ -20,14 +20,15 @@ MODELS = {**SAMPLE_MODELS, **CACHED}
 
 GPUS: Mapping[Precision, Sequence[Target]] = {
     Precision(): (AMPERE, ADA, BLACKWELL),
+    Precision("fp16", "fp16"): (AMPERE, ADA, BLACKWELL),
     Precision("int8"): (AMPERE, ADA, BLACKWELL),
-    Precision("int4"): (AMPERE, ADA, BLACKWELL),
-    Precision("fp8"): (ADA, BLACKWELL),
-    Precision("nvfp4"): (BLACKWELL,),
+    Precision("int4", "fp16"): (AMPERE, ADA, BLACKWELL),
+    Precision("fp8", "fp16"): (ADA, BLACKWELL),
+    Precision("nvfp4", "fp16"): (BLACKWELL,),
 }
 """Which of the three can compute with it."""
 
-COARSE_AND_FINE = [Precision(), Precision("int4")]
+COARSE_AND_FINE = [Precision(), Precision("int4", "fp16")]
 """Enough for decoders that no sample makes: they differ in caches, not in experts."""
 
 CASES = [
@@ -42,8 +43,11 @@ def test_a_model_is_built_for_every_gpu_that_has_its_precision(zoo, tmp_path, na
     plan = model.plan(exported)
     optimized = optimize(exported, out, RUNNER, plan=plan, accepted=FORMS, precision=precision, prove=False)
     details = built(out, GPUS[precision]).details
-    layers, ranked = details["layers"], any(block.experts > block.top_k for block in optimized.blocks)
-    assert {layer for layer in layers if layer.startswith("TOPK")} == ({"TOPK float32"} if ranked else set())
+    layers, routers = details["layers"], [block for block in optimized.blocks if block.experts > 1]
+    assert {layer for layer in layers if layer.startswith("TOPK")} == ({"TOPK float32"} if routers else set())
+    if precision.rest == "fp16":
+        assert layers.get("MATRIX_MULTIPLY float32", 0) == len(routers)
+        assert layers["MATRIX_MULTIPLY float16"] > len(routers)
     assert details["precision"] == dataclasses.asdict(precision)
     if precision.quantization is not None:
         weights = len(optimized.blocks) * (2 if name in SAMPLE_MODELS else 3)  # a V-MoE's experts are not gated

@@ -89,6 +89,8 @@ def _results(node: gs.Node, opset: int, types: Types) -> Iterator[int | None]:
             yield FLOAT if value is None else type_of(value)
         elif _BY_ATTRIBUTE.get(node.op) in node.attrs:
             yield node.attrs[_BY_ATTRIBUTE[node.op]]
+        elif node.op == "DequantizeLinear":  # from opset 23 on its result has a letter of its own
+            yield node.attrs.get("output_dtype") or types.get(id(node.inputs[1]))
         elif schema is None:
             yield types.get(id(node.inputs[0])) if node.inputs else None
         else:

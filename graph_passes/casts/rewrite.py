@@ -55,9 +55,10 @@ class _Rewriter:
         held = self._formats.held(node.outputs[0]) if node.outputs and self._formats.is_float(node.outputs[0]) else WIDE
         if held == WIDE:
             return
-        if node.op == "Cast":
-            node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(held)
-        elif node.op == "ConstantOfShape":
+        for says in ("to", "output_dtype"):
+            if node.attrs.get(says):
+                node.attrs[says] = onnx.helper.np_dtype_to_tensor_dtype(held)
+        if node.op == "ConstantOfShape":
             value = node.attrs.get("value")
             filled = np.zeros(1, WIDE) if value is None else value.values
             proto = onnx.numpy_helper.from_array(filled.astype(held))

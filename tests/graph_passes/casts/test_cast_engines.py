@@ -1,5 +1,6 @@
 """TensorRT-RTX takes what is cast: its networks are strongly typed, so a type that is not exact is refused."""
 
+import onnx
 import pytest
 
 from graph_passes.optimize import optimize
@@ -31,3 +32,13 @@ def test_products_are_cast_and_routers_are_not(zoo, tmp_path, name, precision, p
     assert {layer.split()[1] for layer in layers if layer.startswith("MATRIX_MULTIPLY")} == products
     assert layers["MATRIX_MULTIPLY float32"] == len(manifest.blocks)
     assert {layer for layer in layers if layer.startswith(("TOPK", "SOFTMAX"))} <= {"TOPK float32", "SOFTMAX float32"}
+
+
+def test_scales_that_have_scales_are_cast_as_what_they_scale(zoo, tmp_path):
+    """nvfp4: from opset 23 on a DequantizeLinear says the type of its result apart from that of its scales."""
+    nvfp4 = Precision("nvfp4", "fp16")
+    manifest = optimize(zoo.exported("vmoe"), tmp_path / "model", RUNNER, form="dense", precision=nvfp4)
+    assert 0 < manifest.details["casts"]["error"] < 5e-3
+    graph = onnx.load(tmp_path / "model" / "model.onnx", load_external_data=False).graph
+    scales = [tensor.data_type for tensor in graph.initializer if tensor.name.endswith("_scale_scale")]
+    assert scales == [onnx.TensorProto.FLOAT16] * 4
