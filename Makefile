@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format clean
+.PHONY: install demo screenshot test check format clean
 
 install: $(STAMP)
 
@@ -14,9 +14,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,docs,test]"
 	touch $(STAMP)
 
-demo: install  ## calibrate, plan, export, optimise, build, verify and bench the embedded model
+demo: install  ## calibrate, plan, export, optimise, build, verify, bench and report the embedded model
 	rm -rf demo-output
 	$(BIN)/moe-edge demo -o demo-output
+
+screenshot: demo  ## docs/report.png, as Chromium shows the demo's report
+	$(BIN)/python -m tests.report.screenshot demo-output/report.html docs/report.png
 
 check: install  ## what a reviewer would ask for, in seconds
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench.
+"""The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench, report.
 
 Example: moe-edge demo -o demo-output
 """
@@ -17,30 +17,35 @@ from cli.options import AsJson, Output
 if TYPE_CHECKING:
     from cli.journey import Row
 
+REPORT = "report.html"
+
 
 def demo(
     output: Output = Path("demo-output"),
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Build TensorRT-RTX engines too.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench.
+    """The whole way with the embedded model: calibrate, plan, export, optimise, build, verify, bench, report.
 
     Keeps 8, 4, 2 and 1 of 8 experts of a V-MoE trained on Fashion-MNIST, then trains it down to one expert a layer, and
-    leaves every artifact in a directory.
+    leaves every artifact in a directory, report.html among them.
 
     Example: moe-edge demo -o demo-output
     """
     from cli.journey import TARGETS, Journey
     from moe_spec.files import new_directory
     from moe_spec.record import dump
+    from report.report import report
 
     with new_directory(output) as staging:
         rows = Journey(staging, TARGETS if engines else (), console.step).run()
         payload = {"rows": [dataclasses.asdict(row) for row in rows], "output": str(output)}
         (staging / "demo.json").write_text(dump(payload) + "\n", encoding="utf-8")
+        console.step("report")
+        report(staging, staging / REPORT, name=output.resolve().name)
     if not as_json:
         console.out.print(_table(rows))
-    console.result(f"every artifact is in {output}", payload, as_json)
+    console.result(f"every artifact is in {output}, and {output / REPORT} shows them", payload, as_json)
 
 
 def _table(rows: "list[Row]") -> Table:

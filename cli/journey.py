@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import VerificationError
+from moe_spec.files import sha256_file
 from moe_spec.images import ImagePreprocessor
-from moe_spec.manifest import Manifest
+from moe_spec.manifest import FILE_NAME, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Feeds
 from pruning.calibrate import calibrate
@@ -30,8 +31,11 @@ from pruning.finetuning.recipe import RECIPES
 from pruning.plan import PlanOptions, plan
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
-from runtime.bench import time_in_turns
+from runtime.bench import BenchRow, row_of, time_in_turns
+from runtime.bench_report import BenchReport
 from runtime.build import build
+from runtime.machine import describe_machine
+from runtime.memory import measure_alone
 from runtime.model_dir import model_bytes
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from runtime.targets import find_target
@@ -45,7 +49,8 @@ CPU = "onnxruntime-cpu"
 BATCHES = (1, 64)
 THREADS = 1
 REPEATS, WARMUP = 30, 3
-TRAINED = "one-expert"
+TRAINED, OPTIMIZED = "one-expert", "optimized"
+"""Directories."""
 RECIPE = dataclasses.replace(RECIPES["adamw"], steps=100, batch_size=64, learning_rate=1e-3)
 """Half a minute at most. Longer training, on all training images, is what the paper of the method does."""
 
@@ -147,8 +152,8 @@ class Journey:
     def _row(self, folder: Path, exported: Path, made: PruningPlan | None) -> Row:
         """Optimise ``exported`` into ``folder``, verify the result, and build its engines."""
         mask_model(exported, made, folder / "reference")
-        optimized = self._optimize(exported, folder / "optimized", made, CPU)
-        report = verify(folder / "optimized", folder / "reference", self._test, threads=THREADS)
+        optimized = self._optimize(exported, folder / OPTIMIZED, made, CPU)
+        report = verify(folder / OPTIMIZED, folder / "reference", self._test, threads=THREADS)
         report.save(folder / "parity.json")
         if not report.passed or report.accuracy is None:
             raise VerificationError(f"{folder.name}: {'; '.join(report.reasons)}")
@@ -159,7 +164,7 @@ class Journey:
             accuracy=report.accuracy.candidate,
             parity="PASS",
             flips=report.flips,
-            onnx_bytes=model_bytes(folder / "optimized"),
+            onnx_bytes=model_bytes(folder / OPTIMIZED),
             engine_bytes=self._engines(exported, folder, made),
             latency_ms={},
         )
@@ -181,10 +186,11 @@ class Journey:
         return sizes
 
     def _with_latency(self, rows: list[Row]) -> list[Row]:
-        """All variants take turns at every batch size, so that noise hits all alike."""
+        """All variants take turns at every batch size, so that noise hits all alike; bench.json has what came of it."""
         latency: list[dict[str, float]] = [{} for _ in rows]
+        measured: list[BenchRow] = []
         with contextlib.ExitStack() as stack:
-            sessions = [stack.enter_context(open_session(folder / "optimized", THREADS)) for folder in self._folders]
+            sessions = [stack.enter_context(open_session(folder / OPTIMIZED, THREADS)) for folder in self._folders]
             for size in BATCHES:
                 feeds = self._test.first(size).feeds
                 runs: dict[str, Callable[[], object]] = {"0": partial(self._run_torch, feeds)}
@@ -192,7 +198,24 @@ class Journey:
                 times = time_in_turns(runs, repeats=REPEATS, warmup=WARMUP)
                 for index, found in enumerate(latency):
                     found[str(size)] = float(np.median(times[str(index)]))
+                measured += [self._cost(index, size, times[str(index + 1)]) for index in range(len(self._folders))]
+        self._save_costs(measured)
         return [dataclasses.replace(row, latency_ms=found) for row, found in zip(rows, latency, strict=True)]
+
+    def _cost(self, index: int, size: int, times: Sequence[float]) -> BenchRow:
+        """Of a variant: ``times`` beside the others, memory in a process of its own."""
+        model = self._folders[index] / OPTIMIZED
+        alone = measure_alone(model, size, other=1, past=0, threads=THREADS)
+        return row_of(self._below(model), size, times, alone, model_bytes(model))
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self._directory).as_posix()
+
+    def _save_costs(self, rows: Iterable[BenchRow]) -> None:
+        models = (folder / OPTIMIZED for folder in self._folders)
+        hashes = {self._below(model): sha256_file(model / FILE_NAME) for model in models}
+        by_model = sorted(rows, key=lambda row: list(hashes).index(row.model))
+        BenchReport(tuple(by_model), hashes, describe_machine(), THREADS).save(self._directory / "bench.json")
 
 
 @contextlib.contextmanager

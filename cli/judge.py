@@ -1,5 +1,6 @@
 """`verify` as a function: graphs are made of the two models that show what is compared, and are cut where it fails."""
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
+from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest
 from moe_spec.plan import PruningPlan
 from runtime.backend import ENGINE
@@ -77,12 +79,23 @@ def judge(
             report = report.with_note("to find the part at fault, export the checkpoint and give that as --reference")
         elif bisect and not report.passed:
             report = _with_fault(report, candidate, parent, scratch / "cut", data, batch_size, threads, execution)
+    report = dataclasses.replace(
+        report,
+        candidate_sha256=_sha256(candidate, report.candidate_sha256),
+        reference_sha256=_sha256(reference, report.reference_sha256),
+    )
     if not cost:
         return report
     if in_torch:
         report = report.with_note("of a checkpoint neither latency nor memory is measured")
     timed = [candidate] if in_torch else [reference, candidate]
     return report.with_cost(bench(timed, [batch_size], threads=threads, execution=execution, data=data))
+
+
+def _sha256(model: Path, of_copy: str) -> str:
+    """Of the manifest of ``model`` itself, where it has one, not of the copy that ran."""
+    manifest = model / FILE_NAME
+    return sha256_file(manifest) if manifest.is_file() else of_copy
 
 
 def home(model: Path) -> Path:

@@ -21,7 +21,7 @@ GROUPS = {
     "Look": ("inspect", "families", "targets", "doctor"),
     "Choose experts": ("upcycle", "calibrate", "merge", "plan", "prune", "finetune"),
     "Make what runs": ("export", "optimize", "build", "bundle"),
-    "Prove and run": ("verify", "bench", "run", "demo"),
+    "Prove and run": ("verify", "bench", "run", "report", "demo"),
 }
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
@@ -30,8 +30,8 @@ HELP = """
 Drop the experts of a Mixture-of-Experts model that a task does not need, export the rest to ONNX, build engines, and
 prove that they compute the same.
 
-The whole way: calibrate, plan, export, optimize, build, verify, bench, run. Verbs read files and write files; -o never
-overwrites. `moe-edge demo` goes it once with a small model that is in the package.
+The whole way: calibrate, plan, export, optimize, build, verify, bench, run, report. Verbs read files and write files;
+-o never overwrites. `moe-edge demo` goes it once with a small model that is in the package.
 
 Example: moe-edge demo -o demo-output
 Example: moe-edge plan --help

@@ -163,6 +163,15 @@ class Statistics:
         )
 
 
+def holds_statistics(path: Path) -> bool:
+    """Whether a safetensors file says of itself that it holds statistics; weights and damaged files do not."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return _HEADER in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def _layer(record: Record, tensors: Mapping[str, npt.NDArray[np.float64]]) -> LayerStatistics:
     name, experts = record.take("name", str), record.take("experts", int)
     return LayerStatistics(

@@ -7,6 +7,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "export": ("torch", "transformers", "onnxscript"),
     "prune": ("torch", "transformers", "accelerate", "msgpack", "sklearn", "ml_dtypes", "scipy"),
     "text": ("jinja2", "tokenizers"),
+    "report": ("vl_convert", "jinja2"),
     "tensorrt-rtx": ("tensorrt_rtx",),
     "tensorrt": ("tensorrt",),
     "samples": ("gguf",),

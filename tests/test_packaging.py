@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cli", "exporter", "graph_passes", "models", "moe_spec", "pruning", "runtime")
+PACKAGES = ("cli", "exporter", "graph_passes", "models", "moe_spec", "pruning", "report", "runtime")
 BESIDE = ("CHANGELOG.md", "CITATION.cff", "DESIGN.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 DATA = (
     "models/support.json",

@@ -16,9 +16,12 @@ from graph_passes.optimize import optimize
 from tests.zoo import RUNNER
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "models", "moe_spec", "benchmarks")
+PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "report", "models", "moe_spec", "benchmarks")
 
-HEAVY = ("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx")
+HEAVY = (
+    *("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx"),
+    *("jinja2", "vl_convert"),
+)
 NOT_ON_A_DEVICE = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxscript")
 
 

@@ -23,6 +23,7 @@ FUNCTIONS: Mapping[str, str] = {
     "verify": "runtime.verify",
     "bench": "runtime.bench",
     "run": "runtime.run",
+    "report": "report.report",
     "demo": "cli.demo",
 }
 """The module in which each verb is a plain function of the same name."""

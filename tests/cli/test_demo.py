@@ -19,6 +19,8 @@ from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
+from report.words import milliseconds, percent
+from runtime.bench_report import BenchReport
 from runtime.report import ParityReport
 from runtime.run import run
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
@@ -30,6 +32,7 @@ STEPS = [
     *(f"· keep {keep} of 8 experts: plan, optimise, verify" for keep in KEEPS),
     "· train to 1 of 8 experts on the calibration images: export, optimise, verify",
     "· bench, batch sizes 1, 64",
+    "· report",
 ]
 
 every_keep = pytest.mark.parametrize("keep", KEEPS)
@@ -126,8 +129,19 @@ def test_every_artifact_is_there_and_chained_to_its_parent(keep, demo):
 def test_the_directory_holds_the_rows_too(demo):
     root, rows = demo
     folders = {TRAINED, *(f"keep-{keep}" for keep in KEEPS)}
-    assert leftovers(root) == {"demo.json", "exported", "statistics.safetensors", *folders}
+    assert leftovers(root) == {"bench.json", "demo.json", "exported", "report.html", "statistics.safetensors", *folders}
     assert [Row(**row) for row in json.loads((root / "demo.json").read_text())["rows"]] == rows
+
+
+def test_the_report_has_the_accuracy_and_the_latency_of_every_row(demo):
+    root, (_, *rows) = demo
+    page = (root / "report.html").read_text(encoding="utf-8")
+    costs = {(row.model, row.batch_size): row.median_ms for row in BenchReport.load(root / "bench.json").rows}
+    for folder, row in zip((*(f"keep-{keep}" for keep in KEEPS), TRAINED), rows, strict=True):
+        assert f"{folder}: {percent(row.accuracy)} with {row.experts} experts a layer" in page
+        latency = {str(size): costs[f"{folder}/optimized", size] for size in BATCHES}
+        assert latency == row.latency_ms
+        assert all(milliseconds(value) in page for value in latency.values())
 
 
 def test_one_expert_is_a_dense_graph_without_a_router(demo):

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
+from moe_spec.files import sha256_file
 from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
 from runtime.onnxruntime_backend import OnnxRuntimeRunner
@@ -78,7 +79,7 @@ def test_a_precision_may_be_chosen_to_judge_by(model, tmp_path):
         1,
         [
             "error: unknown precision 'fp16'",
-            "hint: known: bfloat16, float16, float32, float4e2m1, float8e4m3fn, int4, int8",
+            "hint: known: bfloat16, float16, float32, float4e2m1, float8e4m3fn, int4, int8, w8a8",
         ],
     )
 
@@ -140,7 +141,10 @@ def test_a_pruned_model_is_compared_with_its_parent_masked_by_the_plan_in_its_ma
     code, out, _ = invoke("verify", candidate, "--reference", exported, "-o", tmp_path / "parity.json")
     assert code == 0
     assert out.startswith("PASS: 8 examples of random feeds at the shapes 1x1, 2x7, 5x4, float32, 0 flips\n")
-    assert ParityReport.load(tmp_path / "parity.json").flips == 0
+    report = ParityReport.load(tmp_path / "parity.json")
+    assert report.flips == 0
+    known = tuple(sha256_file(model / "manifest.json") for model in (candidate, exported))
+    assert (report.candidate_sha256, report.reference_sha256) == known  # not those of what was made of them
 
 
 def test_a_pruned_model_fails_against_another_plan(pruned, tmp_path):
@@ -181,8 +185,10 @@ def test_a_full_router_is_compared_with_the_parent_whose_gates_are_0(zoo, tmp_pa
 
 def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):
     """Neither has an observed.onnx; batched_mm keeps its weights in a column."""
-    code, _, err = invoke("verify", zoo.exported("mixtral"), "--reference", zoo.batched_mm("mixtral"), "--json")
+    exported = zoo.exported("mixtral")
+    code, out, err = invoke("verify", exported, "--reference", zoo.batched_mm("mixtral"), "--json")
     assert (code, err) == (0, "")
+    assert json.loads(out)["candidate_sha256"] == sha256_file(exported / "manifest.json")
 
 
 def test_the_candidate_is_computed_on_the_provider_that_is_named(model, tmp_path):

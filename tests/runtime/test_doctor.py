@@ -18,8 +18,8 @@ from runtime.tensorrt.library import load_library
 EXTRAS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"][
     "optional-dependencies"
 ]
-NOT_FOR_USERS = {"all", "report", "test"}
-"""Extras that are others together, that bring nothing, and that only tests need."""
+NOT_FOR_USERS = {"all", "test"}
+"""Extras that are others together, and that only tests need."""
 
 TEXT = """
 <ir_version: 8, opset_import: ["": 17]>

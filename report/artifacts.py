@@ -1,0 +1,205 @@
+"""What lies in a run's directory: every artifact below it, and what could not be read."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from moe_spec.errors import UserError
+from moe_spec.files import sha256_file
+from moe_spec.identity import checkpoint_sha256
+from moe_spec.manifest import FILE_NAME, MODEL, Manifest
+from moe_spec.plan import PruningPlan
+from moe_spec.record import load_record
+from moe_spec.statistics import Statistics, holds_statistics
+from runtime.bench_report import BenchReport
+from runtime.report import ParityReport
+
+T = TypeVar("T")
+
+_LARGEST_JSON = 64 << 20
+"""Bytes; a plan for 60 layers of 384 experts has one million. Tokenizers are large, and none of ours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(Generic[T]):
+    """An artifact and where it is.
+
+    Attributes:
+        path: below the run's directory, with slashes; of a model, its directory.
+        sha256: of the file; of a model, of its manifest.json; of a checkpoint, its identity.
+        value: what it holds.
+    """
+
+    path: str
+    sha256: str
+    value: T
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """What finetuning.json says of a checkpoint.
+
+    Attributes:
+        method: name of the method.
+        model_sha256: identity of the checkpoint that was trained.
+        options: of the method.
+        recipe: optimizer and schedule.
+        plan: what it pruned, if it did.
+    """
+
+    method: str
+    model_sha256: str
+    options: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifacts:
+    """All of a run, each kind sorted by path.
+
+    Attributes:
+        name: of the directory.
+        models: exported, optimized, reference, engine and bundle directories, each manifest once.
+        plans: plan.json files.
+        statistics: of calibrations.
+        parities: what `verify` wrote.
+        benches: what `bench` wrote.
+        finetunings: finetuning.json files.
+        checkpoints: directories in transformers' layout; the value is their config.json's path.
+        damages: why files are not what a model's manifest says, by the model's path.
+        problems: artifacts that could not be read, and why.
+    """
+
+    name: str
+    models: tuple[Found[Manifest], ...] = ()
+    plans: tuple[Found[PruningPlan], ...] = ()
+    statistics: tuple[Found[Statistics], ...] = ()
+    parities: tuple[Found[ParityReport], ...] = ()
+    benches: tuple[Found[BenchReport], ...] = ()
+    finetunings: tuple[Found[Finetuning], ...] = ()
+    checkpoints: tuple[Found[str], ...] = ()
+    damages: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    problems: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def trained(self) -> Mapping[str, Finetuning]:
+        """What is known of the training of checkpoints, by their identity."""
+        records = {folder_of(record.path): record.value for record in self.finetunings}
+        return {found.sha256: records[found.path] for found in self.checkpoints if found.path in records}
+
+
+def folder_of(path: str) -> str:
+    """The folder of a file, as `Found.path` names it.
+
+    >>> folder_of("keep-2/plan.json"), folder_of("plan.json")
+    ('keep-2', '.')
+    """
+    return path.rpartition("/")[0] or "."
+
+
+def collect(directory: Path, name: str = "") -> Artifacts:
+    """Read every artifact below ``directory``, a run called ``name``; hidden folders and links are left alone.
+
+    Every file that a manifest lists is hashed: that takes as long as reading it.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    if not directory.is_dir():
+        found = "is a file" if directory.exists() else "does not exist"
+        raise UserError(
+            f"{directory} {found}, expected a directory with artifacts", hint="moe-edge demo -o demo-output"
+        )
+    finds: dict[str, list[Found[Any]]] = {kind: [] for kind in (*_LOADERS, _STATISTICS, _CHECKPOINT)}
+    problems = []
+    for path in _files(directory):
+        where = path.relative_to(directory).as_posix()
+        try:
+            kind = _kind_of(path)
+            if kind is not None:
+                finds[kind].append(_read(kind, path, directory))
+        except (UserError, OSError) as error:
+            problems.append((where, error.what if isinstance(error, UserError) else str(error)))
+    models = _once(finds["manifest"])
+    return Artifacts(
+        name=name or directory.resolve().name,
+        models=models,
+        plans=tuple(finds["plan"]),
+        statistics=tuple(finds[_STATISTICS]),
+        parities=tuple(finds["parity"]),
+        benches=tuple(finds["bench"]),
+        finetunings=tuple(finds["finetuning"]),
+        checkpoints=tuple(finds[_CHECKPOINT]),
+        damages=dict(_damages(directory, models)),
+        problems=tuple(problems),
+    )
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(root, name)
+            if not name.startswith(".") and not path.is_symlink():
+                yield path
+
+
+def _finetuning(path: Path) -> Finetuning:
+    record = load_record(path, "finetuning", 1, "make it again with `moe-edge finetune`")
+    return Finetuning(
+        method=record.take("method", str),
+        model_sha256=record.take("model_sha256", str),
+        options=record.take("options", dict),
+        recipe=record.take("recipe", dict),
+    )
+
+
+_LOADERS: Mapping[str, Callable[[Path], Any]] = {
+    "manifest": lambda path: Manifest.load(path.parent),
+    "plan": PruningPlan.load,
+    "parity": ParityReport.load,
+    "bench": BenchReport.load,
+    "finetuning": _finetuning,
+}
+"""By what stands at ``artifact`` in the file."""
+_STATISTICS, _CHECKPOINT = "statistics", "checkpoint"
+
+
+def _kind_of(path: Path) -> str | None:
+    """What ``path`` is; None for what is no artifact."""
+    if path.suffix == ".safetensors":
+        return _STATISTICS if holds_statistics(path) else None
+    if path.name == "config.json":
+        is_graph = (path.parent / MODEL).exists() or (path.parent / FILE_NAME).exists()
+        return None if is_graph or not any(path.parent.glob("*.safetensors")) else _CHECKPOINT
+    if path.suffix != ".json" or path.stat().st_size > _LARGEST_JSON:
+        return None
+    text = path.read_bytes()
+    return next((kind for kind in _LOADERS if f'"artifact": "{kind}"'.encode() in text), None)
+
+
+def _read(kind: str, path: Path, directory: Path) -> Found[Any]:
+    owner = path.parent if kind in ("manifest", _CHECKPOINT) else path
+    where = owner.relative_to(directory).as_posix()
+    if kind == _CHECKPOINT:
+        return Found(where, checkpoint_sha256(path.parent), path.name)
+    load = Statistics.load if kind == _STATISTICS else _LOADERS[kind]
+    return Found(where, sha256_file(path), load(path))
+
+
+def _once(models: list[Found[Manifest]]) -> tuple[Found[Manifest], ...]:
+    """Each manifest where it lies highest: a bundle has a copy of its model's."""
+    kept: dict[str, Found[Manifest]] = {}
+    for model in sorted(models, key=lambda model: (model.path.count("/"), model.path)):
+        kept.setdefault(model.sha256, model)
+    return tuple(sorted(kept.values(), key=lambda model: model.path))
+
+
+def _damages(directory: Path, models: tuple[Found[Manifest], ...]) -> Iterator[tuple[str, str]]:
+    for model in models:
+        try:
+            model.value.check_files(directory / model.path)
+        except (UserError, OSError) as error:
+            yield model.path, error.what if isinstance(error, UserError) else str(error)

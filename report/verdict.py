@@ -1,0 +1,145 @@
+"""May it ship? A rule that stands on the page, applied to what was measured."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from report.artifacts import Artifacts
+from report.variants import Accuracy, Variant
+from report.words import number, percent, plural, points, size
+
+SHIP, COSTS, PROVEN, FAILS, UNVERIFIED = "ship", "costs", "proven", "fails", "unverified"
+"""States of a verdict: a pruned variant may ship; all lose too much; what they lose is unknown; something is wrong;
+nothing was verified."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the page says first.
+
+    Attributes:
+        state: one of those above.
+        headline: in one sentence.
+        reasons: what it rests on, a sentence each.
+        rule: what had to hold.
+        baseline: accuracy of the unpruned model; None where it was not measured.
+        chosen: label of the variant that may ship, the smallest; else None.
+    """
+
+    state: str
+    headline: str
+    reasons: tuple[str, ...]
+    rule: str
+    baseline: Accuracy | None
+    chosen: str | None
+
+
+def judge(artifacts: Artifacts, variants: Sequence[Variant], max_loss: float) -> Verdict:
+    """The verdict on a run; a variant may ship if it is proven and loses at most ``max_loss`` of 1 in accuracy."""
+    baseline = baseline_of(variants)
+    rule = (
+        "A variant may ship if verify passed it, no file of it changed since, and it loses at most "
+        f"{_points(max_loss)} of the unpruned model's accuracy (--max-loss)."
+    )
+    fit = [variant for variant in variants if may_ship(artifacts, variant, baseline, max_loss)]
+    pruned = [variant for variant in fit if is_pruned(variant, variants)]
+    chosen = min(pruned, key=lambda variant: variant.file_bytes, default=None)
+    state, headline = _state(artifacts, variants, chosen, baseline, max_loss)
+    reasons = tuple(_reasons(artifacts, variants, chosen, baseline))
+    return Verdict(state, headline, reasons, rule, baseline, None if chosen is None else chosen.label)
+
+
+def _points(share: float) -> str:
+    return f"{number(100 * share)} point" + ("" if share == 0.01 else "s")
+
+
+def baseline_of(variants: Sequence[Variant]) -> Accuracy | None:
+    """Accuracy of the variant that has most experts, if none of its model is gone."""
+    whole = [variant for variant in variants if variant.accuracy is not None and not variant.drops]
+    most = max((variant.experts or 0.0 for variant in whole), default=0.0)
+    if any((variant.experts or 0.0) > most for variant in variants):
+        return None  # the larger one was not measured
+    return next((variant.accuracy for variant in whole if (variant.experts or 0.0) == most), None)
+
+
+def is_pruned(variant: Variant, variants: Sequence[Variant]) -> bool:
+    """Whether it has fewer experts than the largest of the run, or lost some."""
+    return variant.drops or (variant.experts or 0.0) < max(other.experts or 0.0 for other in variants)
+
+
+def may_ship(artifacts: Artifacts, variant: Variant, baseline: Accuracy | None, max_loss: float) -> bool:
+    """Whether the rule holds."""
+    if variant.parity is None or not variant.parity.passed or variant.model.path in artifacts.damages:
+        return False
+    accuracy = variant.accuracy
+    return accuracy is not None and baseline is not None and accuracy.value >= baseline.value - max_loss - 1e-9
+
+
+def _state(
+    artifacts: Artifacts,
+    variants: Sequence[Variant],
+    chosen: Variant | None,
+    baseline: Accuracy | None,
+    max_loss: float,
+) -> tuple[str, str]:
+    verified = [variant for variant in variants if variant.parity is not None]
+    failed = [variant for variant in verified if variant.parity is not None and not variant.parity.passed]
+    if artifacts.damages:
+        return FAILS, f"{plural(len(artifacts.damages), 'model')} changed after it was made"
+    if failed:
+        names = ", ".join(variant.label for variant in failed)
+        return FAILS, f"{names} does not compute what it should"
+    if not verified:
+        return UNVERIFIED, "Nothing was verified yet"
+    if chosen is not None:
+        return SHIP, f"{chosen.label} may ship"
+    if baseline is None or not any(is_pruned(variant, variants) for variant in verified if variant.accuracy):
+        return PROVEN, "Everything verified computes what it should; what pruning costs is not known"
+    return COSTS, f"Proven, but every pruned variant loses more than {_points(max_loss)}"
+
+
+def _reasons(
+    artifacts: Artifacts, variants: Sequence[Variant], chosen: Variant | None, baseline: Accuracy | None
+) -> Iterator[str]:
+    yield from (f"{path}: {reason}" for path, reason in sorted(artifacts.damages.items()))
+    verified = [variant for variant in variants if variant.parity is not None]
+    for variant in verified:
+        if variant.parity is not None and not variant.parity.passed:
+            yield f"{variant.label}: {'; '.join(variant.parity.reasons)}"
+    passed = sum(variant.parity is not None and variant.parity.passed for variant in verified)
+    if verified:
+        yield _how_many_passed(passed, len(verified))
+    unpruned = [variant for variant in variants if not is_pruned(variant, variants)]
+    whole = min((variant.file_bytes for variant in unpruned), default=None)
+    best = chosen or _closest(variants)
+    if best is not None and best.accuracy is not None and baseline is not None:
+        loss = points(best.accuracy.value - baseline.value)
+        share = "" if not whole else f", {percent(best.file_bytes / whole, 0)} of the unpruned graph"
+        name = "It" if chosen else f"The closest, {best.label},"
+        yield (
+            f"{name} answers {percent(best.accuracy.value)} of {best.accuracy.examples:,} examples right "
+            f"({loss} points) in {size(best.file_bytes)}{share}."
+        )
+    if verified and baseline is None:
+        yield (
+            "The accuracy of the unpruned model is not in this directory: moe-edge verify EXPORTED --reference "
+            "CHECKPOINT --data TEST.npz -o unpruned.json"
+        )
+    if not verified:
+        yield "moe-edge verify MODEL --reference EXPORTED --data TEST.npz -o parity.json"
+
+
+def _how_many_passed(passed: int, verified: int) -> str:
+    """In words.
+
+    >>> _how_many_passed(1, 1)
+    'The one verified variant computes what its reference computes.'
+    """
+    if passed == verified == 1:
+        return "The one verified variant computes what its reference computes."
+    count = "All" if passed == verified else f"{passed} of"
+    return f"{count} {plural(verified, 'verified variant')} compute what their references compute."
+
+
+def _closest(variants: Sequence[Variant]) -> Variant | None:
+    pruned = [variant for variant in variants if is_pruned(variant, variants) and variant.accuracy is not None]
+    return max(pruned, key=lambda variant: variant.accuracy.value if variant.accuracy else 0.0, default=None)
