@@ -12,7 +12,16 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from moe_spec.errors import UserError, VerificationError
 
@@ -32,6 +41,8 @@ SAID = logging.getLogger("moe_edge_said")
 SAID.propagate = False
 SAID.setLevel(logging.INFO)
 SAID.addHandler(logging.NullHandler())
+
+_WHAT = TextColumn("{task.description}", markup=False)  # square brackets of a path are no markup
 
 out = _Console(highlight=False)
 err = _Console(stderr=True, highlight=False)
@@ -118,19 +129,21 @@ def plain(text: str) -> str:
     return escape(text)
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on stderr that goes away when the work is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not (err.is_terminal and is_first())) as bar:
-        yield bar
+def progress() -> Progress:
+    """A bar on stderr with the time that is left; it goes away when the work is done."""
+    return _progress(_WHAT, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """``what`` on stderr while it goes on, for work whose end cannot be told."""
-    with err.status(what):
+    """``what`` on stderr and how long it has gone on, for work whose end cannot be told."""
+    with _progress(SpinnerColumn(), _WHAT, TimeElapsedColumn()) as bar:
+        bar.add_task(what, total=None)
         yield
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    return Progress(*columns, console=err, transient=True, disable=not (err.is_terminal and is_first()))
 
 
 def step(what: str) -> None:
