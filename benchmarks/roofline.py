@@ -1,0 +1,156 @@
+"""What bounds a step of a model on this machine: bytes that it must read, and products that it must compute.
+
+https://doi.org/10.1145/1498765.1498785: no step is quicker than its bytes over the bandwidth, nor than its
+floating-point operations over the peak. Both speeds are measured in turns with the models, by the same cores.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.claims.flops import Flops, count_flops
+from models.moe_layers import find_moe_layers
+from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Arrays, Feeds
+from pruning.finetuning.examples import Inputs
+from runtime.memory import Alone
+
+FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """Of the machine: bytes a second from memory, and floating-point operations a second."""
+
+    bandwidth: float
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A forward pass of a model with all its experts.
+
+    Attributes:
+        flops: of all of it, and of the experts.
+        dense_bytes: of the weights that every step reads, and of the cache.
+        expert_bytes: of one expert in every layer.
+        tokens: that are new.
+        experts: of a layer.
+        top_k: of them a token is given to.
+    """
+
+    flops: Flops
+    dense_bytes: int
+    expert_bytes: int
+    tokens: int
+    experts: int
+    top_k: int
+
+    def bound(self, kept: int, speeds: Speeds) -> "Bound":
+        """What it cannot be quicker than with ``kept`` experts a layer, if tokens spread over as many as they can."""
+        top_k = min(self.top_k, kept)
+        flops = self.flops.total - self.flops.experts * (1 - top_k / self.top_k)
+        read = self.dense_bytes + self.expert_bytes * min(kept, top_k * self.tokens)
+        return Bound(1e3 * read / speeds.bandwidth, 1e3 * flops / speeds.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Milliseconds that reading takes, and that computing takes; they may overlap.
+
+    >>> Bound(reading_ms=3.0, computing_ms=1.0).ms, Bound(reading_ms=3.0, computing_ms=1.0).by
+    (3.0, 'memory')
+    """
+
+    reading_ms: float
+    computing_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The longer of the two."""
+        return max(self.reading_ms, self.computing_ms)
+
+    @property
+    def by(self) -> str:
+        """What takes that long."""
+        return "memory" if self.reading_ms > self.computing_ms else "FLOPs"
+
+
+def step_of(model: PreTrainedModel, inputs: Inputs, tokens: int, cached: int) -> Step:
+    """What ``model`` does with ``inputs``, of which ``tokens`` are new; ``cached`` numbers are in its cache."""
+    layers = find_moe_layers(model)
+    experts = sum(parameter.numel() for layer in layers for parameter in layer.experts.parameters())
+    embeddings = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    looked_up = sum(module.weight.numel() for module in embeddings)  # of which some rows are read; heads have their own
+    dense = model.num_parameters() - experts - looked_up + cached
+    return Step(
+        flops=count_flops(model, inputs),
+        dense_bytes=dense * FLOAT_BYTES,
+        expert_bytes=experts // layers[0].num_experts * FLOAT_BYTES,
+        tokens=tokens,
+        experts=layers[0].num_experts,
+        top_k=layers[0].top_k,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Work whose size is known, as a `runtime.bench.Contestant` that takes and gives nothing.
+
+    Attributes:
+        name: of a function in `PROBES`.
+    """
+
+    name: str
+    directory: Path = Path()
+    file_bytes: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+    def open(self, threads: int) -> Self:  # noqa: ARG002 - it uses those that torch was given
+        """It is always open."""
+        return self
+
+    def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:  # noqa: ARG002 - it is no model
+        """Nothing is loaded."""
+        return Alone(0.0, None)
+
+    def run(self, _: Feeds, __: Sequence[str] | None = None) -> Arrays:
+        """Do the work."""
+        PROBES[self.name]()
+        return {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_ROWS, _SIDE = 1 << 14, 1 << 10
+_MATRIX, _VECTOR, _SQUARE = torch.ones(_ROWS, _SIDE), torch.ones(_SIDE), torch.ones(_SIDE, _SIDE)
+_COPY = torch.empty_like(_MATRIX)
+
+READ, COPY, MULTIPLY = "read 64 MiB", "copy 64 MiB", "multiply 1024 x 1024"
+PROBES: Mapping[str, Callable[[], object]] = {
+    READ: lambda: _MATRIX @ _VECTOR,
+    COPY: lambda: _COPY.copy_(_MATRIX),
+    MULTIPLY: lambda: _SQUARE @ _SQUARE,
+}
+"""A matrix times a vector, as decoding does it; a copy, which reads and writes; a product of square matrices."""
+
+
+def speeds_of(median_ms: Mapping[str, float]) -> Speeds:
+    """What the times of the probes say.
+
+    >>> speeds = speeds_of({READ: 4.0, COPY: 16.0, MULTIPLY: 20.0})
+    >>> f"{speeds.bandwidth / 1e9:.1f} GB/s, {speeds.peak / 1e9:.0f} GFLOP/s"
+    '16.8 GB/s, 107 GFLOP/s'
+    """
+    matrix = _MATRIX.numel() * FLOAT_BYTES
+    bandwidth = max(matrix / median_ms[READ], 2 * matrix / median_ms[COPY])
+    return Speeds(1e3 * bandwidth, 1e3 * 2 * _SIDE**3 / median_ms[MULTIPLY])
