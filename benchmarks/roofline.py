@@ -109,7 +109,6 @@ class Probe:
     directory: Path = Path()
     file_bytes: int = 0
     inputs: tuple[TensorSpec, ...] = ()
-    outputs: tuple[TensorSpec, ...] = ()
 
     def open(self, threads: int) -> Self:  # noqa: ARG002 - it uses those that torch was given
         """It is always open."""
@@ -119,7 +118,7 @@ class Probe:
         """Nothing is loaded."""
         return Alone(0.0, None)
 
-    def run(self, _: Feeds, __: Sequence[str] | None = None) -> Arrays:
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:  # noqa: ARG002 - it has neither
         """Do the work."""
         PROBES[self.name]()
         return {}

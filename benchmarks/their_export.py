@@ -71,19 +71,18 @@ class TheirSession:
 
     def __init__(self, directory: Path, like: Manifest, threads: int) -> None:
         self.inputs: tuple[TensorSpec, ...] = like.inputs
-        self.outputs: tuple[TensorSpec, ...] = like.outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         opened = functools.partial(ort.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"])
         self._graphs = {path.name: opened(path) for path in directory.glob("*.onnx")}
         self._first = next(graph for name, graph in self._graphs.items() if name != DECODE)
 
-    def run(self, feeds: Feeds, _: Sequence[str] | None = None) -> Arrays:
-        """All outputs, by transformers' names."""
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by transformers' names, those asked for or all."""
         has_past = any(name.startswith(PAST) and array.size for name, array in feeds.items())
         graph = self._graphs[DECODE] if has_past else self._first
         given = {value.name: feeds[_THEIRS.sub(rf"{PAST}\1.\2", value.name)] for value in graph.get_inputs()}
-        names = [value.name for value in graph.get_outputs()]
+        names = outputs or [value.name for value in graph.get_outputs()]
         return dict(zip(names, graph.run(names, given), strict=True))
 
     def __enter__(self) -> Self:

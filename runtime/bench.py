@@ -14,10 +14,9 @@ from moe_spec.dataset import Dataset
 from moe_spec.decoder import IDS, complete, has_cache
 from moe_spec.errors import UserError
 from moe_spec.runner import Feeds
-from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
-from runtime.memory import Alone, measure_alone
+from runtime.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 from runtime.providers import BY_DEFAULT, Execution
 
@@ -74,7 +73,7 @@ class Contestant(Protocol):
         """Of all that is run."""
         ...
 
-    def open(self, threads: int) -> Session:
+    def open(self, threads: int) -> Timed:
         """A session in this process.
 
         Raises:
@@ -106,7 +105,7 @@ class _OfFile:
     def file_bytes(self) -> int:
         return model_bytes(self.directory)
 
-    def open(self, threads: int) -> Session:
+    def open(self, threads: int) -> Timed:
         return open_session(self.directory, threads, self.execution)
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
@@ -175,13 +174,13 @@ class _Run:
     length: int
     past: int
 
-    def feeds(self, session: Session, data: Dataset | None) -> Feeds:
+    def feeds(self, session: Timed, data: Dataset | None) -> Feeds:
         """Of ``data``, which knows no cache, or random ones."""
         fed = None if self.phase == DECODE else data
         return _feeds(self.contestant, session, self.size, self.length, self.past, fed)
 
 
-def _phases(session: Session, length: int, past: int) -> tuple[tuple[str, int, int], ...]:
+def _phases(session: Timed, length: int, past: int) -> tuple[tuple[str, int, int], ...]:
     """Name, new tokens and tokens in the cache of each."""
     return ((PREFILL, length, 0), (DECODE, 1, past)) if has_cache(session.inputs) else (("", length, 0),)
 
@@ -208,12 +207,12 @@ def median_latencies(
 
 
 @contextlib.contextmanager
-def _opened(contestants: Sequence[Contestant], threads: int) -> Iterator[list[Session]]:
+def _opened(contestants: Sequence[Contestant], threads: int) -> Iterator[list[Timed]]:
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(contestant.open(threads)) for contestant in contestants]
 
 
-def _times(sessions: Sequence[Session], feeds: Sequence[Feeds], repeats: int, warmup: int) -> list[list[float]]:
+def _times(sessions: Sequence[Timed], feeds: Sequence[Feeds], repeats: int, warmup: int) -> list[list[float]]:
     """Milliseconds of every repeat of each session."""
     runs = {
         str(index): functools.partial(session.run, of_session)
@@ -230,7 +229,7 @@ def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: i
         )
 
 
-def _feeds(contestant: Contestant, session: Session, size: int, length: int, past: int, data: Dataset | None) -> Feeds:
+def _feeds(contestant: Contestant, session: Timed, size: int, length: int, past: int, data: Dataset | None) -> Feeds:
     for spec in session.inputs:
         if spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] != size:
             raise UserError(

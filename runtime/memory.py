@@ -8,17 +8,38 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from moe_spec.errors import UserError
-from runtime.backend import Session
+from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
 from runtime.feeds import RandomFeeds
 from runtime.providers import BY_DEFAULT, Execution
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Timed(Protocol):
+    """Of a session what is measured; leave the ``with`` block to free it."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        ...
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by name."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +88,7 @@ def measure_alone(
     return Alone(**json.loads(output))
 
 
-def measure_here(request: Mapping[str, Any], opened: Callable[[], Session], *, compiles: bool = False) -> str:
+def measure_here(request: Mapping[str, Any], opened: Callable[[], Timed], *, compiles: bool = False) -> str:
     """What a process that `measure_alone` started writes to stdout, `Alone` as JSON.
 
     Args:

@@ -7,10 +7,9 @@ import pytest
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
-from runtime.backend import Session
 from runtime.backends import open_session
 from runtime.bench import bench, median_latencies, time_in_turns
-from runtime.memory import Alone, measure_alone
+from runtime.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny
@@ -47,7 +46,7 @@ class Rival:
     name: str = "rival"
     file_bytes: int = 5
 
-    def open(self, threads: int) -> Session:
+    def open(self, threads: int) -> Timed:
         return open_session(self.directory, threads)
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
