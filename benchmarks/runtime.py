@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks.command import moe_edge, python
 from benchmarks.export import WRITE
 from benchmarks.markdown import table
+from benchmarks.node_times import products_of
 from benchmarks.roofline import PROBES, Probe, Speeds, Step, speeds_of, step_of
 from benchmarks.their_export import TheirExport, export_theirs
 from cli.against import SESSIONS, InTorch
@@ -36,6 +37,7 @@ from runtime.backends import open_session
 from runtime.bench import DECODE, PREFILL, BenchRow, Contestant, bench
 from runtime.feeds import RandomFeeds
 from runtime.machine import describe_machine
+from runtime.model_dir import model_file
 from runtime.pinning import pinned
 
 THREADS, REPEATS, QUICK_REPEATS, WARMUP = 1, 20, 2, 2
@@ -118,11 +120,17 @@ class Subject:
         moe_edge("optimize", exported, *planned, "--target", "onnxruntime-cpu", "-o", out)
 
     def _once(self, name: str, write: Callable[[Path], object]) -> Path:
-        path = self.models / name
-        if not path.exists():
-            print(f"making {path}", file=sys.stderr)
-            write(path)
-        return path
+        return once(self.models / name, write)
+
+
+def once(path: Path, write: Callable[[Path], object]) -> Path:
+    """``path``, which is written if it is not there; whole or not at all."""
+    if not path.exists():
+        print(f"making {path.name}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=path.parent) as staging:
+            write(Path(staging) / path.name)
+            (Path(staging) / path.name).rename(path)
+    return path
 
 
 def measure(subject: Subject, repeats: int) -> str:
@@ -144,10 +152,9 @@ def measure(subject: Subject, repeats: int) -> str:
     speeds = speeds_of({row.model: row.median_ms for row in named if row.model in PROBES})
     kept = {name: Manifest.load(path).blocks[0].experts for name, path in ours.items()}
     timed = [row for row in named if row.model not in PROBES]
-    texts = [
-        phase_table([row for row in timed if row.phase == phase], step, kept, speeds)
-        for phase, step in steps(load_model(subject.checkpoint)).items()
-    ]
+    texts = []
+    for phase, step in steps(load_model(subject.checkpoint)).items():
+        texts += [phase_table([row for row in timed if row.phase == phase], step, kept, speeds), _nodes(ours, phase)]
     notes = "\n".join(f"- {note}" for rival in in_torch.values() for note in rival.notes())
     return "\n\n".join([_speeds(speeds), *texts, costs(timed), notes.replace(f" {subject.checkpoint}", "")])
 
@@ -164,6 +171,14 @@ def check_same(export: Path, rival: TheirExport) -> None:
             _, error = error_between(mine.run(feeds)[LOGITS], theirs.run(feeds)[LOGITS])
             if error > MAX_ERROR:
                 raise RuntimeError(f"{rival.name} differs from {export} by {error:.1e}")
+
+
+def _nodes(ours: Mapping[str, Path], phase: str) -> str:
+    model = ours[PRUNED]
+    with open_session(model, THREADS) as session:
+        length, past = (1, LENGTH) if phase == DECODE else (LENGTH, 0)
+        feeds = RandomFeeds.of(session.inputs, model).draw(1, length, seed=0, past=past)
+    return f"By ONNX Runtime's profiler {products_of(model_file(model), feeds, THREADS)}."
 
 
 def steps(model: PreTrainedModel) -> dict[str, Step]:
@@ -238,10 +253,8 @@ def _speeds(speeds: Speeds) -> str:
 
 def decoder(models: Path, quick: bool) -> str:
     """A decoder with a cache."""
-    checkpoint = models / "checkpoint"
     sizes = QUICK if quick else DECODER
-    if not checkpoint.exists():
-        python(WRITE, json.dumps(sizes), checkpoint)
+    checkpoint = once(models / "checkpoint", lambda out: python(WRITE, json.dumps(sizes), out))
     count = sum(tensor.size for tensor in stored_tensors(checkpoint).values()) / 1e6
     return f"""## A decoder
 
@@ -271,7 +284,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="where models are kept from run to run")
     asked = parser.parse_args()
     torch.set_num_threads(THREADS)
-    command = " ".join(["python -m benchmarks.runtime", *sys.argv[1:]])
+    some = ["--parts", *asked.parts] if asked.parts != list(PARTS) else []
+    command = " ".join(["python -m benchmarks.runtime", *["--quick"] * asked.quick, *some])
     print(HEAD.format(command=command, machine=describe_machine()))
     with tempfile.TemporaryDirectory() as scratch:
         for part in asked.parts:

@@ -1,6 +1,9 @@
+import re
+
 import pytest
 
 from benchmarks.claims.flops import Flops
+from benchmarks.node_times import products_of
 from benchmarks.roofline import COPY, MULTIPLY, PROBES, READ, Probe, Speeds, Step, speeds_of
 from benchmarks.runtime import PARTS, costs, phase_table, steps
 from runtime.bench import DECODE, PREFILL, bench, row_of
@@ -62,3 +65,9 @@ def test_tables_compare_with_the_quickest_of_theirs():
     assert "| torch | 8.00 | 8.00 | 0.62 | 1.50 | memory | 19% |" in text.splitlines()
     assert "(batched_mm) 5.00 ms, 2.50 times as" in text
     assert costs(rows).splitlines()[-1] == "| torch | 4 | 3 | 2.0 |"
+
+
+def test_products_are_told_from_other_nodes(tmp_path):
+    model = tiny.write(tmp_path / "model") / "model.onnx"
+    said = products_of(model, {"x": tiny.examples(2)}, threads=1)
+    assert re.fullmatch(r"\d+% of the time in its \d+ nodes goes to the \d+ products of matrices", said)
