@@ -129,14 +129,14 @@ def optimize(
         hows = (precision.quantization, precision.rest_quantization if rest.quantized else None)
         work = Work(model, plan, layers, entries, *hows) if is_new else Work(model, plan, layers, (), None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
-        cast: Cast | None = None
-        if formats is not None:
-            cast = cast_directory(staging, entries, formats, runner if prove else None, out.parent)
-            inputs, outputs, entries, passes = cast.inputs, cast.outputs, cast.blocks, (*passes, cast.entry)
         rounded = None if activations is None else round_activations(staging, activations, runner)
         if rounded is not None:
             floats, pairs = measure(model.graph, staging), measure(load_graph(staging / MODEL), staging)
             passes = (*passes, pass_entry("round-activations", bool(rounded.ranges), floats, pairs))
+        cast: Cast | None = None
+        if formats is not None:
+            cast = cast_directory(staging, entries, formats, runner if prove else None, out.parent)
+            inputs, outputs, entries, passes = cast.inputs, cast.outputs, cast.blocks, (*passes, cast.entry)
         has_float4 = save_for_cpu(staging / OBSERVED, staging / OBSERVED_CPU)
         forced_inputs = save_forced(staging) if forced else {}
         experts_outputs = save_experts_observed(staging) if observe_experts else {}

@@ -9,10 +9,12 @@ import torch
 
 import graph_passes.casts.rewrite as rewrite
 from exporter.export import export
+from graph_passes.activations import Activations
 from graph_passes.describe import read_model
 from graph_passes.feeds import random_batches
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
+from models.vmoe.assets import fashion_mnist
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -20,6 +22,7 @@ from moe_spec.runner import error_between
 from runtime.sides import Side
 from tests.graph_passes.block_models import Spec
 from tests.graph_passes.readers.proofs import saved
+from tests.sample_models import SAMPLE_MODELS
 from tests.zoo import RUNNER
 
 FP16 = Precision("fp16", "fp16")
@@ -130,6 +133,20 @@ def test_experts_and_the_rest_are_asked_for_apart(zoo, tmp_path, asked, experts,
     of_experts = {value.dtype.name for name, value in constants.items() if "experts" in name}
     of_rest = {value.dtype.name for name, value in constants.items() if "attn" in name or "lm_head" in name}
     assert (of_experts, of_rest) == ({experts}, {rest})
+
+
+def test_int8_activations_are_rounded_before_the_rest_is_cast(zoo, tmp_path):
+    exported = SAMPLE_MODELS["pruned"].make(zoo)
+    activations = Activations.load("int8", fashion_mnist() / "calibration.npz", exported)
+    asked = Precision("int8", "fp16")
+    manifest = optimize(exported, tmp_path / "out", RUNNER, precision=asked, activations=activations, form="dense")
+    assert [entry.name for entry in manifest.passes[-2:]] == ["round-activations", "cast-floats"]
+    assert max(entry["max_rel"] for entry in manifest.details["casts"]["rewrite"]) <= 1e-6
+    model = onnx.load(tmp_path / "out" / MODEL)
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    constants = constants_of(tmp_path / "out")
+    assert scales
+    assert {constants[name].dtype.name for name in scales} <= {"float16", "float32"}
 
 
 def scaled(spec, folder, factor):
