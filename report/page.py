@@ -229,7 +229,10 @@ def _map(one: ExpertMap) -> Row:
         "experts": one.experts,
         "width": next((name for most, name in widths.items() if one.experts <= most), "large e512"),
         "names": ", ".join(_MEASURES[name] for name in one.has),
-        "layers": [{"name": layer.name, "cells": list(_cells(one, layer))} for layer in one.layers],
+        "layers": [
+            {"name": layer.name, "short": short_name, "cells": list(_cells(one, layer))}
+            for layer, short_name in zip(one.layers, words.distinct([layer.name for layer in one.layers]), strict=True)
+        ],
     }
 
 

@@ -206,8 +206,7 @@ def margin_plot(layers: Sequence[LayerParity], tolerance: float, label: str) -> 
     ]
     if not any(row["tokens"] for row in rows):
         return None
-    excused = [name for name, edge in zip(BINS[1:], MARGIN_EDGES, strict=True) if edge < tolerance]
-    last = excused[-1] if excused else BINS[0]
+    excused = [name for name, upper in zip(BINS, MARGIN_EDGES, strict=False) if upper <= tolerance]
     height = max(18 if len(layers) > 12 else 34, 8) * len(layers)
     spec = {
         "height": height,
@@ -250,7 +249,7 @@ def margin_plot(layers: Sequence[LayerParity], tolerance: float, label: str) -> 
                 },
             },
             {
-                "data": {"values": [{"margin": last}]},
+                "data": {"values": [{"margin": name} for name in excused[-1:]]},
                 "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 2, "color": "var(--ink)", **_SILENT},
                 "encoding": {
                     "x": {"field": "margin", "type": "ordinal", "sort": list(BINS), "bandPosition": 1},

@@ -87,7 +87,7 @@ def _state(
         return FAILS, f"{plural(len(artifacts.damages), 'model')} changed after it was made"
     if failed:
         names = ", ".join(variant.label for variant in failed)
-        return FAILS, f"{names} does not compute what it should"
+        return FAILS, f"{names} {'does not compute what it' if len(failed) == 1 else 'do not compute what they'} should"
     if not verified:
         return UNVERIFIED, "Nothing was verified yet"
     if chosen is not None:

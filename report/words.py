@@ -89,6 +89,21 @@ def short(sha256: str | None) -> str:
     return sha256[:12] if sha256 else NONE
 
 
+def distinct(names: Sequence[str], most: int = 13) -> list[str]:
+    """Dotted names that are too long for a column, without the parts that all begin or end with.
+
+    >>> distinct(["model.layers.0.mlp", "model.layers.1.mlp"]), distinct(["layers.0.mlp", "layers.1.mlp"])
+    (['0', '1'], ['layers.0.mlp', 'layers.1.mlp'])
+    """
+    if len(set(names)) < 2 or max(map(len, names)) <= most:
+        return list(names)
+    parts = [name.split(".") for name in names]
+    shortest = min(map(len, parts))
+    first = next((at for at in range(shortest) if len({part[at] for part in parts}) > 1), 0)
+    last = next((at for at in range(1, shortest + 1) if len({part[-at] for part in parts}) > 1), 1)
+    return [".".join(part[first : len(part) - last + 1]) or name for part, name in zip(parts, names, strict=True)]
+
+
 def plural(count: int, noun: str) -> str:
     """A count and what is counted.
 

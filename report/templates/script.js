@@ -10,7 +10,7 @@
     const names = table.dataset.names.split(", ");
     const [state, ...values] = cell.textContent.split("; ");
     const expert = table.tHead.rows[0].cells[cell.cellIndex].textContent;
-    const layer = cell.parentElement.cells[0].textContent;
+    const layer = cell.parentElement.cells[0].title;
     return [`${layer}, expert ${expert}: ${state}`, ...values.map((value, at) => `${names[at]}: ${value}`)].join("\n");
   };
   const textOf = (item) => (item.matches(CELL) ? cellText(item) : item.getAttribute("aria-label"));
