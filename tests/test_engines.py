@@ -2,38 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
 
 import pytest
 
 from graph_passes.optimize import optimize
 from graph_passes.precision import FORMATS, Precision
 from moe_spec.errors import UserError
-from runtime.targets import Target
-from tests.engines import ADA, AMPERE, BLACKWELL, FORMS, built
-from tests.sample_models import CACHED, SAMPLE_MODELS
+from tests.engines import ADA, AMPERE, CASES, FORMS, GPUS, MODELS, built
+from tests.sample_models import SAMPLE_MODELS
 from tests.zoo import RUNNER
 
 pytest.importorskip("tensorrt_rtx")
-
-MODELS = {**SAMPLE_MODELS, **CACHED}
-
-GPUS: Mapping[Precision, Sequence[Target]] = {
-    Precision(): (AMPERE, ADA, BLACKWELL),
-    Precision("fp16", "fp16"): (AMPERE, ADA, BLACKWELL),
-    Precision("int8"): (AMPERE, ADA, BLACKWELL),
-    Precision("int4", "fp16"): (AMPERE, ADA, BLACKWELL),
-    Precision("fp8", "fp16"): (ADA, BLACKWELL),
-    Precision("nvfp4", "fp16"): (BLACKWELL,),
-}
-"""Which of the three can compute with it."""
-
-COARSE_AND_FINE = [Precision(), Precision("int4", "fp16")]
-"""Enough for decoders that no sample makes: they differ in caches, not in experts."""
-
-CASES = [
-    (name, precision) for name, model in MODELS.items() for precision in (GPUS if model.sample else COARSE_AND_FINE)
-]
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES, ids=lambda value: getattr(value, "experts", value) or "fp32")
