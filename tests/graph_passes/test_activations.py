@@ -112,6 +112,18 @@ def test_a_result_is_read_again_as_it_stands_and_judged(tmp_path, source, writte
     assert (report.precision, report.forced) == ("w8a8", True)
 
 
+def test_scales_of_activations_are_halves_among_halves(tmp_path, source):
+    precision = Precision("int8", "fp16")
+    manifest = optimize(source, tmp_path / "out", RUNNER, form="dense", precision=precision, activations=MANY)
+    entry = next(entry for entry in manifest.passes if entry.name == "round-activations")
+    assert (entry.modified, entry.nodes_after - entry.nodes_before) == (True, 2)
+    graph = onnx.load(tmp_path / "out" / MODEL).graph
+    (rounds,) = (node for node in graph.node if node.op_type == "QuantizeLinear")
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert types[rounds.input[1]] == onnx.TensorProto.FLOAT16
+    onnx.checker.check_model(tmp_path / "out" / MODEL, full_check=True)
+
+
 def test_pruning_what_rounds_its_activations_is_refused(tmp_path, source, written):
     with pytest.raises(UserError) as error:
         optimize(written, tmp_path / "out", RUNNER, plan=plan(SPEC, THREE, onnx_sha256(source)))

@@ -152,3 +152,12 @@ def test_a_graph_whose_ops_change_cannot_be_of_a_newer_opset(tmp_path):
         "what dequantises the experts needs opset 21, the model is written for 17, and ReduceMax changed in between",
         "export the model again with --opset 21, or another exporter's option of that name",
     )
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted"])
+def test_experts_in_nvfp4_stand_among_halves(tmp_path, source, form):
+    """Since opset 23 what DequantizeLinear gives has a type of its own: networks are strongly typed."""
+    manifest = optimize(source, tmp_path / "out", RUNNER, form=form, precision=Precision("nvfp4", "fp16"))
+    assert manifest.details["casts"] is not None
+    onnx.checker.check_model(tmp_path / "out" / MODEL, full_check=True)
+    assert judge(tmp_path / "out", source, bisect=False).precision == "float4e2m1"
