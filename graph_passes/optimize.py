@@ -129,9 +129,11 @@ def optimize(
         hows = (precision.quantization, precision.rest_quantization if rest.quantized else None)
         work = Work(model, plan, layers, entries, *hows) if is_new else Work(model, plan, layers, (), None)
         proof = prove_result(work, staging, runner, out.parent) if prove else Proof()
-        rounded = None if activations is None else round_activations(staging, activations, runner)
-        if rounded is not None:
-            floats, pairs = measure(model.graph, staging), measure(load_graph(staging / MODEL), staging)
+        rounded: Rounded | None = None
+        if activations is not None:
+            floats = measure(load_graph(staging / MODEL), staging)  # the graph at hand is observed by now
+            rounded = round_activations(staging, activations, runner)
+            pairs = measure(load_graph(staging / MODEL), staging)
             passes = (*passes, pass_entry("round-activations", bool(rounded.ranges), floats, pairs))
         cast: Cast | None = None
         if formats is not None:
