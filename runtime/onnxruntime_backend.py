@@ -30,7 +30,11 @@ from runtime.onnxruntime_session import OnnxRuntimeSession
 from runtime.providers import BY_DEFAULT, Execution, find_provider
 from runtime.targets import ONNXRUNTIME, Target
 
-BFLOAT16 = "bfloat16"
+BFLOAT16, FLOAT4 = "bfloat16", "float4e2m1"
+_NO_FLOAT4 = (
+    "ONNX Runtime has no kernels for it: nvfp4 is for TensorRT, moe-edge build --target rtx-blackwell; here moe-edge "
+    "verify compares such a model, and observed.cpu.onnx beside it runs"
+)
 _NO_BFLOAT16 = (
     "ONNX Runtime has next to no kernels for it on a CPU: export for here with --dtype fp32; bfloat16 is for TensorRT, "
     "moe-edge optimize --no-prove and build --target rtx-ada"
@@ -138,7 +142,10 @@ def _session(path: Path, options: object, execution: Execution, where: str) -> O
     try:
         session = OnnxRuntimeSession(load(path, options, execution), where, execution)
     except UserError as error:
-        if is_not_implemented(error.__cause__) and BFLOAT16 in float_types(read_tensors(path)):
+        found = float_types(read_tensors(path)) if is_not_implemented(error.__cause__) else []
+        if FLOAT4 in found:
+            raise UserError(f"{error.what}; its weights are {FLOAT4}", hint=_NO_FLOAT4) from error
+        if BFLOAT16 in found:
             raise UserError(f"{error.what}; it computes in bfloat16", hint=_NO_BFLOAT16) from error
         raise
     for spec in (*session.inputs, *session.outputs):

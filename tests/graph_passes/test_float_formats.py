@@ -111,8 +111,12 @@ def test_a_table_gives_what_dequantize_linear_would(tmp_path, axis, size, dtype)
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     feeds = {"x": np.eye(32, dtype=helper.tensor_dtype_to_np_dtype(dtype))}
-    with pytest.raises(UserError, match=r"^.*model\.onnx cannot be loaded: "):
+    with pytest.raises(UserError, match=r"^.*model\.onnx cannot be loaded: .*; its weights are float4e2m1\n") as error:
         RUNNER.run(path, [feeds])
+    assert error.value.hint == (
+        "ONNX Runtime has no kernels for it: nvfp4 is for TensorRT, moe-edge build --target rtx-blackwell; here "
+        "moe-edge verify compares such a model, and observed.cpu.onnx beside it runs"
+    )
     wanted = NUMBERS[codes] * (np.repeat(scales, size, axis) if size else scales)
     np.testing.assert_array_equal(Float4Runner(RUNNER).run(path, [feeds])[0]["y"], wanted)
     with Float4Runner(RUNNER).open(path) as opened:
