@@ -19,8 +19,8 @@ from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.memory import Alone, measure_alone, measure_here
 from runtime.pinning import cores
 
-COMPILED = "torch.compile"
-SESSIONS: Mapping[str, type[TimedSession]] = {"torch": TimedSession, COMPILED: CompiledSession}
+EAGER, COMPILED = "torch", "torch.compile"
+SESSIONS: Mapping[str, type[TimedSession]] = {EAGER: TimedSession, COMPILED: CompiledSession}
 """By what `--against` takes."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"

@@ -94,9 +94,15 @@ class _Warnings(logging.Handler):
         warning(record.getMessage())
 
 
-def show_warnings() -> None:
-    """Show what our packages warn of, which they do by Python's logging."""
-    logging.getLogger("moe_edge").handlers = [_Warnings(logging.WARNING)]
+@contextmanager
+def showing_warnings() -> Iterator[None]:
+    """Within the block, show what our packages warn of, which they do by Python's logging."""
+    logger, shown = logging.getLogger("moe_edge"), _Warnings(logging.WARNING)
+    logger.addHandler(shown)
+    try:
+        yield
+    finally:
+        logger.removeHandler(shown)
 
 
 def is_first() -> bool:

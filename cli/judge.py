@@ -2,17 +2,16 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_spec.cut import ForcedModel
+from cli.sides import Opened, forced_model, graph_of, sides_of
 from moe_spec.dataset import Dataset
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
-from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest
+from moe_spec.manifest import FILE_NAME
 from moe_spec.plan import PruningPlan
-from runtime.backend import ENGINE
-from runtime.bench import bench
+from runtime.bench import BenchRow, bench
 from runtime.bisect import find_fault
 from runtime.cut_run import CutPair
 from runtime.providers import BY_DEFAULT, Execution
@@ -40,9 +39,8 @@ def judge(
     """Compare ``candidate`` with what it was made from, whoever exported the two.
 
     Args:
-        candidate: model or engine directory, or an .onnx file.
-        reference: model directory or .onnx file; or the checkpoint that the candidate was exported from, which torch
-            runs, as long as no expert is dropped.
+        candidate: model or engine directory, or an .onnx file; or a checkpoint, which torch runs.
+        reference: likewise. Where the candidate lacks experts, a graph, or the checkpoint that it was made from.
         plan: what was applied to the candidate; by default the plan in its manifest.
         data: task data; without it both see random feeds.
         tolerance: what is allowed; by default the row of ``tolerances`` for the coarser model's number format.
@@ -52,44 +50,38 @@ def judge(
         execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
         bisect: whether a candidate that fails is searched for the part that went wrong.
         greedy_tokens: so many tokens decoders write to be compared.
-        cost: whether both are timed, by turns, as the candidate is run, and their memory is measured; of a checkpoint
-            nothing is.
+        cost: whether both are timed, by turns, as the candidate is run, and their memory is measured; checkpoints are
+            run as transformers does by default.
 
     Raises:
         UserError: a model is missing or damaged, cannot be run here, or the two are not comparable.
     """
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as directory:
         scratch = Path(directory)
-        child = _observable(candidate, scratch / "candidate")
-        in_torch = is_checkpoint(reference)
-        parent = reference if in_torch else _reference(reference, candidate, plan, scratch / "reference")
+        child, parent = sides_of(candidate, reference, plan, scratch)
         report = verify(
             child,
-            _in_torch(reference, child, plan) if in_torch else parent,
+            parent,
             data,
             batch_size=batch_size,
             threads=threads,
             execution=execution,
             tolerance=tolerance,
             tolerances=tolerances,
-            forced=_forced(candidate, scratch / "forced"),
+            forced=forced_model(candidate, scratch / "forced"),
             greedy_tokens=greedy_tokens,
         )
-        if in_torch and not report.passed:
-            report = report.with_note("to find the part at fault, export the checkpoint and give that as --reference")
-        elif bisect and not report.passed:
-            report = _with_fault(report, candidate, parent, scratch / "cut", data, batch_size, threads, execution)
-    report = dataclasses.replace(
+        if bisect and not report.passed:
+            faulty = child if isinstance(child, Side) else candidate
+            report = _with_fault(report, faulty, parent, scratch, data, batch_size, threads, execution)
+        if cost:
+            both = (reference, parent), (candidate, child)
+            report = report.with_cost(_cost(both, batch_size, threads, execution, data))
+    return dataclasses.replace(
         report,
         candidate_sha256=_sha256(candidate, report.candidate_sha256),
         reference_sha256=_sha256(reference, report.reference_sha256),
     )
-    if not cost:
-        return report
-    if in_torch:
-        report = report.with_note("of a checkpoint neither latency nor memory is measured")
-    timed = [candidate] if in_torch else [reference, candidate]
-    return report.with_cost(bench(timed, [batch_size], threads=threads, execution=execution, data=data))
 
 
 def _sha256(model: Path, of_copy: str) -> str:
@@ -98,88 +90,33 @@ def _sha256(model: Path, of_copy: str) -> str:
     return sha256_file(manifest) if manifest.is_file() else of_copy
 
 
-def home(model: Path) -> Path:
-    """The directory of an .onnx file, or the model directory itself."""
-    return model if model.is_dir() else model.parent
+def _cost(
+    both: Sequence[tuple[Path, Opened]], batch_size: int, threads: int, execution: Execution, data: Dataset | None
+) -> list[BenchRow]:
+    """What each costs, in this order; a checkpoint is called as the other one is."""
+    graphs = [model for model, side in both if not isinstance(side, Side)]
+    checkpoints = [model for model, side in both if isinstance(side, Side)]
+    if not checkpoints:
+        return bench(graphs, [batch_size], threads=threads, execution=execution, data=data)
+    from cli.against import EAGER, InTorch
 
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is the directory of a checkpoint, rather than of a graph."""
-    return (path / "config.json").is_file() and not (path / MODEL).exists() and any(path.glob("*.safetensors"))
-
-
-def _in_torch(checkpoint: Path, candidate: Path, plan: PruningPlan | None) -> Side:
-    if not (candidate / FILE_NAME).is_file():
-        raise UserError(f"{candidate} is no model or engine directory", hint="check the path")
-    like = Manifest.load(candidate)
-    if plan is not None or like.plan is not None:
-        raise UserError(
-            f"{checkpoint} is a checkpoint, in which no plan is applied",
-            hint="export it whole, and give that as --reference: moe-edge export CHECKPOINT -o exported/",
-        )
-    from exporter.torch_session import open_checkpoint
-
-    session, manifest = open_checkpoint(checkpoint, like)
-    return Side(checkpoint, manifest, session, observed=True)
-
-
-def _is_engine(candidate: Path) -> bool:
-    return (candidate / FILE_NAME).is_file() and Manifest.load(candidate).kind == ENGINE
-
-
-def _observable(candidate: Path, scratch: Path) -> Path:
-    """``candidate`` where its routers can be seen or it is an engine; else its graph with the routers as outputs."""
-    is_known = (candidate / FILE_NAME).is_file()
-    if not candidate.exists() or _is_engine(candidate) or (is_known and (candidate / OBSERVED).is_file()):
-        return candidate
-    from graph_passes.mask import mask_model
-
-    mask_model(candidate, None, scratch)
-    return scratch
-
-
-def _reference(reference: Path, candidate: Path, plan: PruningPlan | None, scratch: Path) -> Path:
-    """``reference`` where its routers can be seen and no plan has to be applied to it; else a graph made from it."""
-
-    def plan_of(path: Path) -> PruningPlan | None:
-        directory = home(path)
-        return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
-
-    applied, own = plan_of(candidate) if plan is None else plan, plan_of(reference)
-    is_applied = own == applied and not (applied is not None and applied.shares_experts)  # gates are added up first
-    missing = None if is_applied else applied
-    if missing is None and (reference / OBSERVED).is_file():
-        return reference
-    from graph_passes.mask import mask_model
-
-    mask_model(reference, missing, scratch)
-    return scratch
-
-
-def _forced(candidate: Path, scratch: Path) -> ForcedModel | None:
-    """``candidate`` with its routing as inputs; None where there is no graph to change, or an op routes by itself."""
-    if not candidate.exists() or _is_engine(candidate):
-        return None
-    try:
-        from graph_passes.cut import save_forced_routing
-
-        model = save_forced_routing(candidate, scratch)
-    except (UserError, ModuleNotFoundError):
-        return None
-    return model if model.layers else None
+    like = next(side for _, side in both if not isinstance(side, Side))
+    rivals = [InTorch(EAGER, model, like) for model in checkpoints]
+    rows = bench(graphs, [batch_size], threads=threads, execution=execution, data=data, rivals=rivals)
+    return sorted(rows, key=lambda row: row.model == str(both[1][0]))  # the reference first; the sort is stable
 
 
 def _with_fault(
     report: ParityReport,
-    candidate: Path,
-    reference: Path,
+    candidate: Opened,
+    reference: Opened,
     scratch: Path,
     data: Dataset | None,
     batch_size: int,
     threads: int,
     execution: Execution,
 ) -> ParityReport:
-    """``report`` and the first part of ``candidate`` that went wrong, or a note of why none is named."""
+    """``report`` and the first part of the candidate that went wrong, or a note of why none is named."""
     try:
         from graph_passes.cut import save_cut, save_watched
     except ModuleNotFoundError as missing:
@@ -190,15 +127,19 @@ def _with_fault(
         return report.with_note(
             "an engine cannot be cut: verify the model that it was built from to find the part at fault"
         )
-    watched = save_watched(reference, scratch / "reference")
-    cut = save_cut(candidate, scratch / "candidate", {layer.name for layer in watched.layers})
+    try:
+        ours, theirs = (graph_of(side, scratch / "exported") for side in (reference, candidate))
+    except (UserError, VerificationError) as error:
+        return report.with_note(f"to find the part at fault a checkpoint is exported, and it is not: {error}")
+    watched = save_watched(ours, scratch / "cut" / "reference")
+    cut = save_cut(theirs, scratch / "cut" / "candidate", {layer.name for layer in watched.layers})
     names = [layer.name for layer in cut.layers]
     if not names:
         return report.with_note("no MoE layer could be cut out, so no part was looked at by itself")
-    pair = CutPair(watched, save_cut(reference, scratch / "reference", names), cut)
+    pair = CutPair(watched, save_cut(ours, scratch / "cut" / "reference", names), cut)
     fault = find_fault(
         pair,
-        reference,
+        ours,
         data,
         tolerance=report.tolerance,
         batch_size=batch_size,

@@ -86,8 +86,7 @@ def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -
 
     It exits with 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted, 141 nobody reads on.
     """
-    console.show_warnings()
-    with ending_logged():
+    with console.showing_warnings(), ending_logged():
         _run(list(sys.argv[1:] if arguments is None else arguments), verbs)
 
 

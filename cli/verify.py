@@ -1,7 +1,7 @@
 """Prove that a candidate computes what its reference computes; exit with 3 when it does not.
 
 Where a plan was applied to the candidate, its reference is the parent model with the dropped experts made unselectable;
-that graph is made on the fly. Without --data both see random feeds at three shapes.
+that graph is made on the fly. Checkpoints are run by torch. Without --data both see random feeds at three shapes.
 
 --provider says what ONNX Runtime computes the candidate on; the reference is computed on the CPU.
 
@@ -28,9 +28,9 @@ from moe_spec.errors import VerificationError
 
 
 def verify(
-    candidate: Annotated[Path, typer.Argument(help="Model or engine directory, or an .onnx file.")],
+    candidate: Annotated[Path, typer.Argument(help="Model or engine directory, .onnx file or checkpoint.")],
     reference: Annotated[
-        Path, typer.Option(help="What it was made from: a model directory, .onnx file or checkpoint.")
+        Path, typer.Option(help="What it was made from: model or engine directory, .onnx file or checkpoint.")
     ],
     plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
@@ -57,7 +57,8 @@ def verify(
     Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
     """
     from cli import parity
-    from cli.judge import home, judge
+    from cli.judge import judge
+    from cli.sides import home
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor

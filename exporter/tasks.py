@@ -1,7 +1,7 @@
 """What a model takes and gives, by task: example inputs to trace and to check with, and names of dynamic axes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,15 @@ def task_of(architecture: str, name: str | None = None) -> Task:
         f"{architecture} is made for {own}, not for {name}",
         hint=f"--task {own}, or --task {FEATURE_EXTRACTION} for what is below its head",
     )
+
+
+def task_like(outputs: Iterable[str]) -> str | None:
+    """The name of the task whose ``outputs`` these are, where it is not what the architecture is made for.
+
+    >>> task_like(["last_hidden_state"]), task_like(["logits"])
+    ('feature-extraction', None)
+    """
+    return FEATURE_EXTRACTION if _FEATURES in outputs else None
 
 
 def with_cache(task: Task, model: PreTrainedModel) -> Task:

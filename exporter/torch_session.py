@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exporter.tasks import FEATURE_EXTRACTION, Task, task_of, with_cache
+from exporter.tasks import Task, task_like, task_of, with_cache
 from exporter.trace import run_as_set, run_torch
 from models.checkpoints import load_model
 from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 from moe_spec.decoder import has_cache, step_in_memory
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import BlockEntry, Manifest, TensorSpec
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import Arrays, Feeds, Kept
 
 KIND = "checkpoint"
@@ -79,11 +81,19 @@ class ObservedTorchSession(TorchSession):
             return run_torch(self.model, self.task, feeds) | seen
 
 
-def open_checkpoint(directory: Path, like: Manifest) -> tuple[ObservedTorchSession, Manifest]:
+def open_checkpoint(
+    directory: Path, like: Manifest, plan: PruningPlan | None = None
+) -> tuple[ObservedTorchSession, Manifest]:
     """The checkpoint in ``directory`` in float32, called as the export of manifest ``like`` is, and a manifest of it.
 
+    Args:
+        directory: of the checkpoint.
+        like: tells its inputs and outputs.
+        plan: what it was pruned by, for the ids that its experts had before; None: ids are its own.
+
     Raises:
-        UserError: no checkpoint that can be loaded, or of a model in which experts choose their tokens.
+        UserError: no checkpoint that can be loaded, one that ``plan`` did not make, or of a model in which experts
+            choose their tokens.
     """
     model = load_model(directory)
     layers = find_moe_layers(model)
@@ -97,27 +107,37 @@ def open_checkpoint(directory: Path, like: Manifest) -> tuple[ObservedTorchSessi
         files=(),
         inputs=like.inputs,
         outputs=like.outputs,
-        blocks=tuple(_entry(layer) for layer in layers),
+        blocks=tuple(_entry(layer, _kept(layer, plan, directory)) for layer in layers),
+        plan=plan,
         details={"number_formats": ["float32"]},
     )
 
 
 def _task_like(model: PreTrainedModel, like: Manifest) -> Task:
     """What ``like`` is an export for: it may have a cache, and it may lack the head."""
-    names = {spec.name for spec in like.outputs}
-    task = task_of(type(model).__name__)
-    if not names >= set(task.outputs):
-        task = task_of(type(model).__name__, FEATURE_EXTRACTION)
+    task = task_of(type(model).__name__, task_like(spec.name for spec in like.outputs))
     return with_cache(task, model) if has_cache(like.inputs) else task
 
 
-def _entry(layer: MoELayer) -> BlockEntry:
+def _kept(layer: MoELayer, plan: PruningPlan | None, directory: Path) -> tuple[int, ...]:
+    """The ids that the experts of ``layer`` had before ``plan``."""
+    pruned = None if plan is None else plan.layer(layer.name)
+    keep = tuple(range(layer.num_experts)) if pruned is None else pruned.keep
+    if len(keep) != layer.num_experts:
+        raise UserError(
+            f"layer {layer.name} of {directory} has {layer.num_experts} experts, and the plan keeps {len(keep)}",
+            hint="give the plan that it was pruned by: --plan",
+        )
+    return keep
+
+
+def _entry(layer: MoELayer, keep: tuple[int, ...]) -> BlockEntry:
     gates, scores = _shown(layer)
     return BlockEntry(
         name=layer.name,
         experts=layer.num_experts,
         top_k=layer.top_k,
-        keep=tuple(range(layer.num_experts)),
+        keep=keep,
         router=layer.score,
         form=KIND,
         bytes=0,

@@ -15,6 +15,9 @@ from moe_spec.files import inside, new_file
 from moe_spec.means import Means, dump_means, load_means, means_path
 from moe_spec.record import Json, Record, load_record, save_record
 
+PLAN = "plan.json"
+"""The plan that a pruned checkpoint was made by, kept in its directory."""
+
 SCHEMA = 2
 _REMAKE = "make it again with `moe-edge plan`"
 

@@ -20,14 +20,11 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import ALIAS, NEW, PLAN, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
 from pruning.merging.stored import are_saved_as_stored, merged_tensors
 from pruning.stream import lie_by_layer, pruned_parameters, without_dropped
-
-PLAN = "plan.json"
-"""The plan that a pruned checkpoint was made by, kept in its directory."""
 
 _ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
 _MERGE_WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"

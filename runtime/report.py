@@ -115,15 +115,15 @@ class ParityReport:
         reasons: why not; empty when it passed.
         first_wrong_layer: the lowest layer that went wrong, when it failed: that of ``fault`` where one was found, else
             the lowest whose routing differs by more than rounding.
-        candidate_sha256: hash of the candidate's manifest.json.
-        reference_sha256: hash of the reference's manifest.json.
+        candidate_sha256: hash of the candidate's manifest.json; of a checkpoint, which has none, that of the model.
+        reference_sha256: likewise, of the reference.
         data: what was fed, in words.
         data_sha256: hash of the task data; None for random feeds.
         examples: fed.
         precision: the number format that the tolerance belongs to, or ``as given``.
         tolerance: what was allowed.
         forced: whether the candidate was also run with the reference's routing.
-        layers: in model order; None where the candidate is an engine, which shows no routers.
+        layers: in model order; None where one of the two is an engine, which shows no routers.
         outputs: in model order.
         accuracy: None without labels.
         greedy: how long decoders write the same; None for other models.

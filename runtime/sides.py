@@ -112,12 +112,9 @@ def check_comparable(reference: Side, candidate: Side) -> None:
     """Refuse to compare models that do not do the same thing.
 
     Raises:
-        UserError: the reference is an engine, inputs, outputs or layers differ, or the candidate has experts that the
-            reference lacks.
+        UserError: inputs, outputs or layers differ, or the candidate has experts that the reference lacks.
     """
     hint = "give the model that the candidate was made from as --reference"
-    if not reference.observed:
-        raise UserError(f"{reference.path} is an engine, which shows no routers, expected a model directory", hint=hint)
     mine, theirs = reference.manifest, candidate.manifest
     for what, ours, others in (
         ("inputs", _names(mine.inputs), _names(theirs.inputs)),

@@ -34,11 +34,11 @@ GREEDY_TOKENS = 16
 PROMPT_TOKENS = 8
 """Of prompts that are drawn at random."""
 
-_NO_ROUTERS = "the candidate is an engine, which shows no routers: no flips were looked for, all examples were compared"
+_NO_ROUTERS = "the {} is an engine, which shows no routers: no flips were looked for, all examples were compared"
 
 
 def verify(
-    candidate: Path,
+    candidate: Path | Side,
     reference: Path | Side,
     data: Dataset | None = None,
     *,
@@ -50,12 +50,11 @@ def verify(
     forced: ForcedModel | None = None,
     greedy_tokens: int = GREEDY_TOKENS,
 ) -> ParityReport:
-    """Compare two model directories, or an engine with a model directory.
+    """Compare two models, each a model or engine directory or whatever else runs, such as a checkpoint in torch.
 
     Args:
-        candidate: model or engine directory.
-        reference: model directory; of the parent model, with dropped experts unselectable where a plan was applied. Or
-            anything else that runs and shows its routers, such as a checkpoint in torch.
+        candidate: model or engine directory, or what is open already.
+        reference: likewise; of the parent model, with dropped experts unselectable where a plan was applied.
         data: task data; without it both see random feeds at three shapes, one of them a single token.
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
@@ -71,7 +70,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         mine = reference if isinstance(reference, Side) else Side.open(reference, threads)
-        theirs = Side.open(candidate, threads, execution)
+        theirs = candidate if isinstance(candidate, Side) else Side.open(candidate, threads, execution)
         stack.enter_context(mine.session)
         stack.enter_context(theirs.session)
         check_comparable(mine, theirs)
@@ -104,6 +103,8 @@ def _prompted(reference: Side, data: Dataset | None) -> Feeds:
 
 def _is_forced_throughout(reference: Side, candidate: Side, forced: ForcedModel) -> bool:
     """Whether nothing can flip in ``forced``, and the reference shows what its layers are to be told."""
+    if not reference.observed:
+        return False
     names = {layer.name for layer in forced.layers}
     shown = {block.name for block in reference.manifest.blocks if block.gates is not None}
     return names <= shown and names >= {block.name for block in candidate.manifest.blocks if block.gates is not None}
@@ -116,7 +117,10 @@ class _Comparison:
         self, reference: Side, candidate: Side, tolerance: Tolerance, routed: tuple[Session, ForcedModel] | None
     ) -> None:
         self._reference, self._candidate, self._tolerance, self._routed = reference, candidate, tolerance, routed
-        blocks = zip(reference.manifest.blocks, candidate.manifest.blocks, strict=True) if candidate.observed else ()
+        self._hidden = [
+            name for name, side in (("reference", reference), ("candidate", candidate)) if not side.observed
+        ]
+        blocks = () if self._hidden else zip(reference.manifest.blocks, candidate.manifest.blocks, strict=True)
         self._layers = [(mine, theirs, LayerTally(mine.name, tolerance)) for mine, theirs in blocks]
         self._outputs = [OutputTally(spec.name) for spec in reference.manifest.outputs]
         self._accuracy = AccuracyTally()
@@ -169,7 +173,7 @@ class _Comparison:
 
     def report(self, data: Dataset | None, precision: str) -> ParityReport:
         """The verdict on all batches."""
-        layers = tuple(tally.report() for _, _, tally in self._layers) if self._candidate.observed else None
+        layers = None if self._hidden else tuple(tally.report() for _, _, tally in self._layers)
         outputs = tuple(tally.report() for tally in self._outputs)
         accuracy = self._accuracy.report()
         is_forced = self._routed is not None
@@ -189,7 +193,7 @@ class _Comparison:
             layers=layers,
             outputs=outputs,
             accuracy=accuracy,
-            notes=() if self._candidate.observed else (_NO_ROUTERS,),
+            notes=tuple(_NO_ROUTERS.format(name) for name in self._hidden),
         )
 
 

@@ -16,9 +16,9 @@ from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.record import Json, save_record
-from pruning.apply import PLAN, apply_plan
+from pruning.apply import apply_plan
 from pruning.finetuning import seer
 from pruning.finetuning.examples import inputs, labelled
 from pruning.finetuning.full_router import check_full, silenced

@@ -164,7 +164,7 @@ def test_a_quantised_op_in_an_older_opset_is_refused_by_layer(tmp_path):
     with pytest.raises(UserError) as error:
         observed(spec_of("qmoe", "softmax_renormalised", opset=20), tmp_path)
     assert error.value.what == (
-        "weight experts.0.gate of layer layers.0.mlp is quantised to uint4, which DequantizeLinear must read in this "
+        "weight experts.0.gate of layer layers.0.mlp is quantised to int4, which DequantizeLinear must read in this "
         "type: opset 21 can, the graph has 20"
     )
     assert not (tmp_path / "out").exists()

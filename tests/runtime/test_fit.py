@@ -51,7 +51,11 @@ def test_every_target_has_a_row_and_says_why_it_does_not_take_a_model(tmp_path):
     (model / "manifest.json").write_text((model / "manifest.json").read_text().replace('"dense"', '"sorted"'))
     rows = targets(model)
     assert [row.target for row in rows] == [target.name for target in TARGETS]
-    assert [row.target for row in rows if not row.why_not] == ["onnxruntime-cpu", "onnxruntime-arm64"]
+    assert [row.target for row in rows if not row.why_not] == [
+        "onnxruntime-cpu",
+        "onnxruntime-arm64",
+        "onnxruntime-cuda",
+    ]
 
 
 def test_memory_is_judged_by_the_smallest_and_the_largest_device(model):

@@ -150,6 +150,16 @@ def test_an_engine_shows_no_routers_and_the_report_says_so(tmp_path):
     )
 
 
+def test_an_engine_may_be_the_reference_too(tmp_path):
+    model = tiny.write(tmp_path / "candidate")
+    build(model, find_target("onnxruntime-cpu"), BuildOptions(), tmp_path / "reference")
+    report = verify(model, tmp_path / "reference", threads=1)
+    assert (report.passed, report.layers, report.outputs[0].max_rel) == (True, None, 0)
+    assert report.notes == (
+        "the reference is an engine, which shows no routers: no flips were looked for, all examples were compared",
+    )
+
+
 @pytest.mark.skipif(compute_capability_here() is not None, reason="there is a GPU here")
 def test_a_tensorrt_engine_is_not_verified_without_its_gpu(tmp_path):
     pytest.importorskip("tensorrt_rtx")
@@ -228,8 +238,9 @@ def test_a_missing_or_damaged_side_is_named(tmp_path):
 
 def test_a_format_without_a_tolerance_is_refused():
     message = (
-        "there is no element tolerance for float8e4m3fn\n"
-        "hint: choose the format to judge by: --precision float32, float16, bfloat16, int8, int4"
+        "there is no element tolerance for float8e5m2\n"
+        "hint: choose the format to judge by: --precision float32, float16, bfloat16, int8, float8e4m3fn, w8a8, "
+        "float4e2m1, int4"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        coarsest(["float32", "float8e4m3fn"])
+        coarsest(["float32", "float8e5m2"])
