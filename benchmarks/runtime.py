@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -287,6 +288,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="where models are kept from run to run")
     asked = parser.parse_args()
     torch.set_num_threads(THREADS)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for processes of their own: this is not installed
     some = ["--parts", *asked.parts] if asked.parts != list(PARTS) else []
     command = " ".join(["python -m benchmarks.runtime", *["--quick"] * asked.quick, *some])
     print(HEAD.format(command=command, machine=describe_machine()))
