@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cli.options import Against
 from exporter.timed_session import CompiledSession, TimedSession, require_compiler
 from models.vmoe.assets import fashion_mnist
 from moe_spec.errors import UserError
@@ -19,8 +20,7 @@ from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.memory import Alone, measure_alone, measure_here
 from runtime.pinning import cores
 
-EAGER, COMPILED = "torch", "torch.compile"
-SESSIONS: Mapping[str, type[TimedSession]] = {EAGER: TimedSession, COMPILED: CompiledSession}
+SESSIONS: Mapping[str, type[TimedSession]] = {Against.EAGER: TimedSession, Against.COMPILED: CompiledSession}
 """By what `--against` takes."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -92,7 +92,7 @@ def in_torch(hows: Sequence[str], checkpoint: Path | None, models: Sequence[Path
             f"{like} knows the checkpoint that it was made from by its hash only",
             hint="say where that is: --checkpoint DIRECTORY",
         )
-    if COMPILED in hows:
+    if Against.COMPILED in hows:
         require_compiler()
     return [InTorch(how, checkpoint or fashion_mnist(), like) for how in dict.fromkeys(hows)]
 
@@ -107,7 +107,7 @@ def _main(request: Mapping[str, str]) -> str:
         opened = functools.partial(
             _open, request["how"], Path(request["model"]), Path(request["like"]), int(request["threads"])
         )
-        return measure_here(request, opened, compiles=request["how"] == COMPILED)
+        return measure_here(request, opened, compiles=request["how"] == Against.COMPILED)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Example: moe-edge bench optimized/ --against torch --against torch.compile --che
 """
 
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from cli import console
 from cli.options import (
+    Against,
     AsJson,
     Cache,
     CpuFallback,
@@ -39,13 +39,6 @@ if TYPE_CHECKING:
     from cli.against import InTorch
     from runtime.bench import BenchRow
     from runtime.bench_report import BenchReport
-
-
-class Against(StrEnum):
-    """How a checkpoint may run."""
-
-    EAGER = "torch"
-    COMPILED = "torch.compile"
 
 
 def bench(

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cli.options import Against
 from cli.sides import Opened, forced_model, graph_of, sides_of
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError, VerificationError
@@ -98,10 +99,10 @@ def _cost(
     checkpoints = [model for model, side in both if isinstance(side, Side)]
     if not checkpoints:
         return bench(graphs, [batch_size], threads=threads, execution=execution, data=data)
-    from cli.against import EAGER, InTorch
+    from cli.against import InTorch
 
     like = next(side for _, side in both if not isinstance(side, Side))
-    rivals = [InTorch(EAGER, model, like) for model in checkpoints]
+    rivals = [InTorch(Against.EAGER, model, like) for model in checkpoints]
     rows = bench(graphs, [batch_size], threads=threads, execution=execution, data=data, rivals=rivals)
     return sorted(rows, key=lambda row: row.model == str(both[1][0]))  # the reference first; the sort is stable
 

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,14 @@ import typer
 
 if TYPE_CHECKING:
     from runtime.providers import Execution
+
+
+class Against(StrEnum):
+    """How a checkpoint may run beside the models that are timed."""
+
+    EAGER = "torch"
+    COMPILED = "torch.compile"
+
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write; it must not exist yet.")]
 TrustRemoteCode = Annotated[

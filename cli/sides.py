@@ -6,8 +6,8 @@ from pathlib import Path
 from moe_spec.cut import ForcedModel
 from moe_spec.decoder import has_cache
 from moe_spec.errors import UserError
-from moe_spec.identity import checkpoint_sha256
-from moe_spec.manifest import FILE_NAME, MODEL, OBSERVED, Manifest
+from moe_spec.identity import checkpoint_sha256, is_checkpoint
+from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
 from moe_spec.plan import PLAN, PruningPlan
 from runtime.backend import ENGINE
 from runtime.sides import Side
@@ -19,11 +19,6 @@ Opened = Path | Side
 def home(model: Path) -> Path:
     """The directory of an .onnx file, or the model directory itself."""
     return model if model.is_dir() else model.parent
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is the directory of a checkpoint, rather than of a graph."""
-    return (path / "config.json").is_file() and not (path / MODEL).exists() and any(path.glob("*.safetensors"))
 
 
 def sides_of(candidate: Path, reference: Path, plan: PruningPlan | None, scratch: Path) -> tuple[Opened, Opened]:
@@ -95,12 +90,11 @@ def graph_of(side: Opened, scratch: Path) -> Path:
 
 def _applied(candidate: Path, reference: Path) -> PruningPlan | None:
     """What was applied to ``candidate`` and not to ``reference``, as far as it says."""
-    if not is_checkpoint(candidate):
-        return _plan_in(candidate)
-    known = home(reference) / FILE_NAME
-    if known.is_file() and Manifest.load(known.parent).source_sha256 == checkpoint_sha256(candidate):
-        return None  # the graph is an export of the pruned checkpoint
-    return _plan_in(candidate)
+    plan, known = _plan_in(candidate), home(reference) / FILE_NAME
+    if plan is None or not is_checkpoint(candidate) or not known.is_file():
+        return plan
+    is_export = Manifest.load(known.parent).source_sha256 == checkpoint_sha256(candidate)
+    return None if is_export else plan
 
 
 def _plan_in(model: Path) -> PruningPlan | None:

@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from graph_passes.model_file import model_path
+from graph_passes.rest import PRODUCTS
 from graph_passes.weights import Array
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
@@ -32,7 +33,6 @@ from moe_spec.manifest import MODEL, OBSERVED
 from moe_spec.runner import Runner, error_between
 
 LEVELS = 127
-PRODUCTS = ("MatMul", "Gemm")
 MOVES = frozenset({"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"})
 MOVES |= {"Unsqueeze"}
 """Ops that give values which they read."""

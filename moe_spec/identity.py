@@ -45,6 +45,11 @@ def checkpoint_weights(directory: Path) -> list[Path]:
     raise UserError(f"{directory} holds no *.safetensors", hint="give a checkpoint with safetensors weights")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is the directory of a checkpoint, by its looks, rather than of a graph."""
+    return (path / "config.json").is_file() and not (path / MODEL).exists() and any(path.glob("*.safetensors"))
+
+
 def is_onnx(path: Path) -> bool:
     """Whether ``path`` stands for an ONNX model, by its looks: an .onnx file or a directory with model.onnx."""
     return path.suffix == ".onnx" or (path / MODEL).is_file()

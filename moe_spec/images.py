@@ -40,9 +40,7 @@ class ImagePreprocessor:
             return None
         remake = "export the model again with its preprocessor_config.json"
         record = Record(parse_object(path, path.read_bytes(), remake), str(path), remake)
-        size = record.record("size")
-        if size is None:
-            raise record.fail("key 'size' is missing")
+        size = record.required("size")
         mean, std = record.items("image_mean", float), record.items("image_std", float)
         if len(mean) not in (1, 3) or len(std) != len(mean) or 0 in std:
             raise record.fail(f"image_mean {list(mean)} and image_std {list(std)} are not those of 1 or 3 channels")

@@ -60,6 +60,17 @@ class Record:
         value = self.take(key, dict, default=None)
         return None if value is None else self._child(value, key)
 
+    def required(self, key: str) -> "Record":
+        """The JSON object at ``key``.
+
+        Raises:
+            UserError: it is null, missing or something else.
+        """
+        found = self.record(key)
+        if found is None:
+            raise self.fail(f"key {key!r} is missing")
+        return found
+
     def _child(self, value: Any, key: str) -> "Record":
         if not isinstance(value, dict):
             raise self.fail(f"{key} holds {value!r}, expected an object")

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.identity import checkpoint_sha256
-from moe_spec.manifest import FILE_NAME, MODEL, Manifest
+from moe_spec.identity import checkpoint_sha256, is_checkpoint
+from moe_spec.manifest import FILE_NAME, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.record import load_record
 from moe_spec.statistics import Statistics, holds_statistics
@@ -46,7 +46,6 @@ class Finetuning:
         model_sha256: identity of the checkpoint that was trained.
         options: of the method.
         recipe: optimizer and schedule.
-        plan: what it pruned, if it did.
     """
 
     method: str
@@ -172,8 +171,7 @@ def _kind_of(path: Path) -> str | None:
     if path.suffix == ".safetensors":
         return _STATISTICS if holds_statistics(path) else None
     if path.name == "config.json":
-        is_graph = (path.parent / MODEL).exists() or (path.parent / FILE_NAME).exists()
-        return None if is_graph or not any(path.parent.glob("*.safetensors")) else _CHECKPOINT
+        return _CHECKPOINT if is_checkpoint(path.parent) and not (path.parent / FILE_NAME).exists() else None
     if path.suffix != ".json" or path.stat().st_size > _LARGEST_JSON:
         return None
     text = path.read_bytes()

@@ -60,9 +60,7 @@ class BenchReport:
             UserError: the file is missing, cut, another artifact, or of another schema.
         """
         record = load_record(path, "bench", SCHEMA, _REMAKE)
-        models = record.record("models")
-        if models is None:
-            raise record.fail("key 'models' is missing")
+        models = record.required("models")
         hashes = {name: models.take(name, str) for name in record.take("models", dict)}
         return cls(
             rows=tuple(row.row(BenchRow) for row in record.records("rows")),

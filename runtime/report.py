@@ -185,9 +185,7 @@ class ParityReport:
         """
         record = load_record(path, "parity", SCHEMA, _REMAKE)
         layers, accuracy = record.take("layers", list, default=None), record.record("accuracy")
-        tolerance, fault, greedy = (record.record(key) for key in ("tolerance", "fault", "greedy"))
-        if tolerance is None:
-            raise record.fail("key 'tolerance' is missing")
+        fault, greedy = (record.record(key) for key in ("fault", "greedy"))
         return cls(
             passed=record.take("passed", bool),
             reasons=record.items("reasons", str),
@@ -198,7 +196,7 @@ class ParityReport:
             data_sha256=record.take("data_sha256", str, default=None),
             examples=record.take("examples", int),
             precision=record.take("precision", str),
-            tolerance=tolerance.row(Tolerance),
+            tolerance=record.required("tolerance").row(Tolerance),
             forced=record.take("forced", bool),
             layers=None if layers is None else tuple(row.row(LayerParity) for row in record.records("layers")),
             outputs=tuple(row.row(OutputParity) for row in record.records("outputs")),

@@ -33,28 +33,30 @@ def test_a_model_is_built_for_every_gpu_that_has_its_precision(zoo, tmp_path, na
         assert layers[f"CONSTANT {FORMATS[precision.experts]}"] == weights
 
 
-def test_a_gpu_that_lacks_the_format_is_refused_before_the_build(zoo, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "targets", "reason"),
+    [
+        (
+            "nvfp4",
+            [ADA],
+            "model.onnx holds float4e2m1, rtx-ada takes bfloat16, float16, float32, float64, float8e4m3fn, int4, int8\n"
+            "hint: as it is, it can be built here for rtx-blackwell, dgx-spark; write one from the float model: "
+            "moe-edge optimize FLOAT_MODEL -o DIRECTORY --target rtx-ada --precision int8",
+        ),
+        (
+            "fp8",
+            [ADA, AMPERE],
+            "model.onnx holds float8e4m3fn, rtx-ampere takes bfloat16, float16, float32, float64, int4, int8\n"
+            "hint: as it is, it can be built here for onnxruntime-cpu, onnxruntime-arm64, rtx-ada, rtx-blackwell, "
+            "dgx-spark; write one from the float model: moe-edge optimize FLOAT_MODEL -o DIRECTORY --target rtx-ampere "
+            "--precision int8",
+        ),
+    ],
+)
+def test_a_gpu_that_lacks_the_format_is_refused_before_the_build(precision, targets, reason, zoo, tmp_path):
     model = tmp_path / "model"
-    optimize(zoo.exported("vmoe"), model, RUNNER, form="dense", precision=Precision("nvfp4"), prove=False)
-    message = (
-        f"{model} cannot be built for rtx-ada: model.onnx holds float4e2m1, rtx-ada takes bfloat16, float16, float32, "
-        "float64, float8e4m3fn, int4, int8\nhint: as it is, it can be built here for rtx-blackwell, dgx-spark; write "
-        "one from the float model: moe-edge optimize FLOAT_MODEL -o DIRECTORY --target rtx-ada --precision int8"
-    )
+    optimize(zoo.exported("vmoe"), model, RUNNER, form="dense", precision=Precision(precision), prove=False)
+    message = f"{model} cannot be built for rtx-ada: {reason}"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        built(model, [ADA])
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_so_is_one_engine_for_a_gpu_that_has_it_and_one_that_lacks_it(zoo, tmp_path):
-    model = tmp_path / "model"
-    optimize(zoo.exported("vmoe"), model, RUNNER, form="dense", precision=Precision("fp8"), prove=False)
-    message = (
-        f"{model} cannot be built for rtx-ada: model.onnx holds float8e4m3fn, rtx-ampere takes bfloat16, float16, "
-        "float32, float64, int4, int8\nhint: as it is, it can be built here for onnxruntime-cpu, onnxruntime-arm64, "
-        "rtx-ada, rtx-blackwell, dgx-spark; write one from the float model: moe-edge optimize FLOAT_MODEL -o DIRECTORY "
-        "--target rtx-ampere --precision int8"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        built(model, [ADA, AMPERE])
+        built(model, targets)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
