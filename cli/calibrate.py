@@ -20,17 +20,17 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli.options import AsJson, Output, TrustRemoteCode
 from cli.trust import warn_of_code
-from moe_spec.calibration import shards_of
 from moe_spec.errors import UserError
-from moe_spec.identity import is_onnx
-from moe_spec.statistics import Statistics
+
+if TYPE_CHECKING:
+    from moe_spec.statistics import Statistics
 
 
 def calibrate(
@@ -72,8 +72,10 @@ def calibrate(
 
 def _calibration_of(
     model: Path, dense: bool, device_map: str | None, max_memory: str | None, *, trust_remote_code: bool
-) -> Callable[..., Statistics]:
+) -> "Callable[..., Statistics]":
     """The function for this kind of model."""
+    from moe_spec.identity import is_onnx
+
     if not is_onnx(model):
         from pruning.calibrate import calibrate as of_checkpoint
 
@@ -106,6 +108,8 @@ def _calibration_of(
 @contextlib.contextmanager
 def _told_what_is_kept(output: Path) -> Iterator[None]:
     """Says at ctrl-C where the run would go on."""
+    from moe_spec.calibration import shards_of
+
     try:
         yield
     except KeyboardInterrupt:
@@ -114,7 +118,7 @@ def _told_what_is_kept(output: Path) -> Iterator[None]:
         raise
 
 
-def report(output: Path, statistics: Statistics, as_json: bool) -> None:
+def report(output: Path, statistics: "Statistics", as_json: bool) -> None:
     """What the new file ``output`` holds."""
     tokens = statistics.layers[0].token_count
     payload = {

@@ -55,7 +55,6 @@ from cli.options import AsJson, Output, TrustRemoteCode
 from cli.trust import warn_of_code
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
-from moe_spec.identity import is_onnx
 
 if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
@@ -248,6 +247,7 @@ def _on_data(
 
 def _layers_of(source: Path, *, trust_remote_code: bool) -> "ModelLayers":
     """The MoE layers of a checkpoint or an ONNX model."""
+    from moe_spec.identity import is_onnx
     from pruning.layers import LayerShape, ModelLayers, of_checkpoint
 
     if not is_onnx(source):

@@ -16,27 +16,3 @@ An *expert id* is always the id in the model at hand. ``keep`` lists ids of the 
 ``j`` of a pruned layer is expert ``keep[j]`` of its parent. A *router* is everything from the hidden state to ids and
 weights. *Experts* are the routed FFNs; a shared expert is no expert here, it is never pruned.
 """
-
-from moe_spec.dataset import Dataset
-from moe_spec.errors import UserError, VerificationError
-from moe_spec.feasibility import Groups
-from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, Merge, PruningPlan
-from moe_spec.runner import Arrays, Feeds, Runner
-from moe_spec.statistics import LayerStatistics, Statistics
-
-__all__ = [
-    "Arrays",
-    "Dataset",
-    "Feeds",
-    "Groups",
-    "LayerPlan",
-    "LayerStatistics",
-    "Manifest",
-    "Merge",
-    "PruningPlan",
-    "Runner",
-    "Statistics",
-    "UserError",
-    "VerificationError",
-]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.tasks.corpus import DOMAINS
 from benchmarks.tasks.sources import SMOLLM2, fetch
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.markdown import UntrueError, read_blocks, run_markdown
 
 FOLDER = Path(__file__).parents[1] / "samples"

@@ -13,7 +13,7 @@ from benchmarks.tasks.smollm import GENERAL, QUICK, Models, branch, mixture, tra
 from benchmarks.tasks.training import Phase
 from models.checkpoints import load_model, save_model
 from models.upcycle import mix
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.models.test_upcycle import llama
 
 SHORT = Phase(steps=2, batch_size=2, learning_rate=1e-2)

@@ -36,8 +36,8 @@ from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from models.vmoe.assets import fashion_mnist
 from models.vmoe.idx import FILES
-from moe_spec import UserError
 from moe_spec.dataset import Dataset, load_dataset
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
 from pruning.calibrate import calibrate

@@ -7,11 +7,10 @@ import pytest
 import safetensors.numpy
 
 from models.checkpoints import save_model
-from moe_spec import Statistics
 from moe_spec.calibration import Shards
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import MODEL
-from moe_spec.statistics import KEYS
+from moe_spec.statistics import KEYS, Statistics
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 from tests.models_table import TINY
 

@@ -3,8 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_spec import Statistics
-from moe_spec.statistics import merge
+from moe_spec.statistics import Statistics, merge
 from pruning.calibrate import calibrate
 from tests.cli.helpers import invoke, leftovers
 

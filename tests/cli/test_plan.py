@@ -7,9 +7,9 @@ import safetensors.numpy
 import moe_spec.record
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import LayerStatistics, PruningPlan, Statistics
 from moe_spec.identity import onnx_sha256
-from moe_spec.statistics import KEYS
+from moe_spec.plan import PruningPlan
+from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import Spec, save
 from tests.models_table import TINY, example_inputs

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageClassification
 
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import PruningPlan
 from moe_spec.manifest import Manifest
+from moe_spec.plan import PruningPlan
 from pruning.merging.mergers import MERGERS
 from tests.cli.helpers import invoke
 from tests.models_table import TINY, example_inputs

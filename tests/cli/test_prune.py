@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 import pruning.apply
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import PruningPlan
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.plan import PruningPlan
 from tests.cli.helpers import invoke, leftovers
 from tests.models_table import TINY
 from tests.oracle import plan_for

@@ -18,7 +18,7 @@ from exporter.trace import trace
 from exporter.weightless import weightless
 from models.checkpoints import load_empty, load_model
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.external_data import ALIGNMENT, INLINE_BYTES
 from moe_spec.files import sha256_file
 from moe_spec.manifest import MODEL

@@ -11,7 +11,7 @@ from exporter.export import export
 from exporter.preview import preview
 from exporter.widen import save_widened
 from models.checkpoints import load_model
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL, Manifest
 from tests.cli.helpers import leftovers
 from tests.zoo import RUNNER

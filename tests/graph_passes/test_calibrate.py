@@ -8,12 +8,12 @@ import pytest
 
 from graph_passes.calibrate import calibrate
 from graph_passes.optimize import optimize
-from moe_spec import Statistics, UserError, VerificationError
 from moe_spec.calibration import Shards, shards_of
+from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256, onnx_sha256
 from moe_spec.manifest import FILE_NAME
-from moe_spec.statistics import KEYS
+from moe_spec.statistics import KEYS, Statistics
 from pruning.calibrate import calibrate as calibrate_checkpoint
 from pruning.plan import PlanOptions, plan
 from runtime.onnxruntime_backend import OnnxRuntimeRunner

@@ -23,7 +23,7 @@ from models.moe_block import StackedExperts, TopKRouter
 from models.moe_layers import find_moe_layers
 from models.stored_names import parameter_names
 from models.stored_parameters import StoredParameters
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.stored_weights import StoredWeights
 from tests.families.configs import tiny
 from tests.models_table import EXPERTS, HIDDEN, TOP_K, WIDTH, example_inputs

@@ -8,7 +8,7 @@ import torch
 from models.checkpoints import load_model, load_skeleton, save_model
 from models.moe_layers import find_moe_layers
 from models.tensor_files import INDEX, read_tensors, write_tensors
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.models_table import TINY, example_inputs
 
 

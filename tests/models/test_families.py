@@ -5,7 +5,8 @@ import pytest
 
 from models.families import FAMILIES, GROUP_KEYS, family
 from models.moe_layers import find_moe_layers, set_top_k
-from moe_spec import Groups, UserError
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups
 from tests.families.configs import CONFIGS, tiny
 from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K
 

@@ -10,7 +10,7 @@ from models.checkpoints import load_empty, load_model, load_skeleton, own_code, 
 from models.moe_layers import find_moe_layers
 from models.own_code import copy_code
 from models.stored_parameters import StoredParameters
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_text
 from tests.models_table import TINY, example_inputs
 from tests.own_code import AUTO_MAP, FILES, MODELING, edit_config

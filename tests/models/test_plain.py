@@ -10,7 +10,7 @@ from torch import nn
 from models.moe_block import SparseMoe, StackedExperts, TopKRouter
 from models.moe_layers import find_moe_layers
 from models.plain import plain_model
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.plan import PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.apply import apply_plan

@@ -7,7 +7,7 @@ from models.checkpoints import load_model, save_model
 from models.spread import load_spread, parse_memory
 from models.stored_parameters import StoredParameters
 from models.tensor_files import StoredTensor, read_tensors, write_tensors
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.models_table import TINY, example_inputs
 
 

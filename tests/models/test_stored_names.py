@@ -5,7 +5,7 @@ import pytest
 from models.checkpoints import load_skeleton, save_model, stored_tensors
 from models.stored_names import is_cut, parameter_names
 from models.tensor_files import Span, StoredTensor
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.families.configs import tiny
 from tests.models_table import TINY
 

@@ -11,7 +11,7 @@ from models.checkpoints import load_model, save_model
 from models.moe_layers import tensors_by_expert
 from models.stored_parameters import StoredParameters
 from models.tensor_files import INDEX, WEIGHTS, read_tensors, write_tensors
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.families.configs import tiny
 from tests.models_table import EXPERTS, TINY
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from models.tensor_files import INDEX, Span, StoredTensor, read_tensors, write_tensors
-from moe_spec import UserError
+from moe_spec.errors import UserError
 
 TENSORS = {
     "w": torch.arange(24, dtype=torch.float32).reshape(4, 3, 2),

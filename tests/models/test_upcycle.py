@@ -12,7 +12,7 @@ from models.checkpoints import load_model, save_model
 from models.families import DENSE
 from models.moe_layers import find_moe_layers
 from models.upcycle import mix, upcycle
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from tests.models_table import DENSE_DECODER, HIDDEN, TINY, WIDTH
 
 SIZES: dict[str, Any] = {**DENSE_DECODER, "initializer_range": 0.2}

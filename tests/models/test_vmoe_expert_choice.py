@@ -11,7 +11,7 @@ from torch.nn import functional
 from models.moe_layers import find_moe_layers
 from models.vmoe.configuration import EXPERT_CHOICE, VMoeConfig
 from models.vmoe.modeling import VMoeForImageClassification
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.apply import apply_plan
 from tests.models_table import EXPERTS, HIDDEN, example_inputs, vmoe_expert_choice
 from tests.oracle import masked, plan_for

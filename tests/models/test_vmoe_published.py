@@ -15,7 +15,7 @@ from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from models.vmoe.convert import convert, main
 from models.vmoe.published import VERSION, read_arrays
-from moe_spec import UserError
+from moe_spec.errors import UserError
 
 B, S, PATCH, H, F, HEADS, E, K, CLASSES = 2, 8, 4, 8, 12, 2, 4, 2, 5
 SPARSE = (1, 2)

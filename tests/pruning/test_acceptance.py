@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning import acceptance as module
 from pruning.acceptance import Acceptance, acceptance
 from pruning.apply import apply_plan

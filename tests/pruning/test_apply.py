@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from models.checkpoints import load_model, save_model
 from models.families import family
 from models.moe_layers import find_moe_layers
-from moe_spec import Groups, LayerPlan, PruningPlan, UserError
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import FULL, REPLACE
+from moe_spec.plan import FULL, REPLACE, LayerPlan, PruningPlan
 from pruning.apply import apply_plan, prune
 from tests.models_table import TINY, auto_class, example_inputs
 from tests.oracle import masked, plan_for, with_any_means

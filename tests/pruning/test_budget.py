@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Groups, UserError
-from moe_spec.feasibility import Kernels
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups, Kernels
 from pruning.budget import SCOPES, RankedLayer, check_router, parse_keep
 
 

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from models.checkpoints import save_model
-from moe_spec import Dataset, Statistics, UserError
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.statistics import Statistics
 from pruning.calibrate import calibrate
 from tests.models_table import TINY
 from tests.pruning.test_collect import assert_same_sums

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.moe_layers import MoELayer, find_moe_layers
-from moe_spec import Statistics, UserError
-from moe_spec.statistics import KEYS, merge
+from moe_spec.errors import UserError
+from moe_spec.statistics import KEYS, Statistics, merge
 from pruning.collect import LayerSums, collect
 from pruning.observe import Run, Seen, observed
 from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, example_inputs

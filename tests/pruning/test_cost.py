@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.checkpoints import save_model, stored_tensors
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.apply import prune
 from pruning.budget import RankedLayer
 from pruning.cost import BYTES, MILLISECONDS, AtMost, Costs, Limit, by_latency, by_number, by_size

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Dataset, Statistics, UserError
-from moe_spec.statistics import KEYS
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
+from moe_spec.statistics import KEYS, Statistics
 from pruning.calibrate import calibrate
 from pruning.distributed import Team, team
 

@@ -8,9 +8,9 @@ import torch
 
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import LayerPlan, Merge, PruningPlan, UserError
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import MEAN, REPLACE
+from moe_spec.plan import MEAN, REPLACE, LayerPlan, Merge, PruningPlan
 from pruning.apply import apply_plan, prune
 from pruning.collect import collect
 from pruning.finetuning.mask import ExpertMask

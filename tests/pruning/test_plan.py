@@ -6,10 +6,11 @@ import pytest
 
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import LayerStatistics, PruningPlan, Statistics, UserError
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.statistics import KEYS
+from moe_spec.plan import PruningPlan
+from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from pruning.plan import PlanOptions, make_plan, plan
 from tests.models_table import TINY
 

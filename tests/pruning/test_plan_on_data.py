@@ -7,8 +7,9 @@ import torch
 
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import PruningPlan, UserError
+from moe_spec.errors import UserError
 from moe_spec.feasibility import Kernels
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.cost import AtMost, by_size

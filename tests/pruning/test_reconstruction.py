@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.moe_layers import find_moe_layers
-from moe_spec import LayerPlan, PruningPlan, UserError
+from moe_spec.errors import UserError
+from moe_spec.plan import LayerPlan, PruningPlan
 from pruning import reconstruction
 from pruning.apply import apply_plan
 from pruning.reconstruction import search, search_model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import pruning.stored_weights
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.stored_weights import StoredWeights
 from tests.models_table import TINY
 

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_spec import Dataset, LayerStatistics, UserError
 from moe_spec.calibration import Run, Shards, accumulate
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
+from moe_spec.statistics import LayerStatistics
 
 EXAMPLES = 11
 DATA = Dataset({"x": np.random.default_rng(0).standard_normal((EXAMPLES, 4))}, None, "data")

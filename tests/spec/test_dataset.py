@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import moe_spec.dataset
-from moe_spec import UserError
 from moe_spec.dataset import load_dataset
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.images import ImagePreprocessor
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Groups, UserError
-from moe_spec.feasibility import check_keep
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups, check_keep
 
 EXPERTS = 12
 NOBODY = -1

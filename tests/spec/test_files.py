@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.files import inside, new_directory, new_file, refuse_existing, require_file, sha256_file, sha256_text
 
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256, checkpoint_weights, onnx_sha256
 
 

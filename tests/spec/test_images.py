@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.images import ImagePreprocessor
 
 CONFIG = {"size": {"height": 4, "width": 6}, "image_mean": [0.5], "image_std": [1], "rescale_factor": 0.25}

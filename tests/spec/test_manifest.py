@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from moe_spec import LayerPlan, Manifest, PruningPlan, UserError
-from moe_spec.manifest import BlockEntry, PassEntry, TensorSpec, list_files
+from moe_spec.errors import UserError
+from moe_spec.manifest import BlockEntry, Manifest, PassEntry, TensorSpec, list_files
+from moe_spec.plan import LayerPlan, PruningPlan
 
 REMAKE = "make the directory again with the command that made it"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_spec import LayerPlan, PruningPlan, UserError
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.plan import FULL, REPLACE
+from moe_spec.plan import FULL, REPLACE, LayerPlan, PruningPlan
 
 REMAKE = "make it again with `moe-edge plan`"
 MEANS = np.array([[2, 4], [0.5, -1], [0, 0]], np.float32)

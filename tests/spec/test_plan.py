@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Groups, LayerPlan, Merge, PruningPlan, UserError
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups
+from moe_spec.plan import LayerPlan, Merge, PruningPlan
 
 REMAKE = "make it again with `moe-edge plan`"
 IMPOSSIBLE = "layer layers.0.mlp cannot route 8 experts in {} groups of which {} are selected"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from moe_spec.record import Record, dump, load_record, save_record
 
 REMAKE = "make it again"

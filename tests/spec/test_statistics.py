@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import Groups, LayerStatistics, Statistics, UserError
-from moe_spec.statistics import KEYS, merge
+from moe_spec.errors import UserError
+from moe_spec.feasibility import Groups
+from moe_spec.statistics import KEYS, LayerStatistics, Statistics, merge
 
 REMAKE = "make it again with `moe-edge calibrate`"
 

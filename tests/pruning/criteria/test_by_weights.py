@@ -8,7 +8,7 @@ import torch
 
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.criteria.by_weights import aimer, router_norm
 from tests.models_table import TINY
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_spec import LayerStatistics, UserError
-from moe_spec.statistics import KEYS
+from moe_spec.errors import UserError
+from moe_spec.statistics import KEYS, LayerStatistics
 from pruning.budget import SCOPES, RankedLayer
 from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, by_statistics
 from pruning.criteria.moments import SUMS, Moment

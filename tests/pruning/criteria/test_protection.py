@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_spec import LayerStatistics, UserError
+from moe_spec.errors import UserError
+from moe_spec.statistics import LayerStatistics
 from pruning.criteria.protection import super_experts
 
 

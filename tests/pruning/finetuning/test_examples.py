@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import MixtralModel
 
-from moe_spec import Dataset, UserError
+from moe_spec.dataset import Dataset
+from moe_spec.errors import UserError
 from pruning.finetuning.examples import is_language_model, labelled, next_tokens
 from tests.models_table import TINY
 

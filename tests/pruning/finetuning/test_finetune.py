@@ -17,11 +17,12 @@ from models.moe_layers import find_moe_layers
 from models.tensor_files import read_tensors
 from models.vmoe.assets import fashion_mnist
 from models.vmoe.evaluate import evaluate
-from moe_spec import PruningPlan, UserError
 from moe_spec.dataset import load_dataset
+from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL
+from moe_spec.plan import PruningPlan
 from pruning.apply import prune
 from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import RECORD, finetune

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.finetuning.options import METHODS, Plain, TaskSpecific, method, name_of
 from pruning.finetuning.recipe import RECIPES, Recipe, recipe
 

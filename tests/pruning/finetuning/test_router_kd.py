@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.apply import apply_plan
 from pruning.finetuning.router_kd import distil
 from tests.models_table import TINY

@@ -6,7 +6,7 @@ from transformers import trainer_callback
 
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.finetuning.objectives import mean_entropy
 from pruning.finetuning.options import Seer
 from pruning.finetuning.routing import watched

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from models.moe_layers import find_moe_layers
-from moe_spec import UserError
+from moe_spec.errors import UserError
 from pruning.apply import apply_plan
 from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.options import TaskSpecific

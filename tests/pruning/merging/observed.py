@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_spec import LayerStatistics
+from moe_spec.statistics import LayerStatistics
 
 
 def observed(logits_ET, outputs_ETH=None, tokens=None, saliency=None):
