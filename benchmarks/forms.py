@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.layer import Layer, save_onnx, torch_layer
-from graph_passes.block import MoEBlock
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import AS_IT_IS, Precision
+from graph_passes.record.block import MoEBlock
 from graph_passes.writers import WRITERS, choose_form, why_not
 from moe_spec.runner import error_between
 from runtime.backends import open_session

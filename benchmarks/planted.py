@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from graph_passes.block import MoEBlock
 from graph_passes.describe import read_model
+from graph_passes.graph.order import tidy
 from graph_passes.model_file import save_graph
-from graph_passes.order import tidy
+from graph_passes.record.block import MoEBlock
 from graph_passes.rewrite import Decision, carry_out
-from graph_passes.weights import Weight, from_array
+from graph_passes.weights.weight import Weight, from_array
 from moe_spec.companions import copy_companions
 from moe_spec.manifest import MODEL
 

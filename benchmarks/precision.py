@@ -23,17 +23,17 @@ from benchmarks.markdown import table
 from benchmarks.tasks import TASKS
 from cli.judge import judge
 from exporter.export import export
-from graph_passes.activations import Activations
 from graph_passes.calibrate import calibrate
-from graph_passes.measure import measure as measure_graph
+from graph_passes.graph.measure import measure as measure_graph
+from graph_passes.graph.walk import constants, source
 from graph_passes.model_file import load_graph, save_graph
 from graph_passes.optimize import optimize
 from graph_passes.precision import AS_IT_IS, Precision
+from graph_passes.quantization.activations import Activations
 from graph_passes.readers import read_blocks
 from graph_passes.readers.sites import projection_before
-from graph_passes.stored import LazyWeight, of_constant
-from graph_passes.walk import constants, source
-from graph_passes.weights import byte_count
+from graph_passes.weights.stored import LazyWeight, of_constant
+from graph_passes.weights.weight import byte_count
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor

@@ -25,7 +25,7 @@ from benchmarks.masked.block import Block
 from benchmarks.masked.constants import EXPERTS, HIDDEN, TOP_K
 from benchmarks.masked.routers import BEHIND, WHY
 from benchmarks.simplifier_tools import RUNNER, TOOLS, Tool
-from graph_passes.oracle import TOLERANCE
+from graph_passes.proof.compare import TOLERANCE
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from moe_spec.runner import Arrays, error_between

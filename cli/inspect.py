@@ -19,7 +19,7 @@ from moe_spec.errors import UserError
 from moe_spec.record import Json
 
 if TYPE_CHECKING:
-    from graph_passes.block import MoEBlock
+    from graph_passes.record.block import MoEBlock
 
 Description = tuple[str, Json]
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from exporter.export import export
-from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
+from graph_passes.proof.mask import mask_model
 from graph_passes.writers import WRITERS
 from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist

@@ -119,7 +119,7 @@ def _with_fault(
 ) -> ParityReport:
     """``report`` and the first part of the candidate that went wrong, or a note of why none is named."""
     try:
-        from graph_passes.cut import save_cut, save_watched
+        from graph_passes.variants.cut import save_cut, save_watched
     except ModuleNotFoundError as missing:
         return report.with_note(
             f"the part at fault is not known: cutting graphs needs {missing.name}, moe-edge[optimize]"

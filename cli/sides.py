@@ -58,7 +58,7 @@ def forced_model(candidate: Path, scratch: Path) -> ForcedModel | None:
     if not candidate.exists() or is_checkpoint(candidate) or _is_engine(candidate):
         return None
     try:
-        from graph_passes.cut import save_forced_routing
+        from graph_passes.variants.cut import save_forced_routing
 
         model = save_forced_routing(candidate, scratch)
     except (UserError, ModuleNotFoundError):
@@ -124,7 +124,7 @@ def _observable(candidate: Path, scratch: Path) -> Path:
     is_known = (candidate / FILE_NAME).is_file()
     if not candidate.exists() or _is_engine(candidate) or (is_known and (candidate / OBSERVED).is_file()):
         return candidate
-    from graph_passes.mask import mask_model
+    from graph_passes.proof.mask import mask_model
 
     mask_model(candidate, None, scratch)
     return scratch
@@ -143,7 +143,7 @@ def _masked(reference: Path, applied: PruningPlan | None, scratch: Path) -> Path
         return reference
     if missing is None and (reference / OBSERVED).is_file():
         return reference
-    from graph_passes.mask import mask_model
+    from graph_passes.proof.mask import mask_model
 
     mask_model(reference, missing, scratch)
     return scratch

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from graph_passes.describe import Model, io_of, read_model
 from graph_passes.expert_sums import Seen, layer_statistics
-from graph_passes.float4 import Float4Runner
 from graph_passes.model_file import link_weights, save_variant
-from graph_passes.observe_experts import EXPERTS, save_experts_observed
-from graph_passes.proof import prove_variant
-from graph_passes.runnable import check_runnable
+from graph_passes.proof.prove import prove_variant
+from graph_passes.proof.runnable import check_runnable
 from graph_passes.task_data import check_batches, fit_data
+from graph_passes.variants.float4 import Float4Runner
+from graph_passes.variants.observe_experts import EXPERTS, save_experts_observed
 from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import MASK, Dataset, load_dataset
 from moe_spec.errors import UserError

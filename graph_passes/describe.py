@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock, Unrecognised
 from graph_passes.model_file import load_model, model_path
 from graph_passes.readers import read_blocks
+from graph_passes.record.block import MoEBlock, Unrecognised
 from graph_passes.unreachable import Findings, find_unreachable
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file

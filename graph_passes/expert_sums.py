@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from graph_passes.block import ON_OUTPUT, MoEBlock
+from graph_passes.record.block import ON_OUTPUT, MoEBlock
 from moe_spec.statistics import LayerStatistics
 
 Floats = npt.NDArray[np.float64]
 
 
 class Seen(NamedTuple):
-    """The four outputs of a layer, as `graph_passes.observe_experts` orders them.
+    """The four outputs of a layer, as `graph_passes.variants.observe_experts` orders them.
 
     Attributes:
         logits_TE: of the router, biases included.

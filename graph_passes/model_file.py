@@ -11,12 +11,12 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from graph_passes.checks import check_file
-from graph_passes.data_file import DataFile, external
-from graph_passes.protos import every_graph
+from graph_passes.graph.checks import check_file
+from graph_passes.graph.protos import every_graph
+from graph_passes.graph.walk import constants, every_node
 from graph_passes.simplify import Simplified, simplify
-from graph_passes.stored import ExternalValues, LazyWeight, external_info, of_constant, place_in
-from graph_passes.walk import constants, every_node
+from graph_passes.weights.data_file import DataFile, external
+from graph_passes.weights.stored import ExternalValues, LazyWeight, external_info, of_constant, place_in
 from moe_spec.errors import UserError
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import inside, require_file

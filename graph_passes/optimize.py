@@ -8,30 +8,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from graph_passes.activations import Activations, Rounded, round_activations
-from graph_passes.block import MoEBlock
 from graph_passes.casts import is_float32
 from graph_passes.casts.assign import NO_BFLOAT16, Formats
 from graph_passes.casts.stage import Cast, cast_directory
+from graph_passes.choice_readers import check_choice_is_unread
 from graph_passes.describe import Model, entry_of, io_of, read_model, tool_versions
-from graph_passes.emitter import Emitter, Names
-from graph_passes.float4 import NOT_RUN, Float4Runner, save_for_cpu
-from graph_passes.force import save_forced
-from graph_passes.measure import Size, measure, pass_entry
+from graph_passes.graph.emitter import Emitter, Names
+from graph_passes.graph.measure import Size, measure, pass_entry
+from graph_passes.graph.order import sort_nodes, tidy
+from graph_passes.graph.qdq import rounds
 from graph_passes.model_file import copy_weights, load_graph, save_graph, save_variant
-from graph_passes.observe import is_observable, observe_routing, routing_of
-from graph_passes.observe_experts import EXPERTS, save_experts_observed
-from graph_passes.order import sort_nodes, tidy
-from graph_passes.other_readers import check_choice_is_unread
-from graph_passes.pairs import rounds
 from graph_passes.precision import AS_IT_IS, Precision
-from graph_passes.proof import Proof, Work, prove_variant
-from graph_passes.proof import prove as prove_result
-from graph_passes.prune import match_layers
-from graph_passes.rest import Rest, check_routers_known, nodes_of, quantize_rest, to_details
+from graph_passes.proof.prove import Proof, Work, prove_variant
+from graph_passes.proof.prove import prove as prove_result
+from graph_passes.quantization.activations import Activations, Rounded, round_activations
+from graph_passes.quantization.rest import Rest, check_routers_known, nodes_of, quantize_rest, to_details
+from graph_passes.record.block import MoEBlock
+from graph_passes.record.prune import match_layers
 from graph_passes.rewrite import Decision, Written, carry_out, decide
 from graph_passes.task_data import check_batches, fit_data
 from graph_passes.unreachable import Findings
+from graph_passes.variants.float4 import NOT_RUN, Float4Runner, save_for_cpu
+from graph_passes.variants.force import save_forced
+from graph_passes.variants.observe import is_observable, observe_routing, routing_of
+from graph_passes.variants.observe_experts import EXPERTS, save_experts_observed
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
@@ -84,9 +84,9 @@ def optimize(
         accepted_precisions: the formats that the target takes; None: no target in view.
         activations: data that tell how what int8 weights multiply is rounded to int8 too; None: it stays float.
         any_model: take a plan that was made for another file of the same model, such as its checkpoint.
-        forced: write forced.onnx too, whose routing is an input (`graph_passes.force`).
+        forced: write forced.onnx too, whose routing is an input (`graph_passes.variants.force`).
         observe_experts: write experts.onnx too, which gives logits, ids, weights and norms of what experts give
-            (`graph_passes.observe_experts`).
+            (`graph_passes.variants.observe_experts`).
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
         on_progress: called with a step, and how much of it is done.

@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401  (numpy learns "bfloat16" by name)
 import numpy as np
 
 from graph_passes.casts.assign import WIDE, Formats
-from graph_passes.quantize import BLOCK_SIZES, IN_BLOCKS, NUMBERS, Quantization
+from graph_passes.quantization.quantize import BLOCK_SIZES, IN_BLOCKS, NUMBERS, Quantization
 from moe_spec.errors import UserError, did_you_mean
 
 FORMATS: Mapping[str, str] = {

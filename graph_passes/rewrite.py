@@ -10,14 +10,14 @@ from typing import TypeVar
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
-from graph_passes.dequantize import BLOCKED_SINCE, SINCE
-from graph_passes.emitter import Emitter, Names
-from graph_passes.opset import raise_opset
-from graph_passes.prune import prune_block
-from graph_passes.quantize import Quantization, is_quantized, quantized
-from graph_passes.quantize import why_not as why_not_quantized
-from graph_passes.walk import replace_uses
+from graph_passes.graph.dequantize import BLOCKED_SINCE, SINCE
+from graph_passes.graph.emitter import Emitter, Names
+from graph_passes.graph.opset import raise_opset
+from graph_passes.graph.walk import replace_uses
+from graph_passes.quantization.quantize import Quantization, is_quantized, quantized
+from graph_passes.quantization.quantize import why_not as why_not_quantized
+from graph_passes.record.block import MoEBlock
+from graph_passes.record.prune import prune_block
 from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why_not, write
 from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError

@@ -1,4 +1,4 @@
-"""A model cut at its MoE layers, or whose routing is an input: what `graph_passes.cut` writes and `verify` runs."""
+"""A model cut at its MoE layers, or whose routing is an input: `graph_passes.variants` writes it, `verify` runs it."""
 
 import dataclasses
 from pathlib import Path

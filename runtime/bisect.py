@@ -54,7 +54,7 @@ def find_fault(
     """The first part that differs by more than ``tolerance`` in any batch; None where none does.
 
     Args:
-        pair: reference and candidate, as `graph_passes.cut` writes them.
+        pair: reference and candidate, as `graph_passes.variants.cut` writes them.
         directory: of the reference, whose config.json may tell the size of the vocabulary.
         data: as for ``verify``; without it random feeds.
         tolerance: what is allowed of each part.

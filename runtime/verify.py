@@ -61,8 +61,8 @@ def verify(
         execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
         tolerance: what is allowed; by default what ``tolerances`` says of the coarser model's number format.
         tolerances: by number format (`load_tolerances`).
-        forced: the candidate with its routing as inputs, as `graph_passes.cut` writes it; it is run with the choices of
-            the reference's routers, so that all elements can be compared, and nothing flips.
+        forced: the candidate with its routing as inputs, as `graph_passes.variants.cut` writes it; it is run with the
+            choices of the reference's routers, so that all elements can be compared, and nothing flips.
         greedy_tokens: so many tokens decoders with a cache write to be compared; 0: none.
 
     Raises:

@@ -12,9 +12,9 @@ import onnx_graphsurgeon as gs
 from graph_passes.casts.assign import Assignment, Formats
 from graph_passes.casts.regions import find_regions
 from graph_passes.casts.rewrite import insert_casts
+from graph_passes.graph.walk import constants
 from graph_passes.model_file import load_graph
-from graph_passes.retype import WIDENED, declared
-from graph_passes.walk import constants
+from graph_passes.proof.retype import WIDENED, declared
 
 
 def is_float32(graph: gs.Graph) -> bool:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import place_of
 from graph_passes.casts.dtypes import FLOAT, STANDARD, Types, formal, infer_types, schema_of
 from graph_passes.casts.kinds import (
     CONTRIB,
@@ -26,8 +25,9 @@ from graph_passes.casts.kinds import (
     product,
 )
 from graph_passes.casts.regions import Regions
-from graph_passes.retype import BFLOAT16
-from graph_passes.stored import of_constant
+from graph_passes.proof.retype import BFLOAT16
+from graph_passes.record.block import place_of
+from graph_passes.weights.stored import of_constant
 from moe_spec.decoder import PAST
 from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN

@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import place_of
 from graph_passes.casts.dtypes import infer_types
 from graph_passes.casts.kinds import MOVERS
-from graph_passes.emitter import Emitter, Names
+from graph_passes.graph.emitter import Emitter, Names
+from graph_passes.graph.order import sort_nodes
+from graph_passes.graph.walk import replace_reads
 from graph_passes.model_file import load_graph, save_variant
-from graph_passes.order import sort_nodes
-from graph_passes.walk import replace_reads
+from graph_passes.record.block import place_of
 from moe_spec.errors import VerificationError
 from moe_spec.manifest import MODEL
 from moe_spec.runner import Arrays, Feeds, Runner

@@ -19,15 +19,15 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.casts.assign import Format, Formats
 from graph_passes.casts.emulate import Largest, run_emulated
-from graph_passes.choices import ChoiceEntry, Watched, compare_choice
-from graph_passes.feeds import batches_for, random_feeds
+from graph_passes.graph.walk import constants
 from graph_passes.model_file import load_graph, save_graph
-from graph_passes.oracle import OracleEntry, check
+from graph_passes.proof.choices import ChoiceEntry, Watched, compare_choice
+from graph_passes.proof.compare import OracleEntry, check
+from graph_passes.proof.feeds import batches_for, random_feeds
+from graph_passes.proof.retype import WIDENED, declared, save_retyped
+from graph_passes.proof.runnable import check_runnable
 from graph_passes.readers import read_blocks
-from graph_passes.retype import WIDENED, declared, save_retyped
-from graph_passes.runnable import check_runnable
-from graph_passes.stored import LazyWeight, of_constant
-from graph_passes.walk import constants
+from graph_passes.weights.stored import LazyWeight, of_constant
 from moe_spec.errors import VerificationError
 from moe_spec.manifest import MODEL, OBSERVED
 from moe_spec.runner import Arrays, Feeds, Runner, error_between

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
 from graph_passes.readers import read_blocks
+from graph_passes.record.block import MoEBlock
 from moe_spec.errors import UserError
 
 

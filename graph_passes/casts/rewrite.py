@@ -10,11 +10,11 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.casts.assign import WIDE, Assignment, Format, is_cached
-from graph_passes.emitter import Names
-from graph_passes.order import sort_nodes
-from graph_passes.stored import LazyWeight, of_constant
-from graph_passes.walk import constants, every_node
-from graph_passes.weights import Array, Weight
+from graph_passes.graph.emitter import Names
+from graph_passes.graph.order import sort_nodes
+from graph_passes.graph.walk import constants, every_node
+from graph_passes.weights.stored import LazyWeight, of_constant
+from graph_passes.weights.weight import Array, Weight
 from moe_spec.decoder import PAST, PRESENT
 from moe_spec.errors import UserError
 

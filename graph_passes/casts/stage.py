@@ -5,17 +5,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from graph_passes.block import MoEBlock
 from graph_passes.casts import cast_graph
 from graph_passes.casts.assign import Formats
 from graph_passes.casts.proof import CastProof, prove_casts
-from graph_passes.choices import Watched
 from graph_passes.describe import io_of, with_ids
-from graph_passes.emitter import Names
-from graph_passes.mask import save_observed
-from graph_passes.measure import measure, pass_entry
+from graph_passes.graph.emitter import Names
+from graph_passes.graph.measure import measure, pass_entry
 from graph_passes.model_file import load_graph, save_graph
+from graph_passes.proof.choices import Watched
+from graph_passes.proof.mask import save_observed
 from graph_passes.readers import read_blocks
+from graph_passes.record.block import MoEBlock
 from moe_spec.errors import VerificationError
 from moe_spec.manifest import MODEL, BlockEntry, PassEntry, TensorSpec
 from moe_spec.runner import Runner

@@ -13,8 +13,7 @@ from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
-from graph_passes.pairs import bypassed
+from graph_passes.graph.qdq import bypassed
 from graph_passes.readers import (
     batched_mm,
     dense,
@@ -33,6 +32,7 @@ from graph_passes.readers import (
 from graph_passes.readers.agreement import agree
 from graph_passes.readers.bodies import Body, find_bodies
 from graph_passes.readers.sites import Site, find_sites, projection_before
+from graph_passes.record.block import FormError, MoEBlock, Refusal, Unrecognised, place_of
 from graph_passes.routers import Weights
 
 READERS: tuple[ModuleType, ...] = (

@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Router
-from graph_passes.weights import Array, Weight, from_array
+from graph_passes.record.block import FormError, MoEBlock, Router
+from graph_passes.weights.weight import Array, Weight, from_array
 
 
 def agree(block: MoEBlock, node: gs.Node) -> MoEBlock:

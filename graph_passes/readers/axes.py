@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.record.block import FormError
 
 Axis = tuple[str, ...]
 Axes = tuple[Axis, ...]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import is_whole, operand, producer, source
 from graph_passes.readers.axes import (
     ELEMENTWISE,
     EXPERTS,
@@ -25,7 +25,7 @@ from graph_passes.readers.axes import (
     text,
 )
 from graph_passes.readers.operands import axes_of, ints, subscripts
-from graph_passes.walk import is_whole, operand, producer, source
+from graph_passes.record.block import FormError
 
 _UNDEALT: Axis = ("?",)
 

@@ -15,16 +15,16 @@ from typing import Protocol
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
+from graph_passes.graph.walk import produced_by, producer, source
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, Middle, read_activation
 from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.layout import scope_in
 from graph_passes.readers.single_expert import require_unbiased
 from graph_passes.readers.weighing import MOVES, Weighing, check_tokens, follow, route, sum_of
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights
-from graph_passes.walk import produced_by, producer, source
-from graph_passes.weights import Weight
+from graph_passes.weights.weight import Weight
 
 FURTHEST_PROJECTION = 60
 """Values that are looked at between two projections of an FFN."""

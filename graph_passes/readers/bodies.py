@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Refusal, place_of
+from graph_passes.graph.walk import SHAPE_ONLY, every_node, source
 from graph_passes.readers.sites import RANKING, projection_before
-from graph_passes.walk import SHAPE_ONLY, every_node, source
+from graph_passes.record.block import Refusal, place_of
 from moe_spec.experts_op import DOMAIN
 
 FORM = "control flow"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_graphsurgeon as gs
 
+from graph_passes.graph.walk import END, SHAPE_ONLY, before_whole_slices, number, operand, produced_by, producer, source
 from graph_passes.routers.constants import constant_value
-from graph_passes.walk import END, SHAPE_ONLY, before_whole_slices, number, operand, produced_by, producer, source
 
 BROADCASTS = SHAPE_ONLY | {"Expand"}
 """Ops that a column may pass before it multiplies."""

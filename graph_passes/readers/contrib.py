@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, FormError, Router
+from graph_passes.graph.walk import operand
+from graph_passes.record.block import Experts, FormError, Router
 from graph_passes.routers import Weights
-from graph_passes.walk import operand
-from graph_passes.weights import Weight
+from graph_passes.weights.weight import Weight
 from moe_spec.experts_op import NO_LIMIT, Activation
 
 DOMAIN = "com.microsoft"

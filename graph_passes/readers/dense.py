@@ -9,7 +9,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
+from graph_passes.graph.walk import is_weight, produced_by, producer, source
 from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, WIDTH, Axis
 from graph_passes.readers.batched_ffn import (
     DOWN,
@@ -23,9 +23,9 @@ from graph_passes.readers.batched_ffn import (
 from graph_passes.readers.operands import STORED
 from graph_passes.readers.projection import read_weight
 from graph_passes.readers.weighing import MOVES
+from graph_passes.record.block import MoEBlock
 from graph_passes.routers import Weights
-from graph_passes.walk import is_weight, produced_by, producer, source
-from graph_passes.weights import Weight
+from graph_passes.weights.weight import Weight
 
 FORM = "dense"
 LOOKS_FOR = "product of gated channels of all experts with one matrix"

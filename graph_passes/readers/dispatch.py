@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, FormError, MoEBlock, Router
+from graph_passes.graph.walk import produced_by, producer, source
 from graph_passes.readers.axes import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.batched_ffn import DOWN, Projection, experts_of, read_ffn
@@ -25,10 +25,10 @@ from graph_passes.readers.single_expert import read_ffn as read_single
 from graph_passes.readers.single_expert import stack_experts
 from graph_passes.readers.stacked import LAYOUT
 from graph_passes.readers.weighing import MOVES
+from graph_passes.record.block import Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates
 from graph_passes.routers.places import capacity_of
 from graph_passes.routers.products import Product, factors
-from graph_passes.walk import produced_by, producer, source
 
 FORM = "dispatch"
 LOOKS_FOR = "Einsum that combines the places of the experts"

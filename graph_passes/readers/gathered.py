@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import SHAPE_ONLY, produced_by, source
+from graph_passes.graph.walk import SHAPE_ONLY, produced_by, source
 
 GATHERS = ("Gather", "GatherND", "GatherElements")
 AROUND = SHAPE_ONLY | {"Expand", "Transpose"}

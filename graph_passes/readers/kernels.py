@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.weights import Array
+from graph_passes.weights.weight import Array
 
 Inputs = Sequence[Any]
 """Arrays; None where an input is left out."""

@@ -5,15 +5,15 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import is_weight, produced_by, producer, source
 from graph_passes.readers.gathered import gather_of
 from graph_passes.readers.interpreter import Interpreter
 from graph_passes.readers.projection import Linear, read_linear
 from graph_passes.readers.single_expert import ExpertParts, read_ffn
 from graph_passes.readers.trial import Trial, numbered, rows_of
+from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
-from graph_passes.walk import is_weight, produced_by, producer, source
-from graph_passes.weights import Array, Weight
+from graph_passes.weights.weight import Array, Weight
 
 TAKES = ("Gather", "GatherND", "Slice", "Split")
 """Ops that may take a run of rows; their second input says where it is, and is no constant."""

@@ -2,8 +2,8 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, FormError
-from graph_passes.weights import Weight
+from graph_passes.record.block import Experts, FormError
+from graph_passes.weights.weight import Weight
 from moe_spec.experts_op import ExpertsOp
 
 EXPERTS_SCOPE = ".experts."

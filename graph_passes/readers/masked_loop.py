@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
+from graph_passes.graph.walk import produced_by, producer, source
 from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS
 from graph_passes.readers.axis_reader import AxisReader
 from graph_passes.readers.branches import CASTS, branch_sums, silent_terms_of, terms_of
@@ -23,8 +23,8 @@ from graph_passes.readers.layout import scope_in
 from graph_passes.readers.operands import axes_of
 from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
 from graph_passes.readers.weighing import check_tokens, follow, in_dtype_of, route, sum_of
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_slots
-from graph_passes.walk import produced_by, producer, source
 
 FORM = "masked_loop"
 LOOKS_FOR = "sum of branches, each with a column of the gates,"

@@ -10,7 +10,7 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Router
+from graph_passes.graph.walk import produced_by, source
 from graph_passes.readers.contrib import (
     DOMAIN,
     Projections,
@@ -21,8 +21,8 @@ from graph_passes.readers.contrib import (
     optional,
     sparse,
 )
+from graph_passes.record.block import FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_logits
-from graph_passes.walk import produced_by, source
 
 FORM = "moe"
 LOOKS_FOR = "com.microsoft.MoE node"

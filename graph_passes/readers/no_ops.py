@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import produced_by, producer
+from graph_passes.graph.walk import produced_by, producer
 
 
 def before(tensor: gs.Tensor) -> gs.Tensor:

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.walk import operand, produced_by, producer, scalar, source, split_constant
+from graph_passes.graph.walk import operand, produced_by, producer, scalar, source, split_constant
+from graph_passes.record.block import FormError
 
 GELU_CUBE = 0.044715
 """Of the tanh approximation, https://arxiv.org/abs/1606.08415."""

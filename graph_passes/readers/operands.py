@@ -2,8 +2,8 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.walk import operand, producer
+from graph_passes.graph.walk import operand, producer
+from graph_passes.record.block import FormError
 
 STORED = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
 """Ops that a weight passes before it is multiplied or gathered."""

@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import operand, produced_by, producer, scalar, source
 from graph_passes.readers.quantized import read_dequantized, read_nbits
+from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
-from graph_passes.walk import operand, produced_by, producer, scalar, source
-from graph_passes.weights import Weight
+from graph_passes.weights.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,7 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, MoEBlock, Router
-from graph_passes.packing import unpacked
+from graph_passes.graph.walk import operand, source
 from graph_passes.readers.contrib import (
     DOMAIN,
     Projections,
@@ -28,10 +27,11 @@ from graph_passes.readers.contrib import (
     sparse,
 )
 from graph_passes.readers.quantized import INTEGERS
+from graph_passes.record.block import FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_logits, read_ranked
 from graph_passes.routers.finish import read_finish
-from graph_passes.walk import operand, source
-from graph_passes.weights import Array, Weight, from_array
+from graph_passes.weights.packing import unpacked
+from graph_passes.weights.weight import Array, Weight, from_array
 
 FORM = "qmoe"
 LOOKS_FOR = "com.microsoft.QMoE node"

@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.packing import unpacked
+from graph_passes.graph.walk import is_weight, operand, produced_by, source
 from graph_passes.readers.contrib import integer
+from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
-from graph_passes.walk import is_weight, operand, produced_by, source
-from graph_passes.weights import Weight, from_array
+from graph_passes.weights.packing import unpacked
+from graph_passes.weights.weight import Weight, from_array
 
 INTEGERS = {4: ml_dtypes.uint4, 8: np.uint8}
 """The dtype of what contrib ops store as so many bits; their zero point is the middle where none is given."""

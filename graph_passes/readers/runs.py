@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
+from graph_passes.graph.walk import SHAPE_ONLY, produced_by, producer, sink, source
 from graph_passes.readers.activation import Middle, read_activation
 from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
 from graph_passes.readers.interpreter import Interpreter, tokens_of
@@ -25,9 +25,9 @@ from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
 from graph_passes.readers.single_expert import ExpertParts, require_unbiased, scope_of, stack_experts
 from graph_passes.readers.trial import Trial, fitted, told_apart
 from graph_passes.readers.weighing import in_dtype_of
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.routers.silence import strip_led
-from graph_passes.walk import SHAPE_ONLY, produced_by, producer, sink, source
 
 FURTHEST_RUN = 40
 """Values that are looked at between an expert's output and the run of tokens that it reads."""

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, FormError
+from graph_passes.graph.walk import source
 from graph_passes.readers.activation import INTERLEAVED, SEPARATE, read_activation
 from graph_passes.readers.layout import scope_in
 from graph_passes.readers.projection import Linear, read_linear
+from graph_passes.record.block import Experts, FormError
 from graph_passes.routers import Weights
-from graph_passes.walk import source
-from graph_passes.weights import Weight, stack
+from graph_passes.weights.weight import Weight, stack
 from moe_spec.experts_op import Activation
 
 

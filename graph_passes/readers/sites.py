@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import place_of
+from graph_passes.graph.walk import SHAPE_ONLY, is_weight, producer, source
+from graph_passes.record.block import place_of
 from graph_passes.routers import block_scope
-from graph_passes.walk import SHAPE_ONLY, is_weight, producer, source
 
 RANKING = {"TopK": 1, "ArgMax": 0}
 """Ops that choose experts, and which output holds the ids."""

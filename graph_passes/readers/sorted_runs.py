@@ -9,8 +9,8 @@ What stands around this is in `runs`.
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
 from graph_passes.readers import runs
+from graph_passes.record.block import MoEBlock
 from graph_passes.routers import Weights
 
 FORM = "sorted"

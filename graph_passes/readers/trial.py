@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.weights import Array
+from graph_passes.record.block import FormError
+from graph_passes.weights.weight import Array
 
 MOST_SLOTS = 1 << 22
 """T K of one decision."""

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError, Router
+from graph_passes.graph.walk import SHAPE_ONLY, producer, source
 from graph_passes.readers.axes import EXPERTS, HIDDEN, ONE, SLOTS, TOKENS
 from graph_passes.readers.axis_reader import AxisReader
+from graph_passes.record.block import FormError, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.routers.hits import is_counting
-from graph_passes.walk import SHAPE_ONLY, producer, source
-from graph_passes.weights import Weight
+from graph_passes.weights.weight import Weight
 
 MOVES = SHAPE_ONLY | {"Expand", "Transpose"}
 """Ops that only put values elsewhere, or repeat them."""

@@ -9,7 +9,8 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, FormError, Router, Slots
+from graph_passes.graph.walk import produced_by, producer, source
+from graph_passes.record.block import SCORE_FIRST, FormError, Router, Slots
 from graph_passes.routers.assemble import Steps, assemble
 from graph_passes.routers.finish import Finish
 from graph_passes.routers.gates import gate_steps, product_steps
@@ -17,7 +18,6 @@ from graph_passes.routers.parameters import Weights, block_scope
 from graph_passes.routers.products import Product, factors
 from graph_passes.routers.silence import strip_aliases, strip_led, strip_silence
 from graph_passes.routers.slots import restricted_steps, slot_steps
-from graph_passes.walk import produced_by, producer, source
 
 __all__ = ["Weights", "block_scope", "read_gates", "read_logits", "read_masked", "read_ranked", "read_slots"]
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Capacity, FormError, Router, Slots
+from graph_passes.graph.walk import producer
+from graph_passes.record.block import Capacity, FormError, Router, Slots
 from graph_passes.routers.finish import AS_IT_STANDS, Finish
 from graph_passes.routers.linear import read_linear
 from graph_passes.routers.parameters import Weights
-from graph_passes.walk import producer
 from moe_spec.feasibility import Groups
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import operand, produced_by, scalar, source
+from graph_passes.graph.walk import operand, produced_by, scalar, source
 
 
 def constant_value(tensor: gs.Tensor | None) -> float | None:

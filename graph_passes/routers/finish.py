@@ -4,9 +4,9 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import SHAPE_ONLY, operand, produced_by, producer, source
+from graph_passes.record.block import FormError
 from graph_passes.routers.constants import constant_value, numbers, split_number
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, source
 
 SPREAD = SHAPE_ONLY | {"Expand"}
 """Ops that a sum may pass before it divides what was summed."""

@@ -15,7 +15,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError, Slots
+from graph_passes.graph.walk import produced_by, producer, source
+from graph_passes.record.block import SCORE_FIRST, TOPK_FIRST, FormError, Slots
 from graph_passes.routers.assemble import Steps, dropped, finished
 from graph_passes.routers.finish import read_finish
 from graph_passes.routers.hits import scattered_ids
@@ -26,7 +27,6 @@ from graph_passes.routers.rounds import Round, round_steps
 from graph_passes.routers.scales import strip_row
 from graph_passes.routers.scores import read_scores, score_of
 from graph_passes.routers.slots import is_over_experts, restricted_steps, slot_steps
-from graph_passes.walk import produced_by, producer, source
 
 
 def gate_steps(gates: gs.Tensor) -> tuple[Steps, Slots | None]:

@@ -15,10 +15,10 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import SHAPE_ONLY, operand, produced_by, producer, source
+from graph_passes.record.block import FormError
 from graph_passes.routers.constants import constant_value, numbers
 from graph_passes.routers.ranking import top_k_of
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, source
 from moe_spec.feasibility import Groups
 
 MASKING = SHAPE_ONLY | {"Not", "Expand", "Greater", "Equal"}

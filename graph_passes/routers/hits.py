@@ -12,8 +12,8 @@
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graph_passes.graph.walk import produced_by, producer, source
 from graph_passes.routers.constants import constant_value
-from graph_passes.walk import produced_by, producer, source
 
 
 def ids_of(mask: gs.Tensor) -> gs.Tensor | None:

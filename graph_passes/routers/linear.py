@@ -12,10 +12,10 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import operand, produced_by, producer, source
+from graph_passes.record.block import FormError
 from graph_passes.routers.parameters import Weights, block_scope
-from graph_passes.walk import operand, produced_by, producer, source
-from graph_passes.weights import Array, Weight, from_array
+from graph_passes.weights.weight import Array, Weight, from_array
 
 UNTOUCHED = frozenset({"Cast", "CastLike", "Identity"})
 

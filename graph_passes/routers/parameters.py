@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
-from graph_passes.stored import of_constant
-from graph_passes.walk import producer
-from graph_passes.weights import Weight
+from graph_passes.graph.walk import producer
+from graph_passes.record.block import FormError
+from graph_passes.weights.stored import of_constant
+from graph_passes.weights.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Capacity, FormError
+from graph_passes.graph.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
+from graph_passes.record.block import Capacity, FormError
 from graph_passes.routers.constants import constant_value, numbers, whole_number
 from graph_passes.routers.hits import ids_of
 from graph_passes.routers.ranking import read_ranking
-from graph_passes.walk import SHAPE_ONLY, operand, produced_by, producer, scalar, source
 
 TURNS = SHAPE_ONLY | {"Transpose"}
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze"})

@@ -9,12 +9,12 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from graph_passes.graph.walk import producer, source, split_constant
 from graph_passes.routers.constants import constant_value
 from graph_passes.routers.finish import over_later_axis
 from graph_passes.routers.hits import ids_of
 from graph_passes.routers.places import Limit, is_place, read_limit
 from graph_passes.routers.scales import is_scaled
-from graph_passes.walk import producer, source, split_constant
 
 DEEPEST = 10
 """Products inside products; what a graph nests deeper is taken as a value."""

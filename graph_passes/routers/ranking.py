@@ -4,9 +4,9 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import operand, producer, source
+from graph_passes.record.block import FormError
 from graph_passes.routers.constants import whole_number
-from graph_passes.walk import operand, producer, source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, FormError
+from graph_passes.graph.walk import produced_by, producer, source
+from graph_passes.record.block import SCORE_FIRST, FormError
 from graph_passes.routers.assemble import Steps
 from graph_passes.routers.constants import constant_value
 from graph_passes.routers.finish import AS_IT_STANDS, Finish, strip_eps
@@ -22,7 +23,6 @@ from graph_passes.routers.places import Limit, capacity_of
 from graph_passes.routers.products import factors
 from graph_passes.routers.ranking import Ranking, read_ranking
 from graph_passes.routers.scores import read_scores
-from graph_passes.walk import produced_by, producer, source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import produced_by, source
+from graph_passes.graph.walk import produced_by, source
 
 Scaled = tuple[gs.Tensor, gs.Constant | None]
 

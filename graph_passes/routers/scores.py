@@ -9,10 +9,10 @@ torch's softplus is the identity where logits are large: Where(Greater(logits, 2
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import FormError
+from graph_passes.graph.walk import produced_by, producer, source
+from graph_passes.record.block import FormError
 from graph_passes.routers.constants import constant_value
 from graph_passes.routers.ranking import last_axis
-from graph_passes.walk import produced_by, producer, source
 
 SCORES = {"Softmax": "softmax", "Sigmoid": "sigmoid", "Sqrt": "sqrtsoftplus"}
 """By the op that comes last."""

@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.walk import is_weight, produced_by, source
-from graph_passes.weights import Array
+from graph_passes.graph.walk import is_weight, produced_by, source
+from graph_passes.weights.weight import Array
 
 Aliases = tuple[tuple[int, int], ...]
 

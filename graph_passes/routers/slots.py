@@ -17,7 +17,8 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, TOPK_FIRST, FormError
+from graph_passes.graph.walk import produced_by, producer, source
+from graph_passes.record.block import SCORE_FIRST, TOPK_FIRST, FormError
 from graph_passes.routers.assemble import Steps, dropped, finished
 from graph_passes.routers.finish import Finish, over_later_axis, read_finish
 from graph_passes.routers.groups import Grouping, check_fill, read_groups
@@ -28,7 +29,6 @@ from graph_passes.routers.rounds import Round, round_steps
 from graph_passes.routers.scales import strip_scales
 from graph_passes.routers.scores import read_scores, read_selection_bias, score_of
 from graph_passes.routers.sparsemixer import is_sparsemixer, sparsemixer_steps
-from graph_passes.walk import produced_by, producer, source
 
 
 def slot_steps(ids: gs.Tensor, weights: gs.Tensor) -> Steps:

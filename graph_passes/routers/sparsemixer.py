@@ -16,11 +16,11 @@ import itertools
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import SCORE_FIRST, FormError
+from graph_passes.graph.walk import SHAPE_ONLY, produced_by, producer, source
+from graph_passes.record.block import SCORE_FIRST, FormError
 from graph_passes.routers.assemble import Steps
 from graph_passes.routers.constants import constant_value, split_number
 from graph_passes.routers.ranking import read_ranking
-from graph_passes.walk import SHAPE_ONLY, produced_by, producer, source
 
 NAME = "sparsemixer"
 TYPED = SHAPE_ONLY | {"CastLike"}

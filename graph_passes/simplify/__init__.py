@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.checks import check_file
-from graph_passes.measure import measure, pass_entry
+from graph_passes.graph.checks import check_file
+from graph_passes.graph.measure import measure, pass_entry
 from graph_passes.simplify.conditions import fold_conditions
 from graph_passes.simplify.constants import lift_constants
 from graph_passes.simplify.functions import check_calls, has_calls, inline_functions

@@ -2,8 +2,8 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.order import tidy
-from graph_passes.walk import produced_by, replace_uses
+from graph_passes.graph.order import tidy
+from graph_passes.graph.walk import produced_by, replace_uses
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 

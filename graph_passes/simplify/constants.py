@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from graph_passes.protos import every_graph
+from graph_passes.graph.protos import every_graph
 
 
 def lift_constants(graph: onnx.GraphProto) -> None:

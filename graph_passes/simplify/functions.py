@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 
-from graph_passes.protos import every_node
+from graph_passes.graph.protos import every_node
 from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN
 

@@ -7,9 +7,9 @@ import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from graph_passes.order import sort_nodes
-from graph_passes.stored import ExternalValues
-from graph_passes.walk import constants
+from graph_passes.graph.order import sort_nodes
+from graph_passes.graph.walk import constants
+from graph_passes.weights.stored import ExternalValues
 from moe_spec.errors import UserError
 
 _MEND = "give a file that torch.onnx, `moe-edge export` or another exporter wrote"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from graph_passes.protos import bodies, every_graph
+from graph_passes.graph.protos import bodies, every_graph
 
 
 def make_names_unique(graph: onnx.GraphProto) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graph_passes.block import SCORE_FIRST, MoEBlock, Router, place_of
+from graph_passes.record.block import SCORE_FIRST, MoEBlock, Router, place_of
 from graph_passes.unreachable.ranges import ALONE, Ranges, ranges_of
 from moe_spec.errors import UserError
 from moe_spec.plan import FULL, LayerPlan

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from graph_passes.stored import of_constant
-from graph_passes.walk import operand, produced_by, scalar, source, split_constant
+from graph_passes.graph.walk import operand, produced_by, scalar, source, split_constant
+from graph_passes.weights.stored import of_constant
 
 Vector = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from graph_passes.block import TOPK_FIRST, Router
+from graph_passes.record.block import TOPK_FIRST, Router
 from graph_passes.unreachable.norms import Vector, read_norm
 
 SLACK = 1.01

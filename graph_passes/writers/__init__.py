@@ -8,8 +8,8 @@ from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import MoEBlock
 from graph_passes.writers import dense, ffn, gather, moe, qmoe, sorted_runs, trt_moe
 from graph_passes.writers.constants import add_constants
 from graph_passes.writers.routing import Routing

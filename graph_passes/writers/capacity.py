@@ -6,9 +6,9 @@
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Capacity
-from graph_passes.emitter import FLOAT, INT64, Emitter
-from graph_passes.walk import scalar
+from graph_passes.graph.emitter import FLOAT, INT64, Emitter
+from graph_passes.graph.walk import scalar
+from graph_passes.record.block import Capacity
 
 
 def within_capacity(emitter: Emitter, capacity: Capacity, ids: gs.Tensor, experts: int, top_k: int) -> gs.Tensor:

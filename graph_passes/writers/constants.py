@@ -2,8 +2,8 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Constants, MoEBlock
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import Constants, MoEBlock
 from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.routing import Routing, gates_of_rows
 

@@ -8,9 +8,9 @@ multiply the experts' input they multiply what the first projections give, which
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_OUTPUT, MoEBlock
-from graph_passes.emitter import Emitter
-from graph_passes.weights import Weight
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import ON_OUTPUT, MoEBlock
+from graph_passes.weights.weight import Weight
 from graph_passes.writers.expert_math import activate, gate_dtype, linear
 from graph_passes.writers.routing import Routing, emit_routing, gates_of
 

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts
-from graph_passes.emitter import Emitter
-from graph_passes.weights import Weight
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import Experts
+from graph_passes.weights.weight import Weight
 from graph_passes.writers.nbits import matmul_nbits
 from moe_spec.experts_op import NO_LIMIT, Activation
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, MoEBlock, Router
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import ON_INPUT, MoEBlock, Router
 from graph_passes.writers.expert_math import scaled, single_ffn
 from graph_passes.writers.routing import NEGLIGIBLE_EPS, Routing, sums_to_one
 

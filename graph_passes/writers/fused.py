@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_OUTPUT, TOPK_FIRST, Experts, MoEBlock, Router
-from graph_passes.emitter import Emitter
-from graph_passes.weights import Weight, alternate, from_array
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import ON_OUTPUT, TOPK_FIRST, Experts, MoEBlock, Router
+from graph_passes.weights.weight import Weight, alternate, from_array
 from graph_passes.writers.expert_math import scaled
 from graph_passes.writers.routing import NEGLIGIBLE_EPS
 from moe_spec.experts_op import NO_LIMIT, Activation

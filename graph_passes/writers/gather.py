@@ -2,9 +2,9 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT, MoEBlock
-from graph_passes.emitter import Emitter
-from graph_passes.weights import Weight
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT, MoEBlock
+from graph_passes.weights.weight import Weight
 from graph_passes.writers.expert_math import activate, gate_dtype
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 

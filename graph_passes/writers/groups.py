@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Router
-from graph_passes.emitter import BOOL, INT64, Emitter
+from graph_passes.graph.emitter import BOOL, INT64, Emitter
+from graph_passes.record.block import Router
 
 UNSELECTABLE = -1e30
 """Finite, so that a group of which one expert is left still ranks above a group of which none is."""

@@ -7,8 +7,8 @@ softmax(log g) = g / sum(g) = g, and log 0 = -inf selects nothing. A scale is fo
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import MoEBlock
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import MoEBlock
 from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.fused import (
     DOMAIN,

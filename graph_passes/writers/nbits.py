@@ -2,9 +2,9 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.emitter import Emitter
-from graph_passes.packing import fill, packed
-from graph_passes.weights import Weight, bits_of
+from graph_passes.graph.emitter import Emitter
+from graph_passes.weights.packing import fill, packed
+from graph_passes.weights.weight import Weight, bits_of
 
 DOMAIN = "com.microsoft"
 

@@ -1,6 +1,6 @@
 """Form ``qmoe``: ``com.microsoft.QMoE``, ONNX Runtime's fused op for experts of 4 or 8 bits.
 
-Weights that are quantised are packed as they are; float ones are quantised before (`graph_passes.quantize`). A softmax
+Weights that are quantised are packed as they are; float ones are quantised before (`quantization.quantize`). A softmax
 router over its K best hands over logits. Of any other the op gets the gates, twice: to choose by, and as the weights of
 the chosen, so that it expresses every router.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Experts, MoEBlock
-from graph_passes.dequantize import repeated, shifted
-from graph_passes.emitter import Emitter
-from graph_passes.packing import fill, packed
-from graph_passes.weights import Weight, alternate, bits_of, from_array
+from graph_passes.graph.dequantize import repeated, shifted
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import Experts, MoEBlock
+from graph_passes.weights.packing import fill, packed
+from graph_passes.weights.weight import Weight, alternate, bits_of, from_array
 from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.fused import (
     DOMAIN,

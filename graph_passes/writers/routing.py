@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import TOPK_FIRST, MoEBlock, Router
-from graph_passes.emitter import FLOAT, Emitter
-from graph_passes.walk import SHAPE_ONLY, produced_by, source
-from graph_passes.weights import Weight
+from graph_passes.graph.emitter import FLOAT, Emitter
+from graph_passes.graph.walk import SHAPE_ONLY, produced_by, source
+from graph_passes.record.block import TOPK_FIRST, MoEBlock, Router
+from graph_passes.weights.weight import Weight
 from graph_passes.writers.capacity import within_capacity
 from graph_passes.writers.groups import exclude_groups
 from graph_passes.writers.sparsemixer import sparsemixer

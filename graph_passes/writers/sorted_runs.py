@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT, Experts, MoEBlock
-from graph_passes.emitter import INT64, Emitter
+from graph_passes.graph.emitter import INT64, Emitter
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT, Experts, MoEBlock
 from graph_passes.writers.expert_math import gate_dtype, single_ffn
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 

@@ -6,8 +6,8 @@ The chain is the one that transformers' Phi-3.5-MoE exports, and that `graph_pas
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import Router
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
+from graph_passes.record.block import Router
 
 
 def sparsemixer(emitter: Emitter, router: Router, logits: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:

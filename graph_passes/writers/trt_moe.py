@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.block import ON_OUTPUT, Experts, MoEBlock
-from graph_passes.emitter import Emitter
+from graph_passes.graph.emitter import Emitter
 from graph_passes.readers.trt_moe import DOMAIN, SILU
-from graph_passes.weights import Weight, from_array
+from graph_passes.record.block import ON_OUTPUT, Experts, MoEBlock
+from graph_passes.weights.weight import Weight, from_array
 from graph_passes.writers.expert_math import gate_dtype
 from graph_passes.writers.routing import Routing, emit_routing, slots_of
 from moe_spec.experts_op import Activation

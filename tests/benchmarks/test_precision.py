@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import precision
 from benchmarks.precision import WAYS, Subject, interval, measure, report
-from graph_passes.activations import Activations
+from graph_passes.quantization.activations import Activations
 from moe_spec.dataset import Dataset
 from moe_spec.plan import LayerPlan, PruningPlan
 

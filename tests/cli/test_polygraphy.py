@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.planted import FAULTS, plant
-from graph_passes.mask import mask_model
+from graph_passes.proof.mask import mask_model
 from moe_spec.plan import PruningPlan
 from tests.cli.helpers import done, invoke
 

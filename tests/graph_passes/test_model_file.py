@@ -6,10 +6,10 @@ import onnx.external_data_helper
 import pytest
 from onnx import numpy_helper
 
+from graph_passes.graph.walk import constants
 from graph_passes.model_file import load_graph, model_path, save_graph, save_variant
-from graph_passes.stored import of_constant
-from graph_passes.walk import constants
-from graph_passes.weights import Weight, from_array
+from graph_passes.weights.stored import of_constant
+from graph_passes.weights.weight import Weight, from_array
 from moe_spec.errors import UserError
 from tests.graph_passes.block_models import Spec, save, weights
 from tests.zoo import RUNNER

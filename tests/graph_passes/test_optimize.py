@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import pytest
 
-from graph_passes import oracle
 from graph_passes.describe import read_model
-from graph_passes.feeds import random_batches
-from graph_passes.mask import mask_model
 from graph_passes.model_file import load_graph
 from graph_passes.optimize import optimize
-from graph_passes.prune import match_layers
+from graph_passes.proof import compare
+from graph_passes.proof.feeds import random_batches
+from graph_passes.proof.mask import mask_model
+from graph_passes.record.prune import match_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256, pruned_sha256
@@ -216,7 +216,7 @@ def test_the_proof_sees_a_wrong_expert(source, tmp_path):
     optimize(source, tmp_path / "out", RUNNER, plan=planned(source))
     mask_model(source, plan(Spec(), (0, 2, 6), onnx_sha256(source)), tmp_path / "other")
     with pytest.raises(VerificationError):
-        oracle.check(random_batches(load_graph(source), ()), tmp_path / "other", tmp_path / "out", RUNNER)
+        compare.check(random_batches(load_graph(source), ()), tmp_path / "other", tmp_path / "out", RUNNER)
 
 
 def test_layers_match_by_order_where_the_graph_has_lost_its_names(zoo):

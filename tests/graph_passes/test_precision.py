@@ -6,7 +6,7 @@ import pytest
 from graph_passes.casts.assign import Formats
 from graph_passes.optimize import optimize
 from graph_passes.precision import FORMATS, Precision
-from graph_passes.quantize import Quantization
+from graph_passes.quantization.quantize import Quantization
 from moe_spec.errors import UserError
 from runtime.targets import TARGETS
 from tests.graph_passes.block_models import Spec

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
-from graph_passes.prune import prune_block
+from graph_passes.record.prune import prune_block
 from graph_passes.writers import WRITERS
 from graph_passes.writers import why_not as cannot_write
 from moe_spec.errors import UserError

@@ -12,8 +12,8 @@ import torch
 
 from exporter.tasks import task_of
 from exporter.trace import run_torch
-from graph_passes.mask import mask_model
 from graph_passes.optimize import optimize
+from graph_passes.proof.mask import mask_model
 from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError

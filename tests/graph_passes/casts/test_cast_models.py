@@ -9,11 +9,11 @@ import torch
 
 import graph_passes.casts.rewrite as rewrite
 from exporter.export import export
-from graph_passes.activations import Activations
 from graph_passes.describe import read_model
-from graph_passes.feeds import random_batches
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
+from graph_passes.proof.feeds import random_batches
+from graph_passes.quantization.activations import Activations
 from models.vmoe.assets import fashion_mnist
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from graph_passes.casts import cast_graph
 from graph_passes.casts.assign import WIDE, Formats
 from graph_passes.model_file import save_graph
-from graph_passes.retype import WIDENED, save_retyped
+from graph_passes.proof.retype import WIDENED, save_retyped
 from moe_spec.manifest import MODEL
 from moe_spec.runner import error_between
 from tests.graph_passes.casts.texts import HALF

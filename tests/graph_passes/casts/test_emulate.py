@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from graph_passes.casts.assign import WIDE, Formats
 from graph_passes.casts.emulate import run_emulated
 from graph_passes.model_file import load_graph
-from graph_passes.retype import WIDENED, save_retyped
+from graph_passes.proof.retype import WIDENED, save_retyped
 from moe_spec.errors import VerificationError
 from moe_spec.manifest import MODEL
 from tests.graph_passes.casts.texts import HALF, cast_text

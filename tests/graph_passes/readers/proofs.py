@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from graph_passes.block import MoEBlock
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
+from graph_passes.record.block import MoEBlock
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan

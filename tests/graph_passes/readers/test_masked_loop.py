@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT
 from moe_spec.errors import UserError
 from moe_spec.experts_op import Activation
 from tests.foreign.table import FOREIGN

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 
-from graph_passes.block import ON_INPUT
 from graph_passes.model_file import load_graph
 from graph_passes.readers import nonzero
+from graph_passes.record.block import ON_INPUT
 from moe_spec.experts_op import Activation
 from moe_spec.feasibility import Groups
 from tests.foreign.table import FOREIGN

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from graph_passes.block import ON_INPUT, ON_OUTPUT
+from graph_passes.record.block import ON_INPUT, ON_OUTPUT
 from moe_spec.experts_op import Activation
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import ROUTERS, Spec

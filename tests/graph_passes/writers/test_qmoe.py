@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import pytest
 
-from graph_passes import quantize
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
-from graph_passes.quantize import Quantization, rounded
-from graph_passes.weights import bits_of
+from graph_passes.quantization import quantize
+from graph_passes.quantization.quantize import Quantization, rounded
+from graph_passes.weights.weight import bits_of
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest

@@ -1,0 +1,1 @@
+"""Fewer bits: for the weights of experts, for those outside the MoE layers, and for what int8 weights multiply."""
