@@ -85,7 +85,7 @@ def bench(
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
     execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
     rivals = _rivals(against or (), checkpoint, models)
-    with console.status(f"timing {len(models) + len(rivals)} models"), pinned(threads if pin else 0) as cores:
+    with console.progress(f"timing {len(models) + len(rivals)} models"), pinned(threads if pin else 0) as cores:
         rows = measure(
             models,
             batch_size or (1, 64),

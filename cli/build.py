@@ -86,12 +86,7 @@ def build(
         version_compatible=version_compatible,
         hardware_compatibility=hardware_compatibility,
     )
-    with console.progress() as bar:
-        task = bar.add_task(f"building {output} for {device.name}", total=None)
-
-        def tell(phase: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=f"building {output}: {phase}")
-
+    with console.progress(f"building {output} for {device.name}") as tell:
         manifest = build_engine(model, device, options, output, tell)
     names = ", ".join(row.name for row in (device, *options.also))
     summary = f"{output}: {names}, {_about(output, manifest, not options.profiles)}"

@@ -40,7 +40,7 @@ def bundle(
     from runtime.targets import find_target
 
     device = find_target(target, backend)
-    with console.status(f"bundling {model} for {device.name}"):
+    with console.progress(f"bundling {model} for {device.name}"):
         manifest = write_bundle(
             model,
             device,

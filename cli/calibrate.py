@@ -55,9 +55,8 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Write statistics.safetensors."""
-    run = _calibration_of(model, dense, device_map, max_memory, trust_remote_code=trust_remote_code)
-    with _told_what_is_kept(output), console.progress() as bar:
-        task = bar.add_task(f"calibrating {model}", total=None)
+    with _told_what_is_kept(output), console.progress(f"loading {model}") as tell:
+        run = _calibration_of(model, dense, device_map, max_memory, trust_remote_code=trust_remote_code)
         statistics = run(
             model,
             data,
@@ -65,7 +64,7 @@ def calibrate(
             batch_size=batch_size,
             limit=limit,
             shard_size=shard_size,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=tell,
         )
     report(output, statistics, as_json)
 

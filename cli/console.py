@@ -6,24 +6,25 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
-    Progress,
     ProgressColumn,
-    SpinnerColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
 
 from moe_spec.errors import UserError, VerificationError
+from moe_spec.progress import Progress
 
 READER_GONE = 141
 """What a shell reports of a tool that SIGPIPE ended: 128 and the signal's number."""
@@ -42,7 +43,8 @@ SAID.propagate = False
 SAID.setLevel(logging.INFO)
 SAID.addHandler(logging.NullHandler())
 
-_WHAT = TextColumn("{task.description}", markup=False)  # square brackets of a path are no markup
+_PATIENCE = 0.5
+"""Seconds that pass before a bar is shown."""
 
 out = _Console(highlight=False)
 err = _Console(stderr=True, highlight=False)
@@ -135,21 +137,73 @@ def plain(text: str) -> str:
     return escape(text)
 
 
-def progress() -> Progress:
-    """A bar on stderr with the time that is left; it goes away when the work is done."""
-    return _progress(_WHAT, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
 @contextmanager
-def status(what: str) -> Iterator[None]:
-    """``what`` on stderr and how long it has gone on, for work whose end cannot be told."""
-    with _progress(SpinnerColumn(), _WHAT, TimeElapsedColumn()) as bar:
-        bar.add_task(what, total=None)
-        yield
+def progress(what: str, *, ticking: bool = True) -> Iterator[Progress]:
+    """Show on stderr what goes on within the block: first ``what``, then what the function it gives is told.
+
+    A bar with the time that is left, or the time so far where the end cannot be told. It comes after half a second and
+    goes away at the end. Only a terminal gets it; the log gets the name of every phase.
+
+    Args:
+        what: goes on until something else is told.
+        ticking: whether the clock goes on between two calls; it takes a little of the processor.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=3)),  # [x] is no markup
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        _Time(table_column=Column(no_wrap=True)),
+    )
+    shown = err.is_interactive and is_first()
+    with _Bar(
+        *columns,
+        console=err,
+        auto_refresh=ticking,
+        disable=not shown,
+        expand=True,
+        redirect_stdout=False,
+        transient=True,
+    ) as bar:
+
+        def tell(what: str, done: int = 0, total: int | None = None, /) -> None:
+            bar.tell(what, done, total)
+            if not ticking:
+                bar.refresh()
+
+        tell(what)
+        yield tell
 
 
-def _progress(*columns: ProgressColumn) -> Progress:
-    return Progress(*columns, console=err, transient=True, disable=not (err.is_terminal and is_first()))
+class _Bar(Bars):
+    """One bar, of the phase that was told last."""
+
+    _since = 0.0
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """Another phase is another task: how quick the last one was says nothing of it."""
+        with self._lock:
+            if not self.tasks:
+                self._since = self.get_time()
+            if [task.description for task in self.tasks] != [what]:
+                SAID.info(what)
+                for task in self.tasks:
+                    self.remove_task(task.id)
+                self.add_task(what, total=None)
+            self.update(self.tasks[0].id, completed=done, total=total)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Nothing for what is over at once."""
+        is_long = bool(self._tasks) and self.get_time() - self._since >= _PATIENCE
+        return super().get_renderables() if is_long else ()
+
+
+class _Time(ProgressColumn):
+    """``40 %, 0:00:07 left`` where that is known, else ``0:00:12``, the time so far."""
+
+    def render(self, task: Task) -> Text:
+        """Of a phase."""
+        if task.time_remaining is None or task.finished:
+            return Text(f"{timedelta(seconds=int(task.elapsed or 0))}")
+        return Text(f"{task.percentage:.0f} %, {timedelta(seconds=int(task.time_remaining))} left")
 
 
 def step(what: str) -> None:

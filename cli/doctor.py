@@ -28,9 +28,8 @@ def doctor(as_json: AsJson = False) -> None:
     """
     from runtime.doctor import doctor as diagnose
 
-    with console.progress() as bar:
-        task = bar.add_task("looking around")
-        health = diagnose(lambda name, done, total: bar.update(task, description=name, completed=done, total=total))
+    with console.progress("looking around") as tell:
+        health = diagnose(tell)
     console.result(health.machine, health.to_json(), as_json)
     if not as_json:
         _show("Extras of moe-edge", health.extras)

@@ -73,8 +73,7 @@ def export(
         expected = preview(checkpoint, **options)
         console.result("\n".join(_expected(checkpoint, expected)), expected.to_json(), as_json)
         return
-    with console.progress() as bar:
-        written = bar.add_task(f"tracing {checkpoint}", total=None)
+    with console.progress(f"tracing {checkpoint}") as tell:
         manifest = export_checkpoint(
             checkpoint,
             output,
@@ -83,7 +82,7 @@ def export(
             task=task,
             cache=cache,
             inline_bytes=external_data,
-            on_progress=lambda name, done, total: bar.update(written, description=name, completed=done, total=total),
+            on_progress=tell,
             **options,
         )
     console.result(

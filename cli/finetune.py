@@ -84,8 +84,7 @@ def finetune(
         momentum=momentum,
     )
     warn_of_code(checkpoint, teacher, trusted=trust_remote_code)
-    with console.progress() as bar:
-        task = bar.add_task(f"fine-tuning {checkpoint}", total=None)
+    with console.progress(f"loading {checkpoint}") as tell:
         done = run(
             checkpoint,
             data,
@@ -93,7 +92,7 @@ def finetune(
             dataclasses.replace(named_recipe(recipe), seed=seed, **changes),
             output,
             trust_remote_code=trust_remote_code,
-            on_progress=lambda step, total: bar.update(task, completed=step, total=total),
+            on_progress=tell,
         )
     first, last = done.first_and_last_loss()
     console.result(

@@ -1,12 +1,13 @@
 """How long a run of a pruned model takes on this machine: what a budget of milliseconds is measured with."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.progress import Progress
 
 if TYPE_CHECKING:
     from pruning.cost import Measure
@@ -16,7 +17,7 @@ BATCH_SIZE, REPEATS, WARMUP = 1, 30, 3
 
 
 def measure_on_cpu(
-    checkpoint: Path, target: str | None, tell: Callable[[str], None], *, trust_remote_code: bool = False
+    checkpoint: Path, target: str | None, tell: Progress, *, trust_remote_code: bool = False
 ) -> "Measure":
     """What times plans of ``checkpoint`` with ONNX Runtime on one thread, one example a run.
 

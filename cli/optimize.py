@@ -74,8 +74,7 @@ def optimize(
     device = None if target is None else find_target(target)
     forms = None if device is None else [name for name in WRITERS if name in device.forms]
     formats = None if device is None else [name for name, dtype in FORMATS.items() if dtype in device.precisions]
-    with console.progress() as bar:
-        task = bar.add_task(f"optimising {model}", total=None)
+    with console.progress(f"reading {model}") as tell:
         manifest = optimize_model(
             model,
             output,
@@ -92,7 +91,7 @@ def optimize(
             forced=forced,
             observe_experts=observe_experts,
             allow_partial=allow_partial,
-            on_progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+            on_progress=tell,
         )
     rows = [
         f"  {block.name}: {block.experts} experts, K={block.top_k}, {block.form}, {block.bytes:,} bytes"

@@ -223,22 +223,11 @@ def _on_data(
     from pruning.cost import MILLISECONDS
     from pruning.plan_on_data import plan_on_data
 
-    with console.progress() as bar:
-        looking = f"looking at {checkpoint}"
-        task = bar.add_task(looking, total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=looking)
-
+    with console.progress(f"loading {checkpoint}") as tell:
         if how.at_most is not None and how.at_most.unit == MILLISECONDS:
             from cli.latency import measure_on_cpu
 
-            measure = measure_on_cpu(
-                checkpoint,
-                target,
-                lambda what: bar.update(task, description=what),
-                trust_remote_code=trust_remote_code,
-            )
+            measure = measure_on_cpu(checkpoint, target, tell, trust_remote_code=trust_remote_code)
             how = dataclasses.replace(how, measure=measure)
         return plan_on_data(
             checkpoint, data, options, output, how, on_progress=tell, trust_remote_code=trust_remote_code

@@ -27,7 +27,7 @@ def prune(
     from pruning.apply import unloaded_experts
 
     warn_of_code(checkpoint, trusted=trust_remote_code)
-    with console.status(f"pruning {checkpoint}"):
+    with console.progress(f"pruning {checkpoint}"):
         run(checkpoint, plan, output, trust_remote_code=trust_remote_code)
     before, after = (
         sum(path.stat().st_size for path in checkpoint_weights(directory)) for directory in (checkpoint, output)

@@ -35,7 +35,7 @@ def report(
 
     from report.report import report as write
 
-    with console.status(f"reading {directory}"):
+    with console.progress(f"reading {directory}"):
         verdict = write(directory, output, max_loss=_share(max_loss))
     summary = "\n".join([f"{verdict.headline}: {output}", *(f"  {reason}" for reason in verdict.reasons)])
     console.result(summary, dataclasses.asdict(verdict) | {"output": str(output)}, as_json)

@@ -90,7 +90,7 @@ def run(
     from runtime.answer import answer
 
     streams = len(prompts or ()) == 1 and not as_json
-    with contextlib.nullcontext() if streams else console.status(f"running {model}"):
+    with contextlib.nullcontext() if streams else console.progress(f"running {model}"):
         answers = answer(
             model,
             prompts or (),
@@ -126,7 +126,7 @@ def _predict(
 ) -> None:
     from runtime.run import run as predict
 
-    with console.status(f"running {model}"):
+    with console.progress(f"running {model}"):
         predictions = predict(model, inputs, output, batch_size, threads=threads, execution=execution)
     found = _examples(predictions)
     payload = {

@@ -27,7 +27,7 @@ def upcycle(
     from models.upcycle import upcycle as run
     from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 
-    with console.status(f"mixing {len(checkpoints)} checkpoints"):
+    with console.progress(f"mixing {len(checkpoints)} checkpoints"):
         run(checkpoints, top_k, output, seed)
     size = sum(path.stat().st_size for path in checkpoint_weights(output))
     console.result(

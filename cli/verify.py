@@ -73,7 +73,7 @@ def verify(
     preprocessors = (ImagePreprocessor.load(home(path)) for path in (candidate, reference))
     preprocessor = next((found for found in preprocessors if found is not None), None)
     task = None if data is None else load_dataset(data, preprocessor)
-    with console.status(f"verifying {candidate}"):
+    with console.progress(f"verifying {candidate}"):
         report = judge(
             candidate,
             reference,

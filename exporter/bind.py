@@ -16,12 +16,11 @@ from exporter.fold import Array, evaluate
 from exporter.weightless import Traced
 from moe_spec.errors import UserError
 from moe_spec.external_data import INLINE_BYTES, aligned, lie_in
+from moe_spec.progress import Progress, silent
 
 Pieces = Callable[[str, torch.dtype | None], Iterator[Tensor]]
 """``pieces(name, dtype)``: the values of a parameter in order, cut along the first axis; None: in their own dtype."""
 
-OnProgress = Callable[[str, int, int], None]
-"""``on_progress(name, done, total)``: the weight that is written next; bytes of all weights."""
 
 FLOATS: Mapping[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -56,7 +55,7 @@ def save(
     path: Path,
     *,
     inline_bytes: int = INLINE_BYTES,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress = silent,
 ) -> dict[str, str]:
     """Write the graph, and its weights beside it in the order in which nodes read them.
 
@@ -65,7 +64,7 @@ def save(
         pieces: where values come from.
         path: of the .onnx file; the data file has ``.data`` at the end of its name.
         inline_bytes: smaller weights lie in the .onnx file.
-        on_progress: told before each weight.
+        on_progress: told of the bytes after each weight.
 
     Returns:
         The sha256 of the data file by its name; empty where nothing lies in one.
@@ -82,13 +81,12 @@ def save(
     with path.with_name(location).open("wb") as file:
         data = _DataFile(file)
         for tensor in weights:
-            if on_progress is not None:
-                on_progress(tensor.name, done, total)
             done += nbytes(tensor)
             if nbytes(tensor) < inline_bytes:
                 tensor.raw_data = b"".join(map(bytes, _values(tensor, traced, pieces)))
             else:
                 _append(tensor, data, location, _values(tensor, traced, pieces))
+            on_progress("writing weights", done, total)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(weights)
     onnx.save(proto, path)

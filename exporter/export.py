@@ -10,7 +10,7 @@ import onnx
 import torch
 from transformers import PreTrainedModel
 
-from exporter.bind import OnProgress, Pieces, bytes_of, save
+from exporter.bind import Pieces, bytes_of, save
 from exporter.check import check_axes, check_experts, check_parity
 from exporter.experts import NODE, form_of
 from exporter.sources import Prepare, open_model, prepared
@@ -27,6 +27,7 @@ from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256, pruned_sha256
 from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
 from moe_spec.plan import ALIAS, PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.record import Json
 from moe_spec.runner import Runner
 
@@ -75,7 +76,7 @@ def export(
     inline_bytes: int = INLINE_BYTES,
     max_memory: int | None = None,
     trust_remote_code: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress = silent,
 ) -> Manifest:
     """Export ``checkpoint`` to the new directory ``out`` and check it against torch, where memory holds both.
 
@@ -145,7 +146,7 @@ def write(
     inline_bytes: int = INLINE_BYTES,
     max_memory: int | None = None,
     beside: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress = silent,
 ) -> Manifest:
     """Trace what was opened, save it to the new directory ``out``, and check it against torch.
 

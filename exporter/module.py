@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from exporter.bind import OnProgress
 from exporter.export import OPSET, Opened, write
 from exporter.sources import Prepare, pieces_of
 from exporter.tasks import Feeds, Task
@@ -16,6 +15,7 @@ from moe_spec.decoder import BATCH, SEQUENCE
 from moe_spec.files import refuse_existing
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Runner
 
 
@@ -27,7 +27,7 @@ def export_module(
     opset: int = OPSET,
     plan: PruningPlan | None = None,
     prepare: Prepare | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress = silent,
 ) -> Manifest:
     """Export an adapted module to the new directory ``out`` and check it against torch, as `export` does a checkpoint.
 

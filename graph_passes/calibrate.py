@@ -16,12 +16,13 @@ from graph_passes.proof.runnable import check_runnable
 from graph_passes.task_data import check_batches, fit_data
 from graph_passes.variants.float4 import Float4Runner
 from graph_passes.variants.observe_experts import EXPERTS, save_experts_observed
-from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
+from moe_spec.calibration import Layers, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import MASK, Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Feeds, Runner
 from moe_spec.statistics import Statistics
 
@@ -37,7 +38,7 @@ def calibrate(
     batch_size: int = 32,
     limit: int | None = None,
     shard_size: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> Statistics:
     """Run task data through an ONNX model and write statistics.safetensors.
 

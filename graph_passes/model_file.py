@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -21,6 +20,7 @@ from moe_spec.errors import UserError
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import inside, require_file
 from moe_spec.manifest import MODEL
+from moe_spec.progress import Progress, silent
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it prints to stdout, which belongs to results
 
@@ -60,13 +60,11 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise UserError(f"{path} is no readable ONNX file: {error}", hint=hint) from error
 
 
-def save_graph(
-    graph: gs.Graph, source: Path, target: Path, on_progress: Callable[[int, int], None] | None = None
-) -> None:
+def save_graph(graph: gs.Graph, source: Path, target: Path, on_progress: Progress = silent) -> None:
     """Write ``graph`` (whose weights may lie in ``source``, a directory) as ``target`` and ``target.data``.
 
     Afterwards the graph's weights lie in the new data file, so that a variant of it can be saved beside ``target``
-    with `save_variant`, sharing the weights. ``on_progress(done, total)`` counts bytes.
+    with `save_variant`, sharing the weights. ``on_progress`` is told of the bytes.
     """
     data = DataFile(target.with_name(target.name + ".data"))
     for tensor, weight in [(tensor, of_constant(tensor, source)) for tensor in constants(graph)]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,12 @@ from moe_spec.files import new_directory, refuse_existing, sha256_file
 from moe_spec.identity import pruned_sha256
 from moe_spec.manifest import MODEL, OBSERVED, OBSERVED_CPU, BlockEntry, Manifest, PassEntry, list_files
 from moe_spec.plan import PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Runner
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok",)
 """What config.json calls E and K, in the families that transformers knows."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def optimize(
@@ -65,7 +64,7 @@ def optimize(
     forced: bool = False,
     observe_experts: bool = False,
     allow_partial: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> Manifest:
     """Write the optimised form of ``source`` (an ONNX file or model directory) to the new directory ``out``.
 
@@ -286,7 +285,7 @@ def _check_form(form: str, accepted: Sequence[str] | None) -> None:
         raise UserError(f"the target does not take form {form!r}", hint=f"it takes: {', '.join(accepted)}")
 
 
-def _save(model: Model, staging: Path, written: Sequence[Written], is_new: bool, on_progress: Progress | None) -> None:
+def _save(model: Model, staging: Path, written: Sequence[Written], is_new: bool, on_progress: Progress) -> None:
     """Write the graph; a model in which nothing is to be done is copied byte for byte."""
     if not is_new:
         copy_weights(model.path, staging)
@@ -295,7 +294,7 @@ def _save(model: Model, staging: Path, written: Sequence[Written], is_new: bool,
     tidy(model.graph)
     both = zip(model.blocks, written, strict=True)
     check_choice_is_unread(model.graph, [block for block, item in both if _chooses_anew(block, item.block)])
-    save_graph(model.graph, model.path.parent, staging / MODEL, _weights_progress(on_progress))
+    save_graph(model.graph, model.path.parent, staging / MODEL, on_progress)
 
 
 def _chooses_anew(read: MoEBlock, written: MoEBlock) -> bool:
@@ -307,10 +306,6 @@ def _hash_weights(directory: Path) -> dict[str, str]:
     """The hash of the data file, gigabytes of it perhaps, while the graph is looked at."""
     data = directory / f"{MODEL}.data"
     return {data.name: sha256_file(data)} if data.is_file() else {}
-
-
-def _weights_progress(on_progress: Progress | None) -> Callable[[int, int], None] | None:
-    return None if on_progress is None else lambda done, total: on_progress("writing weights", done, total)
 
 
 def _passes(

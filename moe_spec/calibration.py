@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
+from moe_spec.progress import Progress, silent
 from moe_spec.record import Json, load_record, save_record
 from moe_spec.runner import Feeds
 from moe_spec.statistics import LayerStatistics, Statistics
@@ -19,9 +20,6 @@ Layers = tuple[LayerStatistics, ...]
 
 Take = Callable[[Feeds], Layers]
 """Gives the statistics of one batch."""
-
-Progress = Callable[[int, int], None]
-"""Called with the examples done and the examples in all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ def shards_of(out: Path) -> Path:
 
 
 def accumulate(
-    dataset: Dataset, take: Take, shards: Shards, *, batch_size: int, on_progress: Progress | None = None
+    dataset: Dataset, take: Take, shards: Shards, *, batch_size: int, on_progress: Progress = silent
 ) -> Layers:
     """The statistics of all batches of ``dataset``, added up in order, from where an earlier run was stopped.
 
@@ -126,14 +124,14 @@ def accumulate(
     """
     done, layers = shards.last()
     kept = done
+    on_progress("calibrating", done, len(dataset))
     for feeds in dataset.part(done, len(dataset)).batches(batch_size):
         layers = _add(layers, take(feeds))
         done = min(done + batch_size, len(dataset))
         if shards.size is not None and done - kept >= shards.size:
             shards.keep(done, layers)
             kept = done
-        if on_progress is not None:
-            on_progress(done, len(dataset))
+        on_progress("calibrating", done, len(dataset))
     return layers
 
 

@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from models.checkpoints import load_model
 from models.spread import load_spread
-from moe_spec.calibration import Layers, Progress, Run, Shards, accumulate, shards_of
+from moe_spec.calibration import Layers, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Feeds
 from moe_spec.statistics import Statistics
 from pruning.collect import collect
@@ -33,7 +34,7 @@ def calibrate(
     device_map: str | None = None,
     max_memory: str | None = None,
     trust_remote_code: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> Statistics:
     """Run task data through a checkpoint and write statistics.safetensors.
 

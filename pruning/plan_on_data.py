@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from models.checkpoints import load_model, load_skeleton
 from models.moe_layers import find_moe_layers, require_token_choice
-from moe_spec.calibration import Progress
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.statistics import Statistics
 from pruning.acceptance import Batches
 from pruning.apply import apply_plan
@@ -77,7 +77,7 @@ def plan_on_data(
     options: PlanOptions,
     out: Path,
     how: DataOptions = DataOptions(),
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
     *,
     trust_remote_code: bool = False,
 ) -> PruningPlan:
@@ -259,7 +259,7 @@ def _counts(layers: Sequence[RankedLayer], keep: Keep, rounds: int) -> list[Keep
 
 
 def _batches(
-    model: PreTrainedModel, dataset: Dataset, options: PlanOptions, how: DataOptions, on_progress: Progress | None
+    model: PreTrainedModel, dataset: Dataset, options: PlanOptions, how: DataOptions, on_progress: Progress
 ) -> Batches:
     done, passes = 0, how.rounds if options.scope != SEARCHED else 2 + how.trials
 
@@ -268,7 +268,6 @@ def _batches(
         for feeds in dataset.batches(how.batch_size):
             yield tensors_of(feeds, model.dtype)
             done += len(next(iter(feeds.values())))
-            if on_progress is not None:
-                on_progress(done, passes * len(dataset))
+            on_progress("looking at the data", done, passes * len(dataset))
 
     return batches

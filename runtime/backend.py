@@ -1,12 +1,13 @@
 """What it takes to be a backend: refuse with reasons, build, open."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from moe_spec.manifest import Manifest, TensorSpec
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.profiles import Profile, show_options
 from runtime.targets import Target
@@ -18,9 +19,6 @@ ENGINE_FILE = "model.engine"
 
 AMPERE_PLUS, SAME_CAPABILITY = "ampere+", "sameComputeCapability"
 """Values of ``BuildOptions.hardware_compatibility``, as trtexec calls them."""
-
-Progress = Callable[[str, int, int], None]
-"""Told what a build does, how many steps of that are done, and how many there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Backend(Protocol):
         target: Target,
         options: BuildOptions,
         out_dir: Path,
-        on_progress: Progress | None = None,
+        on_progress: Progress = silent,
     ) -> Manifest:
         """Write an engine directory; nothing is left under ``out_dir`` when it fails."""
         ...

@@ -5,7 +5,8 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.manifest import Manifest
-from runtime.backend import ENGINE, BuildOptions, Progress
+from moe_spec.progress import Progress, silent
+from runtime.backend import ENGINE, BuildOptions
 from runtime.backends import BACKENDS
 from runtime.fit import GIGABYTE, fit
 from runtime.model_dir import model_manifest, unknown_formats, why_not_buildable
@@ -13,7 +14,7 @@ from runtime.targets import TARGETS, Target
 
 
 def build(
-    model_dir: Path, target: Target, options: BuildOptions, out: Path, on_progress: Progress | None = None
+    model_dir: Path, target: Target, options: BuildOptions, out: Path, on_progress: Progress = silent
 ) -> Manifest:
     """Write the engine directory ``out`` for ``target`` from a model directory.
 

@@ -7,7 +7,7 @@ import itertools
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
+from moe_spec.progress import Progress, silent
 from runtime.backend import ENGINE_FILE
 from runtime.backends import BACKENDS
 from runtime.extras import MODULES
@@ -35,8 +36,6 @@ PRODUCT = bytes.fromhex(
 WEIGHT = np.array([[1, 2], [3, 4]], np.float32)
 
 _LOG = "build.log"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Health:
         return dataclasses.asdict(self)
 
 
-def doctor(on_progress: Progress | None = None) -> Health:
+def doctor(on_progress: Progress = silent) -> Health:
     """Try everything that this machine may have; what is missing or broken is a finding, not an error.
 
     Args:
@@ -94,8 +93,7 @@ def doctor(on_progress: Progress | None = None) -> Health:
     total, tries = len(MODULES) + len(PROVIDERS) + len(libraries), itertools.count()
 
     def tell(name: str) -> str:
-        if on_progress is not None:
-            on_progress(name, next(tries), total)
+        on_progress(f"trying {name}", next(tries), total)
         return name
 
     gpu, distributions = _gpu(), importlib.metadata.packages_distributions()

@@ -12,8 +12,9 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, require_room
 from moe_spec.manifest import FILE_NAME, MODEL, Manifest
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Arrays, Feeds
-from runtime.backend import ENGINE, BuildOptions, Progress
+from runtime.backend import ENGINE, BuildOptions
 from runtime.engine import check_engine, finish_engine, rebuild
 from runtime.graph_cache import directory_for_provider, kept_graph
 from runtime.model_dir import model_bytes, model_file, why_not_buildable
@@ -75,7 +76,7 @@ class OnnxRuntimeBackend:
         target: Target,
         options: BuildOptions,
         out_dir: Path,
-        on_progress: Progress | None = None,  # noqa: ARG002 - it takes a moment and tells nothing
+        on_progress: Progress = silent,  # noqa: ARG002 - it takes a moment and tells nothing
     ) -> Manifest:
         """Write the graph as ONNX Runtime optimises it, with its weights beside it.
 

@@ -12,6 +12,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from graph_passes.weights.stored import ExternalValues, packed_bytes
 from graph_passes.weights.weight import Array, Weight, bits_of
 from moe_spec.external_data import INLINE_BYTES, aligned, lie_in
+from moe_spec.progress import Progress, silent
 
 CHUNK_BYTES = 1 << 18
 """Written at once: what stays in a core's cache between the copy out of the source and the copy into the file."""
@@ -36,10 +37,10 @@ class DataFile:
             self._size = offset + weight.nbytes
         tensor.data_location = None
 
-    def write(self, save_onnx: Callable[[], None], on_progress: Callable[[int, int], None] | None = None) -> None:
+    def write(self, save_onnx: Callable[[], None], on_progress: Progress = silent) -> None:
         """Write all weights, while ``save_onnx`` writes the file that names them in a thread of its own.
 
-        ``on_progress(done, total)`` counts bytes.
+        ``on_progress`` is told of the bytes.
         """
         if not self._parts:
             save_onnx()
@@ -53,8 +54,7 @@ class DataFile:
                     for chunk in _chunks(piece if bits_of(piece.dtype) >= 8 else packed_bytes(piece)):
                         chunk.tofile(file)
                 assert file.tell() == offset + weight.nbytes, (file.tell(), offset, weight.nbytes)
-                if on_progress is not None:
-                    on_progress(file.tell(), self._size)
+                on_progress("writing weights", file.tell(), self._size)
             saved.result()
 
 

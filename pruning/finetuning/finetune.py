@@ -17,6 +17,7 @@ from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import PLAN, PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.record import Json, save_record
 from pruning.apply import apply_plan
 from pruning.finetuning import seer
@@ -27,7 +28,7 @@ from pruning.finetuning.options import TWO_PASS, FullRouter, Method, Plain, Rout
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.router_kd import check_teacher, distil
 from pruning.finetuning.task_specific import TaskSpecificPruning, check_dropping
-from pruning.finetuning.training import Progress, train
+from pruning.finetuning.training import train
 
 RECORD, SCHEMA = "finetuning.json", 1
 """How a fine-tuned checkpoint came about, kept in its directory."""
@@ -87,7 +88,7 @@ def finetune(
     out: Path,
     *,
     trust_remote_code: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> Finetuning:
     """Train a checkpoint and write the result as a new one, with finetuning.json beside it.
 
@@ -137,7 +138,7 @@ class _Job:
     where: str
     recipe: Recipe
     trust_remote_code: bool
-    on_progress: Progress | None
+    on_progress: Progress
 
     def load(self, checkpoint: Path) -> PreTrainedModel:
         return load_model(checkpoint, trust_remote_code=self.trust_remote_code)

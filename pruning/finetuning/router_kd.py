@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from models.moe_layers import find_moe_layers
 from moe_spec.dataset import MASK
 from moe_spec.errors import UserError
+from moe_spec.progress import Progress, silent
 from pruning.finetuning.examples import Inputs, is_language_model
 from pruning.finetuning.objectives import distance
 from pruning.finetuning.recipe import Recipe
-from pruning.finetuning.training import Progress, train
+from pruning.finetuning.training import train
 
 
 def distil(
@@ -21,7 +22,7 @@ def distil(
     examples: Inputs,
     temperature: float,
     recipe: Recipe,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> list[float]:
     """Train the routers of ``model`` in place to give what ``teacher`` gives; nothing else changes.
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.progress import Progress, silent
 from pruning.apply import apply_plan
 from pruning.behind_router import is_led
 from pruning.finetuning.examples import Inputs
@@ -15,11 +16,11 @@ from pruning.finetuning.objectives import mean_entropy, task_loss
 from pruning.finetuning.options import Seer, name_of
 from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.routing import watched
-from pruning.finetuning.training import Progress, train
+from pruning.finetuning.training import train
 
 
 def fine_tune(
-    model: PreTrainedModel, examples: Inputs, options: Seer, recipe: Recipe, on_progress: Progress | None = None
+    model: PreTrainedModel, examples: Inputs, options: Seer, recipe: Recipe, on_progress: Progress = silent
 ) -> list[float]:
     """Train ``model`` in place on its task with the entropy of its routers; its config has the lower K at the end.
 

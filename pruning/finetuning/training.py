@@ -1,5 +1,6 @@
 """Train a model in place with transformers' Trainer: nothing on disk, no network, the same result for the same seed."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from moe_spec.progress import Progress, silent
 from pruning.finetuning.examples import Inputs
 from pruning.finetuning.objectives import Objective
 from pruning.finetuning.recipe import ADAMW, SGD, Recipe
 from pruning.finetuning.temporary import restored, without_balance_loss
 
-Progress = Callable[[int, int], None]
+AfterStep = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
 
 
@@ -25,8 +27,8 @@ def train(
     recipe: Recipe,
     *,
     callbacks: Iterable[TrainerCallback] = (),
-    after_step: Iterable[Progress] = (),
-    on_progress: Progress | None = None,
+    after_step: Iterable[AfterStep] = (),
+    on_progress: Progress = silent,
 ) -> list[float]:
     """Train ``model`` in place; it ends in eval mode on the CPU. Parameters that need no gradient stay as they are.
 
@@ -43,7 +45,7 @@ def train(
         The loss of every step.
     """
     losses: list[float] = []
-    acts = [*after_step, *([] if on_progress is None else [on_progress])]
+    acts: list[AfterStep] = [*after_step, functools.partial(on_progress, "training")]
     # the Trainer wants a directory, and turns the cache of generation off for good
     with tempfile.TemporaryDirectory() as nowhere, without_balance_loss(model), restored(model.config, "use_cache"):
         trainer = _Trainer(
@@ -93,7 +95,7 @@ def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, A
 class _AfterStep(TrainerCallback):
     """Calls each of ``acts`` after every step; one callback for all, for the Trainer warns of two of a kind."""
 
-    def __init__(self, acts: Sequence[Progress]) -> None:
+    def __init__(self, acts: Sequence[AfterStep]) -> None:
         self._acts = acts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 # the Trainer's names

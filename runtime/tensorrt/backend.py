@@ -14,7 +14,8 @@ from pathlib import Path
 from moe_spec.errors import UserError, require_known
 from moe_spec.files import new_directory
 from moe_spec.manifest import Manifest, TensorSpec
-from runtime.backend import AMPERE_PLUS, ENGINE_FILE, SAME_CAPABILITY, BuildOptions, Progress
+from moe_spec.progress import Progress, silent
+from runtime.backend import AMPERE_PLUS, ENGINE_FILE, SAME_CAPABILITY, BuildOptions
 from runtime.engine import check_engine, finish_engine
 from runtime.model_dir import model_file, why_not_buildable
 from runtime.onnx_file import check_external_data, number_formats
@@ -67,7 +68,7 @@ class TensorRTBackend:
         target: Target,
         options: BuildOptions,
         out_dir: Path,
-        on_progress: Progress | None = None,
+        on_progress: Progress = silent,
     ) -> Manifest:
         """Write model.engine, build.log and what goes with the model.
 

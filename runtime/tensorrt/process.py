@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from runtime.backend import Progress
+from moe_spec.progress import Progress, silent
 from runtime.tensorrt.request import ERROR, FACTS, BuildRequest, NetworkFacts, Step
 
 _LAST_LINES = 3
 
 
-def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progress | None = None) -> NetworkFacts:
+def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progress = silent) -> NetworkFacts:
     """Build ``request.engine``; what TensorRT says goes to ``log``. The process dies with this one, killed or not.
 
     Raises:
@@ -47,11 +47,11 @@ def build_in_fresh_process(request: BuildRequest, log: Path, on_progress: Progre
     )
 
 
-def _follow(process: subprocess.Popen[str], on_progress: Progress | None) -> None:
+def _follow(process: subprocess.Popen[str], on_progress: Progress) -> None:
     """Pass on what the process says of its progress, until it says no more."""
     assert process.stdout is not None
     for line in process.stdout:
-        if on_progress is not None and line.endswith("\n"):  # a process that was killed may leave half a line
+        if line.endswith("\n"):  # a process that was killed may leave half a line
             step = Step.parse(line)
             on_progress(step.phase, step.done, step.total)
 

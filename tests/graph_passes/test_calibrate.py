@@ -20,6 +20,7 @@ from runtime.onnxruntime_backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import plan as plan_of
 from tests.graph_passes.block_models.kinds import spec_of
 from tests.graph_passes.readers.proofs import saved
+from tests.heard import Heard
 from tests.models_table import TINY
 from tests.zoo import RUNNER
 
@@ -64,15 +65,13 @@ def assert_same(mine, theirs):
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "vmoe"])
 def test_an_export_is_calibrated_as_its_checkpoint_and_pruned_by_it(name, zoo, tmp_path):
     data, out, made = task(name, tmp_path), tmp_path / "onnx.safetensors", tmp_path / "plan.json"
-    told = []
-    statistics = calibrate(
-        zoo.exported(name), data, out, RUNNER, batch_size=2, on_progress=lambda *done: told.append(done)
-    )
+    heard = Heard()
+    statistics = calibrate(zoo.exported(name), data, out, RUNNER, batch_size=2, on_progress=heard)
     reference = calibrate_checkpoint(zoo.checkpoint(name), data, tmp_path / "torch.safetensors", batch_size=2)
     assert (statistics.model_sha256, statistics.data_sha256) == (reference.model_sha256, reference.data_sha256)
     assert_same(statistics.layers, reference.layers)
     assert_same(Statistics.load(out).layers, reference.layers)
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert heard.counts("calibrating") == [(0, 5), (2, 5), (4, 5), (5, 5)]
     planned = plan(out, PlanOptions(keep=4), made)
     assert planned.model_sha256 == checkpoint_sha256(zoo.checkpoint(name))
     manifest = optimize(zoo.exported(name), tmp_path / "optimized", RUNNER, plan=planned)
@@ -106,9 +105,9 @@ def test_a_run_goes_on_from_its_last_shard_to_the_byte(zoo, tmp_path, monkeypatc
         patched.setattr(Shards, "keep", interrupted)
         with pytest.raises(KeyboardInterrupt):
             calibrate(zoo.exported("vmoe"), data, out, RUNNER, batch_size=1, shard_size=2)
-    told = []
-    calibrate(zoo.exported("vmoe"), data, out, RUNNER, batch_size=1, on_progress=lambda *done: told.append(done))
-    assert told[0] == (3, 5)
+    heard = Heard()
+    calibrate(zoo.exported("vmoe"), data, out, RUNNER, batch_size=1, on_progress=heard)
+    assert heard.counts("calibrating")[0] == (2, 5)
     assert out.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {data.name, whole.name, out.name}
 

@@ -7,6 +7,7 @@ from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.statistics import Statistics
 from pruning.calibrate import calibrate
+from tests.heard import Heard
 from tests.models_table import TINY
 from tests.pruning.test_collect import assert_same_sums
 
@@ -29,9 +30,9 @@ def ids(examples=5, sequence=4):
 
 
 def test_calibrate_writes_what_it_returns(checkpoint, tmp_path):
-    data, out, told = data_file(tmp_path, input_ids=ids(), labels=np.arange(5)), tmp_path / "s.safetensors", []
-    statistics = calibrate(checkpoint, data, out, batch_size=2, on_progress=lambda *done: told.append(done))
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    data, out, heard = data_file(tmp_path, input_ids=ids(), labels=np.arange(5)), tmp_path / "s.safetensors", Heard()
+    statistics = calibrate(checkpoint, data, out, batch_size=2, on_progress=heard)
+    assert heard.counts("calibrating") == [(0, 5), (2, 5), (4, 5), (5, 5)]
     loaded = Statistics.load(out)
     assert (loaded.model_sha256, loaded.data_sha256) == (statistics.model_sha256, statistics.data_sha256)
     assert loaded.model_sha256 == checkpoint_sha256(checkpoint)

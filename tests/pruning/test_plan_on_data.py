@@ -17,6 +17,7 @@ from pruning.merging.mergers import MERGERS
 from pruning.plan import PlanOptions, make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
 from pruning.reconstruction import search_model
+from tests.heard import Heard
 from tests.models_table import TINY, vmoe_expert_choice
 
 ROUNDS_REFUSED = "--scope {} --router {} cannot be searched for or come to in rounds"
@@ -94,12 +95,12 @@ def test_naee_keeps_what_its_search_finds(files, tmp_path):
 
 
 def test_progress_counts_the_examples_of_all_rounds(files, tmp_path):
-    told = []
+    heard = Heard()
     plan_on_data(
         files / "mixtral", files / "data.npz", PlanOptions(4), tmp_path / "plan.json",
-        DataOptions(rounds=2, batch_size=4), on_progress=lambda *step: told.append(step),
+        DataOptions(rounds=2, batch_size=4), on_progress=heard,
     )  # fmt: skip
-    assert told == [(4, 12), (6, 12), (10, 12), (12, 12)]
+    assert heard.counts("looking at the data") == [(4, 12), (6, 12), (10, 12), (12, 12)]
 
 
 @pytest.mark.parametrize(
@@ -272,12 +273,12 @@ def test_plans_with_mean_outputs_are_timed_without(files, tmp_path):
 
 
 def test_progress_counts_every_plan_that_is_tried(files, tmp_path):
-    told = []
+    heard = Heard()
     plan_on_data(
         files / "mixtral", files / "data.npz", PlanOptions(4, scope="searched"), tmp_path / "plan.json",
-        DataOptions(trials=3), on_progress=lambda *step: told.append(step),
+        DataOptions(trials=3), on_progress=heard,
     )  # fmt: skip
-    assert told == [(6 * done, 30) for done in (1, 2, 3, 4, 5)]
+    assert heard.counts("looking at the data") == [(6 * done, 30) for done in (1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pruning.finetuning.objectives import mean_entropy
 from pruning.finetuning.options import Seer
 from pruning.finetuning.routing import watched
 from pruning.finetuning.seer import fine_tune, lower_steps
+from tests.heard import Heard
 from tests.models_table import EXPERTS, TINY, example_inputs
 from tests.pruning.finetuning.examples import columns, quick
 
@@ -94,6 +95,6 @@ def test_what_cannot_be_scheduled_is_refused(options, what, hint):
 def test_progress_beside_a_falling_top_k_warns_of_nothing(monkeypatch):
     monkeypatch.setattr(trainer_callback.logger, "warning", pytest.fail)  # of two callbacks of a kind
     model = TINY["mixtral"]()
-    told: list[tuple[int, int]] = []
-    fine_tune(model, columns(model), Seer(top_k=1), quick(4), on_progress=lambda *step: told.append(step))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    heard = Heard()
+    fine_tune(model, columns(model), Seer(top_k=1), quick(4), on_progress=heard)
+    assert heard.counts("training") == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -10,21 +10,20 @@ import torch
 from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.recipe import RECIPES
 from pruning.finetuning.training import train
+from tests.heard import Heard
 from tests.models_table import TINY, example_inputs
 from tests.pruning.finetuning.examples import columns, quick
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_learns_in_place(name):
-    model, told = TINY[name](), []
+    model, heard = TINY[name](), Heard()
     before, inputs = model.config.to_dict(), example_inputs(model, 2, 5, seed=1)
     untrained = model(**inputs).logits
-    losses = train(
-        model, columns(model), task_loss, quick(30), on_progress=lambda step, total: told.append((step, total))
-    )
+    losses = train(model, columns(model), task_loss, quick(30), on_progress=heard)
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    assert told == [(step, 30) for step in range(1, 31)]
+    assert heard.counts("training") == [(step, 30) for step in range(1, 31)]
     assert model.config.to_dict() == before
     assert not model.training
     assert (model(**inputs).logits - untrained).abs().max() > 0.01
