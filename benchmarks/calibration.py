@@ -19,7 +19,7 @@ from transformers import MixtralConfig, MixtralModel, PreTrainedModel
 
 from pruning.collect import collect
 from runtime.bench import time_in_turns
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 EXAMPLES, REPEATS, QUICK_REPEATS, WARMUP, THREADS = 4, 5, 1, 1, 1
 PLAIN = ("eager", "grouped_mm")

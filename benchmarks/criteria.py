@@ -20,7 +20,7 @@ from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.criteria import CRITERIA, WEIGHT_CRITERIA
 from pruning.plan import PlanOptions, make_plan
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 KEEPS = (6, 4, 3, 2, 1)
 SEEDS = range(5)

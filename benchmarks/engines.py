@@ -19,7 +19,7 @@ from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
 from moe_spec.manifest import Manifest
 from runtime.backend import ENGINE_FILE
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 from runtime.model_dir import model_bytes
 from tests.engines import CASES, FORMS, GPUS, MODELS
 from tests.zoo import RUNNER, Zoo

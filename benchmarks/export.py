@@ -22,7 +22,7 @@ from benchmarks.command import Usage, moe_edge, python
 from benchmarks.large_checkpoints import Shape, save_large
 from benchmarks.markdown import table
 from models.tensor_files import read_tensors
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 MEGABYTE = 1 << 20
 UNCHECKED = ("--max-memory", "0MB")

@@ -43,7 +43,7 @@ from pruning.apply import prune
 from pruning.collect import collect
 from runtime.backend import BuildOptions
 from runtime.build import build
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.targets import find_target
 from tests.families.configs import tiny
 from tests.models_table import EXPERTS, HIDDEN, TOP_K, VOCABULARY, example_inputs

@@ -26,9 +26,9 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import LayerPlan, PruningPlan
-from runtime.machine import describe_machine
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from runtime.report import ParityReport
+from runtime.measuring.machine import describe_machine
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
+from runtime.verification.report import ParityReport
 from tests.families.configs import tiny
 
 THREADS, BATCH_SIZE, QUICK_EXAMPLES = 1, 64, 64

@@ -28,8 +28,8 @@ from graph_passes.writers import WRITERS, choose_form, why_not
 from moe_spec.runner import error_between
 from runtime.backends import open_session
 from runtime.bench import time_in_turns
-from runtime.machine import describe_machine
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.measuring.machine import describe_machine
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
 EXPERTS, TOP_K = (1, 2, 4, 8, 32), 2
 TOKENS, QUICK_TOKENS = (1, 16, 256), (1, 16)

@@ -24,7 +24,7 @@ from graph_passes.describe import read_model
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 DEPTHS, QUICK_DEPTHS = (12, 24, 48), (1, 2)
 EXPERTS, QUICK_EXPERTS = 128, 8

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from benchmarks.command import Usage, moe_edge
 from models.tensor_files import Span, StoredTensor, write_tensors
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 Array = npt.NDArray[Any]
 

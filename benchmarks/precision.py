@@ -42,11 +42,11 @@ from moe_spec.plan import PruningPlan
 from moe_spec.runner import LOGITS
 from pruning.plan import PlanOptions, make_plan
 from runtime.backends import open_session
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 from runtime.model_dir import observed_file
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from runtime.report import ParityReport
-from runtime.tolerances import TOLERANCES
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
+from runtime.verification.report import ParityReport
+from runtime.verification.tolerances import TOLERANCES
 
 THREADS, BATCH_SIZE, QUICK_EXAMPLES, TEXTS, RANGES = 1, 16, 64, 32, 256
 RUNNER = OnnxRuntimeRunner(THREADS)

@@ -17,7 +17,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from pruning.finetuning.examples import Inputs
-from runtime.memory import Alone
+from runtime.measuring.memory import Alone
 
 FLOAT_BYTES = 4
 

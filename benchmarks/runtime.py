@@ -36,10 +36,10 @@ from moe_spec.manifest import Manifest
 from moe_spec.runner import LOGITS, error_between
 from runtime.backends import open_session
 from runtime.bench import DECODE, PREFILL, BenchRow, Contestant, bench
-from runtime.feeds import RandomFeeds
-from runtime.machine import describe_machine
+from runtime.inputs.feeds import RandomFeeds
+from runtime.measuring.machine import describe_machine
+from runtime.measuring.pinning import pinned
 from runtime.model_dir import model_file
-from runtime.pinning import pinned
 
 THREADS, REPEATS, QUICK_REPEATS, WARMUP = 1, 20, 2, 2
 LENGTH = 128

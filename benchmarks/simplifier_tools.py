@@ -14,7 +14,7 @@ from graph_passes.optimize import optimize
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
 from moe_spec.plan import LayerPlan, PruningPlan
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
 RUNNER = OnnxRuntimeRunner(threads=1)
 

@@ -29,7 +29,7 @@ from graph_passes.proof.compare import TOLERANCE
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from moe_spec.runner import Arrays, error_between
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 INSTALL = 'pip install "moe-edge[bench]"'
 QUICK = ("stacked.add", "if.constant_if", "batched_mm.finite", "stacked.unmasked")

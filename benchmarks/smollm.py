@@ -34,7 +34,7 @@ from moe_spec.record import Json
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.plan import PlanOptions, make_plan
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 KEEPS = (2, 1)
 REAP, FREQUENCY = CRITERIA = ("reap", "frequency")

@@ -1,6 +1,6 @@
 """Which names TensorRT's Python bindings have, version by version: TensorRT itself cannot be installed without a GPU.
 
-    python -m benchmarks.tensorrt_bindings > tests/runtime/tensorrt_bindings.json
+    python -m benchmarks.tensorrt_bindings > tests/runtime/tensorrt/bindings.json
 
 The bindings are wheels of 1.2 MB that PyPI has, the library of several GB is not there. So each version is downloaded,
 unpacked into a temporary directory, and imported in a process of its own against a library of nine functions that do

@@ -19,7 +19,7 @@ from benchmarks.command import Usage, python
 from moe_spec.decoder import PAST
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds
-from runtime.memory import Alone, measure_alone, measure_here
+from runtime.measuring.memory import Alone, measure_alone, measure_here
 
 EXPORT = """
 import contextlib, io, logging, sys, warnings, torch

@@ -1,6 +1,6 @@
 """A checkpoint in torch, beside the models that `bench` times.
 
-``python -m cli.against REQUEST`` measures it in a process of its own, as `runtime.memory` measures files.
+``python -m cli.against REQUEST`` measures it in a process of its own, as `runtime.measuring.memory` measures files.
 """
 
 import functools
@@ -17,8 +17,8 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 from moe_spec.manifest import FILE_NAME, Manifest
-from runtime.memory import Alone, measure_alone, measure_here
-from runtime.pinning import cores
+from runtime.measuring.memory import Alone, measure_alone, measure_here
+from runtime.measuring.pinning import cores
 
 SESSIONS: Mapping[str, type[TimedSession]] = {Against.EAGER: TimedSession, Against.COMPILED: CompiledSession}
 """By what `--against` takes."""

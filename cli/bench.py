@@ -78,7 +78,7 @@ def bench(
     from moe_spec.images import ImagePreprocessor
     from runtime.bench import bench as measure
     from runtime.bench_report import BenchReport
-    from runtime.pinning import pinned
+    from runtime.measuring.pinning import pinned
 
     if output is not None:
         refuse_existing(output)

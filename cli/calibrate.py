@@ -99,7 +99,7 @@ def _calibration_of(
                 hint="calibrate the checkpoint, or parts of the data one by one: moe-edge merge adds them up",
             )
     from graph_passes.calibrate import calibrate as of_onnx
-    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
     return partial(of_onnx, runner=OnnxRuntimeRunner())
 

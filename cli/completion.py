@@ -53,7 +53,7 @@ def _methods() -> Iterable[str]:
 
 
 def _precisions() -> Iterable[str]:
-    from runtime.tolerances import TOLERANCES
+    from runtime.verification.tolerances import TOLERANCES
 
     return TOLERANCES
 

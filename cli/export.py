@@ -57,7 +57,7 @@ def export(
     from moe_spec.files import refuse_existing
     from moe_spec.plan import PruningPlan
     from pruning.apply import apply_plan
-    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
     loaded = None if plan is None else PruningPlan.load(plan)
     warn_of_code(checkpoint, trusted=trust_remote_code)

@@ -171,7 +171,7 @@ def _json(path: Path) -> Description:
 
 def _parity(path: Path) -> Description:
     from cli.parity import reasons, summary
-    from runtime.report import ParityReport
+    from runtime.verification.report import ParityReport
 
     report = ParityReport.load(path)
     failed = [] if report.passed else [f"  {reason}" for reason in reasons(report)]

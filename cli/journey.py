@@ -34,10 +34,10 @@ from runtime.backends import open_session
 from runtime.bench import BenchRow, row_of, time_in_turns
 from runtime.bench_report import BenchReport
 from runtime.build import build
-from runtime.machine import describe_machine
-from runtime.memory import measure_alone
+from runtime.measuring.machine import describe_machine
+from runtime.measuring.memory import measure_alone
 from runtime.model_dir import model_bytes
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.targets import find_target
 from runtime.verify import verify
 

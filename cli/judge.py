@@ -13,12 +13,12 @@ from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME
 from moe_spec.plan import PruningPlan
 from runtime.bench import BenchRow, bench
-from runtime.bisect import find_fault
-from runtime.cut_run import CutPair
 from runtime.providers import BY_DEFAULT, Execution
-from runtime.report import ParityReport
-from runtime.sides import Side
-from runtime.tolerances import TOLERANCES, Tolerance
+from runtime.verification.bisect import find_fault
+from runtime.verification.cut_run import CutPair
+from runtime.verification.report import ParityReport
+from runtime.verification.sides import Side
+from runtime.verification.tolerances import TOLERANCES, Tolerance
 from runtime.verify import GREEDY_TOKENS, verify
 
 

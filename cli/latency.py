@@ -31,7 +31,7 @@ def measure_on_cpu(
     from graph_passes.optimize import optimize
     from graph_passes.writers import WRITERS
     from runtime.bench import median_latencies
-    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.onnxruntime.backend import OnnxRuntimeRunner
     from runtime.targets import find_target
 
     cpu = find_target(CPU)

@@ -67,7 +67,7 @@ def optimize(
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
     from moe_spec.plan import PruningPlan
-    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.onnxruntime.backend import OnnxRuntimeRunner
     from runtime.targets import find_target
 
     asked = Precision.checked(precision, rest_precision, block_size)

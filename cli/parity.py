@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cli import console
 from moe_spec.decoder import PRESENT
 from runtime.bench import BenchRow
-from runtime.report import LayerParity, OutputParity, ParityReport
+from runtime.verification.report import LayerParity, OutputParity, ParityReport
 
 
 def summary(report: ParityReport) -> str:

@@ -87,7 +87,7 @@ def run(
         _predict(model, inputs, output, batch_size or _BATCH, threads, execution, as_json)
         return
     _refuse({"output": output, "batch_size": batch_size}, "--input", "--prompt")
-    from runtime.answer import answer
+    from runtime.text.answer import answer
 
     streams = len(prompts or ()) == 1 and not as_json
     with contextlib.nullcontext() if streams else console.progress(f"running {model}"):

@@ -10,7 +10,7 @@ from moe_spec.identity import checkpoint_sha256, is_checkpoint
 from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
 from moe_spec.plan import PLAN, PruningPlan
 from runtime.backend import ENGINE
-from runtime.sides import Side
+from runtime.verification.sides import Side
 
 Opened = Path | Side
 """A directory that `runtime.verify` opens, or a checkpoint that is open in torch."""
@@ -77,7 +77,7 @@ def graph_of(side: Opened, scratch: Path) -> Path:
         return side
     from exporter.export import export
     from exporter.tasks import task_like
-    from runtime.onnxruntime_backend import OnnxRuntimeRunner
+    from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
     like, blocks = side.manifest, {block.name: block for block in side.manifest.blocks}
     task, cache = task_like(spec.name for spec in like.outputs), has_cache(like.inputs)

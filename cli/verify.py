@@ -63,7 +63,7 @@ def verify(
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor
     from moe_spec.plan import PruningPlan
-    from runtime.tolerances import TOLERANCES, load_tolerances, tolerance_of
+    from runtime.verification.tolerances import TOLERANCES, load_tolerances, tolerance_of
 
     if output is not None:
         refuse_existing(output)

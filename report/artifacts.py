@@ -14,7 +14,7 @@ from moe_spec.plan import PruningPlan
 from moe_spec.record import load_record
 from moe_spec.statistics import Statistics, holds_statistics
 from runtime.bench_report import BenchReport
-from runtime.report import ParityReport
+from runtime.verification.report import ParityReport
 
 T = TypeVar("T")
 

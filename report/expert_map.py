@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from moe_spec.plan import LayerPlan, PruningPlan
 from report.artifacts import Artifacts, folder_of
 from report.variants import Variant
-from runtime.report import LayerParity
+from runtime.verification.report import LayerParity
 
 STEPS = 8
 """Shades of a colour scale."""

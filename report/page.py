@@ -24,8 +24,8 @@ from report.words import NONE, milliseconds, number, percent, plural, points, sh
 from runtime.backend import ENGINE
 from runtime.bench_report import BenchReport
 from runtime.fit import NO, SOME, UNKNOWN, Fit, targets
-from runtime.report import OutputParity, ParityReport
 from runtime.targets import TARGETS
+from runtime.verification.report import OutputParity, ParityReport
 
 Row = dict[str, Any]
 

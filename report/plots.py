@@ -10,7 +10,7 @@ from report.charts import NARROW, WIDE, Spec, draw, log_ticks, series
 from report.variants import UNPRUNED, Accuracy, Variant, pareto
 from report.words import milliseconds, number, percent, plural, size
 from runtime.fit import Fit
-from runtime.report import MARGIN_EDGES, LayerParity, OutputParity
+from runtime.verification.report import MARGIN_EDGES, LayerParity, OutputParity
 
 _POINT: Spec = {"type": "point", "filled": True, "size": 110, "opacity": 1}
 _SILENT: Spec = {"aria": False}

@@ -9,7 +9,7 @@ from moe_spec.manifest import MODEL, BlockEntry, Manifest
 from report.artifacts import Artifacts, Found
 from runtime.backend import ENGINE, ENGINE_FILE
 from runtime.bench import BenchRow
-from runtime.report import ParityReport
+from runtime.verification.report import ParityReport
 
 T = TypeVar("T")
 

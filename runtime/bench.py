@@ -15,8 +15,8 @@ from moe_spec.decoder import IDS, complete, has_cache
 from moe_spec.errors import UserError
 from moe_spec.runner import Feeds
 from runtime.backends import open_session
-from runtime.feeds import RandomFeeds
-from runtime.memory import Alone, Timed, measure_alone
+from runtime.inputs.feeds import RandomFeeds
+from runtime.measuring.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 from runtime.providers import BY_DEFAULT, Execution
 
@@ -82,7 +82,7 @@ class Contestant(Protocol):
         ...
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
-        """What it takes in a process of its own, as `runtime.memory.measure_alone` has it.
+        """What it takes in a process of its own, as `runtime.measuring.memory.measure_alone` has it.
 
         Raises:
             UserError: the process failed.

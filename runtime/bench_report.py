@@ -8,7 +8,7 @@ from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME
 from moe_spec.record import Json, load_record, save_record
 from runtime.bench import BenchRow
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 SCHEMA = 1
 _REMAKE = "make it again with `moe-edge bench MODEL... -o bench.json`"

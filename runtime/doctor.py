@@ -19,8 +19,8 @@ from moe_spec.progress import Progress, silent
 from runtime.backend import ENGINE_FILE
 from runtime.backends import BACKENDS
 from runtime.extras import MODULES
-from runtime.machine import describe_machine
-from runtime.onnxruntime_backend import OnnxRuntimeBackend
+from runtime.measuring.machine import describe_machine
+from runtime.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.providers import PROVIDERS, Execution
 from runtime.targets import ONNXRUNTIME, TARGETS, TENSORRT, TENSORRT_RTX, Target
 from runtime.tensorrt.driver import Driver, compute_capability_here

@@ -18,9 +18,9 @@ from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
-from runtime.image_files import SUFFIXES, find_images, read_images
-from runtime.json_lines import SUFFIX as JSON_LINES
-from runtime.json_lines import read_json_lines
+from runtime.inputs.image_files import SUFFIXES, find_images, read_images
+from runtime.inputs.json_lines import SUFFIX as JSON_LINES
+from runtime.inputs.json_lines import read_json_lines
 from runtime.parity import softmax
 from runtime.providers import BY_DEFAULT, Execution
 

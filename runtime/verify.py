@@ -19,15 +19,15 @@ from moe_spec.decoder import has_cache
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
-from runtime.feeds import RANDOM_SHAPES, RandomFeeds
-from runtime.greedy import PROMPTS, compare_greedy, prompts_of
+from runtime.inputs.feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.parity import Flags, compare_routing, slots_of
 from runtime.providers import BY_DEFAULT, Execution
-from runtime.report import ParityReport
-from runtime.sides import Side, batches_of, check_comparable, run_cast
-from runtime.tally import AccuracyTally, LayerTally, OutputTally
-from runtime.tolerances import TOLERANCES, Tolerance
-from runtime.verdict import first_wrong_layer, why_it_failed
+from runtime.text.greedy import PROMPTS, compare_greedy, prompts_of
+from runtime.verification.report import ParityReport
+from runtime.verification.sides import Side, batches_of, check_comparable, run_cast
+from runtime.verification.tally import AccuracyTally, LayerTally, OutputTally
+from runtime.verification.tolerances import TOLERANCES, Tolerance
+from runtime.verification.verdict import first_wrong_layer, why_it_failed
 
 _RANDOM = f"random feeds at the shapes {', '.join(f'{leading}x{other}' for leading, other, _ in RANDOM_SHAPES)}"
 GREEDY_TOKENS = 16

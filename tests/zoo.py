@@ -11,7 +11,7 @@ from exporter.export import OPSET, export
 from exporter.tasks import task_of
 from exporter.trace import to_onnx
 from models.checkpoints import load_model
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.decoders import DECODERS, save_tokenizer
 from tests.families.configs import tiny
 from tests.foreign.foreign import Foreign

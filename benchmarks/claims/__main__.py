@@ -17,7 +17,7 @@ from benchmarks.claims import CLAIMS
 from benchmarks.claims.claim import Claim, Outcome
 from benchmarks.markdown import table
 from moe_spec.errors import UserError
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 WIDTH = 120
 

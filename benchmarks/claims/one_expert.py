@@ -22,7 +22,7 @@ from moe_spec.record import Json
 from pruning.finetuning.options import Plain, TaskSpecific
 from pruning.inputs import tensors_of
 from runtime.bench import bench
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.targets import find_target
 
 KEPT, SPEED_UP = 0.993, 2.0

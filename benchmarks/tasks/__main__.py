@@ -22,7 +22,7 @@ from benchmarks.tasks.task import Task
 from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
-from runtime.machine import describe_machine
+from runtime.measuring.machine import describe_machine
 
 HEAD = ("task", "model", "MoE layers", "parameters", "calibration", "fine-tuning", "test", "before pruning", "trained")
 

@@ -35,7 +35,7 @@ TAKEN: Mapping[str, Sequence[str]] = {
     "Plans": ("pruning.plan.PlanOptions", "pruning.plan_on_data.plan_on_data", "pruning.plan_on_data.DataOptions"),
     "Data": ("moe_spec.dataset.Dataset", "moe_spec.dataset.load_dataset"),
     "Fine-tuning": ("pruning.finetuning.finetune.Finetuning",),
-    "Running": ("moe_spec.runner.Runner", "runtime.onnxruntime_backend.OnnxRuntimeRunner"),
+    "Running": ("moe_spec.runner.Runner", "runtime.onnxruntime.backend.OnnxRuntimeRunner"),
     "Errors": ("moe_spec.errors.UserError", "moe_spec.errors.VerificationError"),
     "Any torch module": (
         "models.plain.plain_model",
@@ -51,7 +51,12 @@ ARTIFACTS: Mapping[str, Sequence[str]] = {
     "plan.json": ("moe_spec.plan",),
     "statistics.safetensors": ("moe_spec.statistics",),
     "manifest.json": ("moe_spec.manifest",),
-    "parity.json": ("runtime.report", "runtime.fault", "runtime.greedy", "runtime.tolerances"),
+    "parity.json": (
+        "runtime.verification.report",
+        "runtime.verification.fault",
+        "runtime.text.greedy",
+        "runtime.verification.tolerances",
+    ),
     "bench.json": ("runtime.bench_report", "runtime.bench"),
 }
 """The modules of each artifact: it is made of their dataclasses."""

@@ -18,7 +18,7 @@ from pruning.criteria.moments import Moment
 from pruning.merging.mergers import MERGERS
 from runtime.providers import PROVIDERS
 from runtime.targets import PLUGINS, TARGETS
-from runtime.tolerances import TOLERANCES
+from runtime.verification.tolerances import TOLERANCES
 
 
 def page() -> str:

@@ -19,7 +19,7 @@ from runtime.profiles import Profile, check_profile, default_profile, profile_to
 from runtime.providers import find_provider
 from runtime.targets import ONNXRUNTIME, Target
 from runtime.tensorrt.library import PACKAGES
-from runtime.tolerances import coarsest, tolerance_of
+from runtime.verification.tolerances import coarsest, tolerance_of
 
 KIND = "bundle"
 MODEL_FOLDER = "model"

@@ -17,7 +17,7 @@ from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
 from runtime.model_dir import observed_file
 from runtime.profiles import Profile, show_options, takes
-from runtime.sides import batches_of, cast_to
+from runtime.verification.sides import batches_of, cast_to
 
 FOLDER = "golden"
 BATCHES = 4

@@ -11,7 +11,7 @@ from moe_spec.record import Json
 from runtime.profiles import dims, options_of, profile_from_json
 from runtime.providers import CPU, find_provider
 from runtime.targets import ONNXRUNTIME, TENSORRT, Target
-from runtime.tolerances import TOLERANCES
+from runtime.verification.tolerances import TOLERANCES
 
 DEVICE = Path(__file__).parent / "device"
 PACKAGES = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backend import AMPERE_PLUS
 from runtime.engine import profiles_of, rebuild
-from runtime.feeds import check_feeds, select_outputs
+from runtime.inputs.feeds import check_feeds, select_outputs
 from runtime.profiles import takes
 from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here

@@ -7,7 +7,7 @@ from benchmarks.node_times import products_of
 from benchmarks.roofline import COPY, MULTIPLY, PROBES, READ, Probe, Speeds, Step, speeds_of
 from benchmarks.runtime import PARTS, costs, phase_table, steps
 from runtime.bench import DECODE, PREFILL, bench, row_of
-from runtime.memory import Alone
+from runtime.measuring.memory import Alone
 from tests.models_table import EXPERTS, HIDDEN, TOP_K, VOCABULARY, WIDTH, mixtral, vmoe
 from tests.runtime import tiny
 

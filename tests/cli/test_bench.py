@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from runtime.bench_report import BenchReport
-from runtime.pinning import cores
+from runtime.measuring.pinning import cores
 from tests.cli.helpers import invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny

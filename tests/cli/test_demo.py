@@ -21,8 +21,8 @@ from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
 from report.words import milliseconds, percent
 from runtime.bench_report import BenchReport
-from runtime.report import ParityReport
 from runtime.run import run
+from runtime.verification.report import ParityReport
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
 
 TEST_IMAGES = fashion_mnist() / "test.npz"

@@ -8,7 +8,7 @@ import torch
 
 from models.checkpoints import load_model
 from moe_spec.plan import PruningPlan
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.cli.fine_tuned import save_fine_tuned
 from tests.cli.helpers import done, invoke, leftovers
 from tests.models_table import example_inputs, vmoe_expert_choice

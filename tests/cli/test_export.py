@@ -11,7 +11,7 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.cli.helpers import invoke, leftovers
 from tests.models_table import TINY
 

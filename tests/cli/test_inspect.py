@@ -15,8 +15,8 @@ from runtime.backend import BuildOptions
 from runtime.bench import BenchRow
 from runtime.bench_report import BenchReport
 from runtime.build import build
-from runtime.report import SCHEMA
 from runtime.targets import find_target
+from runtime.verification.report import SCHEMA
 from runtime.verify import verify
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import NAME, Spec, plan, save

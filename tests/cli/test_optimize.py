@@ -13,7 +13,7 @@ from moe_spec.manifest import Manifest
 from moe_spec.plan import SCHEMA as PLAN_SCHEMA
 from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.record import save_record
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.targets import TARGETS
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import NAME, Spec, save

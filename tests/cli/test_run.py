@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cli.main import main
-from runtime.onnxruntime_session import OnnxRuntimeSession
+from runtime.onnxruntime.session import OnnxRuntimeSession
 from tests.cli.helpers import done, invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny

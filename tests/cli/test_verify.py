@@ -12,8 +12,8 @@ from graph_passes.optimize import optimize
 from moe_spec.files import sha256_file
 from moe_spec.manifest import Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
-from runtime.report import ParityReport
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
+from runtime.verification.report import ParityReport
 from tests.cli.helpers import invoke
 from tests.cli.interrupt import ctrl_c
 from tests.runtime import tiny

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
-from runtime.fault import EXPERTS, REST, ROUTER, Fault
-from runtime.report import ParityReport
-from runtime.tolerances import TOLERANCES
+from runtime.verification.fault import EXPERTS, REST, ROUTER, Fault
+from runtime.verification.report import ParityReport
+from runtime.verification.tolerances import TOLERANCES
 from tests.cli.helpers import done, invoke
 from tests.zoo import RUNNER
 

@@ -16,7 +16,7 @@ from moe_spec.manifest import FILE_NAME
 from moe_spec.statistics import KEYS, Statistics
 from pruning.calibrate import calibrate as calibrate_checkpoint
 from pruning.plan import PlanOptions, plan
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import plan as plan_of
 from tests.graph_passes.block_models.kinds import spec_of
 from tests.graph_passes.readers.proofs import saved

@@ -20,7 +20,7 @@ from moe_spec.identity import onnx_sha256, pruned_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import NEW, LayerPlan, Merge, PruningPlan
 from moe_spec.runner import error_between
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, compute, plan, save
 from tests.zoo import RUNNER
 

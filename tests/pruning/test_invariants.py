@@ -2,7 +2,7 @@
 
 That a removed row is a logit of -inf is in test_apply.py and, for graphs, in tests/graph_passes, which also have how
 ties are broken (torch promises nothing of them); that no fewer than K experts stay and that groups stay whole in
-tests/spec/test_feasibility.py; that nothing is masked by multiplication in finetuning/test_mask.py.
+tests/moe_spec/test_feasibility.py; that nothing is masked by multiplication in finetuning/test_mask.py.
 """
 
 from typing import Any

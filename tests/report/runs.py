@@ -14,12 +14,12 @@ from runtime.backend import BuildOptions
 from runtime.bench import row_of
 from runtime.bench_report import BenchReport
 from runtime.build import build
-from runtime.memory import Alone
+from runtime.measuring.memory import Alone
 from runtime.model_dir import model_bytes
-from runtime.report import LayerParity, OutputParity, ParityReport
 from runtime.run import run
 from runtime.targets import find_target
-from runtime.tolerances import TOLERANCES
+from runtime.verification.report import LayerParity, OutputParity, ParityReport
+from runtime.verification.tolerances import TOLERANCES
 from runtime.verify import verify
 from tests.runtime import tiny
 from tests.runtime.tiny import EXPERTS, LAYERS, SOURCE, TOP_K, Tiny

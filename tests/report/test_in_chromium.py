@@ -6,7 +6,7 @@ import pytest
 
 from report.page import SECTIONS
 from report.words import percent, score
-from runtime.report import ParityReport
+from runtime.verification.report import ParityReport
 from tests.report import runs
 from tests.report.chromium import NARROW, browser, executable, open_file
 from tests.runtime.tiny import LAYERS

@@ -18,7 +18,7 @@ from report.expert_map import MOST_CELLS
 from report.report import MAX_LOSS, report
 from report.variants import variants_of
 from report.verdict import judge
-from runtime.report import ParityReport
+from runtime.verification.report import ParityReport
 from tests.cli.helpers import invoke
 from tests.report import runs
 from tests.runtime.tiny import SOURCE

@@ -9,7 +9,7 @@ from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from runtime.backends import open_session
 from runtime.bench import bench, median_latencies, time_in_turns
-from runtime.memory import Alone, Timed, measure_alone
+from runtime.measuring.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny

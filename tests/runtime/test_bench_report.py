@@ -6,8 +6,8 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from runtime.bench import row_of
 from runtime.bench_report import BenchReport
-from runtime.machine import describe_machine
-from runtime.memory import Alone
+from runtime.measuring.machine import describe_machine
+from runtime.measuring.memory import Alone
 from tests.runtime import tiny
 
 ROW = row_of("model.onnx", 4, [1.0, 2.0, 4.0], Alone(load_ms=8.0, peak_bytes=None), 16, tokens=20)

@@ -15,7 +15,7 @@ from moe_spec.errors import UserError
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.build import build
-from runtime.onnxruntime_library import check_placement, session_options, version
+from runtime.onnxruntime.library import check_placement, session_options, version
 from runtime.providers import PROVIDERS, Execution, find_provider, parse_options
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here

@@ -10,10 +10,10 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from runtime.backend import BuildOptions
 from runtime.build import build
-from runtime.report import MARGIN_EDGES, ParityReport
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here
-from runtime.tolerances import TOLERANCES, coarsest
+from runtime.verification.report import MARGIN_EDGES, ParityReport
+from runtime.verification.tolerances import TOLERANCES, coarsest
 from runtime.verify import verify
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny

@@ -19,7 +19,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.runner import error_between
-from runtime.sides import Side
+from runtime.verification.sides import Side
 from tests.graph_passes.block_models import Spec
 from tests.graph_passes.readers.proofs import saved
 from tests.sample_models import SAMPLE_MODELS

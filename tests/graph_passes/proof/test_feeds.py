@@ -11,7 +11,7 @@ from graph_passes.readers import read_blocks
 from graph_passes.task_data import fit_data
 from moe_spec.dataset import Dataset
 from moe_spec.runner import Arrays
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import Spec, save
 
 

@@ -15,7 +15,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
 from moe_spec.runner import error_between
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import Spec, plan, save
 from tests.zoo import RUNNER
 

@@ -5,7 +5,7 @@ import pytest
 
 from graph_passes.variants.cut import save_cut, save_watched
 from moe_spec.runner import error_between
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import FORM_NAMES, spec_of, why_not_run
 from tests.graph_passes.readers.proofs import saved
 

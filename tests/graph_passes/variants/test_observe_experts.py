@@ -12,7 +12,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, OBSERVED, Manifest
 from moe_spec.runner import Arrays, error_between
-from runtime.onnxruntime_backend import OnnxRuntimeRunner
+from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, plan, weights, why_not, why_not_run
 from tests.graph_passes.block_models.kinds import FORM_NAMES, spec_of
 from tests.graph_passes.block_models.reference.experts import one_expert

@@ -1,0 +1,1 @@
+"""ONNX Runtime behind one backend: its library, its sessions, and graphs that it made before."""

@@ -1,0 +1,66 @@
+"""How long two decoders write the same text, each going on from what it wrote itself, always by the likeliest token."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_spec.dataset import MASK
+from moe_spec.decoder import IDS
+from moe_spec.runner import Feeds
+from runtime.backend import Session
+from runtime.text.generate import Sampling, generate
+
+PROMPTS = 4
+"""So many are gone on from, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyParity:
+    """The common beginnings of what both write.
+
+    Attributes:
+        prompts: that both went on from.
+        tokens: that each wrote.
+        mean: mean number of tokens up to the first that differs.
+        shortest: the smallest of these numbers.
+    """
+
+    prompts: int
+    tokens: int
+    mean: float
+    shortest: int
+
+
+def compare_greedy(
+    reference: Session, candidate: Session, prompts: Sequence[Sequence[int]], tokens: int
+) -> GreedyParity:
+    """Let both write ``tokens`` tokens.
+
+    Raises:
+        UserError: a prompt has no token, or a model is no decoder.
+    """
+    sampling = Sampling(max_new_tokens=tokens)
+    mine_BN, theirs_BN = (
+        np.stack(list(generate(session, prompts, sampling)), axis=1) for session in (reference, candidate)
+    )
+    lengths_B = common_lengths(mine_BN, theirs_BN)
+    return GreedyParity(len(prompts), tokens, float(lengths_B.mean()), int(lengths_B.min()))
+
+
+def common_lengths(mine_BN: npt.NDArray[np.int64], theirs_BN: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many tokens (B,) both begin with.
+
+    >>> common_lengths(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1, 2, 3], [4, 0, 6]]))
+    array([3, 1])
+    """
+    return np.asarray(np.cumprod(mine_BN == theirs_BN, axis=1).sum(axis=1))
+
+
+def prompts_of(feeds: Feeds) -> list[list[int]]:
+    """The tokens of the first `PROMPTS` examples, padding left out."""
+    ids_BS = feeds[IDS][:PROMPTS]
+    mask_BS = feeds.get(MASK, np.ones_like(feeds[IDS]))[:PROMPTS, -ids_BS.shape[1] :]
+    found = [ids[mask != 0].tolist() for ids, mask in zip(ids_BS, mask_BS, strict=True)]
+    return [prompt for prompt in found if prompt]
