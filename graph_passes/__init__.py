@@ -5,6 +5,7 @@
 - ``simplify``: what other tools write becomes what readers expect;
 - ``readers`` and ``routers``: recognise MoE blocks, and their routers, in any form;
 - ``unreachable``: which experts no input can choose;
+- ``settle``: what is to happen, and why it cannot; ``rewrite``: it happens; ``result``: what the manifest says of it;
 - ``record``: the block between readers and writers, and what a plan makes of it;
 - ``quantization``: fewer bits, for experts and for the rest;
 - ``writers``: emit one form;
