@@ -94,6 +94,8 @@ def _run(arguments: list[str], verbs: Sequence[str]) -> None:
     try:
         build_app(verbs)(args=arguments, obj=arguments, standalone_mode=True)
     except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # help: rich and typer make 1 of it
+            console.leave_without_reader()
         if leaving.code == EXIT_INTERRUPTED:  # typer turns ctrl-C into this
             console.err.print(_INTERRUPTED)
         raise
