@@ -14,7 +14,7 @@ from pathlib import Path
 from cli.options import Against
 from exporter.timed_session import CompiledSession, TimedSession, require_compiler
 from models.vmoe.assets import fashion_mnist
-from moe_spec.errors import UserError
+from moe_spec.errors import UserError, require_known
 from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.measuring.memory import Alone, measure_alone, measure_here
@@ -79,8 +79,11 @@ def in_torch(hows: Sequence[str], checkpoint: Path | None, models: Sequence[Path
         models: the first that has a manifest tells how the checkpoint is called.
 
     Raises:
-        UserError: no model has a manifest, the checkpoint is not known, or there is nothing to compile with.
+        UserError: none of `SESSIONS`; no model has a manifest, the checkpoint is not known, or there is nothing to
+            compile with.
     """
+    for how in hows:
+        require_known(how, "way to run a checkpoint", tuple(map(str, SESSIONS)))
     like = next((model for model in models if (model / FILE_NAME).is_file()), None)
     if like is None:
         raise UserError(

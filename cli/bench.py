@@ -23,7 +23,6 @@ from rich.table import Table
 
 from cli import console
 from cli.options import (
-    Against,
     AsJson,
     Cache,
     CpuFallback,
@@ -59,7 +58,7 @@ def bench(
     ] = None,
     data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
     against: Annotated[
-        list[Against] | None,
+        list[str] | None,
         typer.Option(help="Time the checkpoint in torch too; repeatable."),
     ] = None,
     checkpoint: Annotated[

@@ -41,9 +41,15 @@ def _forms() -> Iterable[str]:
 
 
 def _formats() -> Iterable[str]:
-    from graph_passes.precision import FORMATS
+    from moe_spec.formats import FORMATS
 
     return FORMATS
+
+
+def _floats() -> Iterable[str]:
+    from moe_spec.formats import FLOATS
+
+    return FLOATS
 
 
 def _methods() -> Iterable[str]:
@@ -53,9 +59,10 @@ def _methods() -> Iterable[str]:
 
 
 def _precisions() -> Iterable[str]:
+    from moe_spec.formats import said
     from runtime.verification.tolerances import TOLERANCES
 
-    return TOLERANCES
+    return map(said, TOLERANCES)
 
 
 def _providers() -> Iterable[str]:
@@ -82,6 +89,36 @@ def _scopes() -> Iterable[str]:
     return [*SCOPES, SEARCHED]
 
 
+def _device_maps() -> Iterable[str]:
+    from models.spread import DEVICE_MAPS
+
+    return DEVICE_MAPS
+
+
+def _levels() -> Iterable[str]:
+    from runtime.backend import AMPERE_PLUS, SAME_CAPABILITY
+
+    return AMPERE_PLUS, SAME_CAPABILITY
+
+
+def _scores() -> Iterable[str]:
+    from pruning.finetuning.options import SCORES
+
+    return SCORES
+
+
+def _variants() -> Iterable[str]:
+    from pruning.finetuning.options import VARIANTS
+
+    return VARIANTS
+
+
+def _ways_of_torch() -> Iterable[str]:
+    from cli.options import Against
+
+    return map(str, Against)
+
+
 def _targets() -> Iterable[str]:
     from runtime.targets import TARGETS
 
@@ -101,11 +138,15 @@ def _backends() -> Iterable[str]:
 
 
 VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
+    "against": _ways_of_torch,
     "also": _targets,
     "backend": _backends,
     "criterion": _criteria,
+    "device_map": _device_maps,
+    "dtype": _floats,
     "family": _families,
     "form": _forms,
+    "hardware_compatibility": _levels,
     "method": _methods,
     "plan router": _routers,
     "plan target": _targets_of_plans,
@@ -115,6 +156,8 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
     "recipe": _recipes,
     "rest_precision": _formats,
     "scope": _scopes,
+    "score": _scores,
     "target": _targets,
+    "variant": _variants,
 }
 """By parameter, or by verb and parameter where the parameter means something else there."""

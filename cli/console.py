@@ -23,11 +23,9 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from cli.exits import READER_GONE
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.progress import Progress
-
-READER_GONE = 141
-"""What a shell reports of a tool that SIGPIPE ended: 128 and the signal's number."""
 
 
 class _Console(Console):

@@ -13,7 +13,7 @@ Example: moe-edge export checkpoint/ --plan plan.json --dtype bf16 --max-memory 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,9 +24,6 @@ from cli.trust import warn_of_code
 if TYPE_CHECKING:
     from exporter.preview import Preview
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What `--dtype` takes, and torch's names."""
-
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
@@ -35,7 +32,7 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX opset.", min=20, max=23)] = 20,
     task: Annotated[str | None, typer.Option(help="As Hugging Face names it; by default the architecture's.")] = None,
     cache: Annotated[bool, typer.Option(help="Let decoders keep keys and values between calls.")] = True,
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the graph; routers stay fp32.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Format of the graph: fp32, fp16 or bf16; routers stay fp32.")] = "fp32",
     external_data: Annotated[
         int, typer.Option(min=0, help="Bytes from which a weight lies beside the .onnx file, not in it.")
     ] = 1024,
@@ -55,6 +52,7 @@ def export(
     from exporter.preview import preview
     from models.spread import parse_memory
     from moe_spec.files import refuse_existing
+    from moe_spec.formats import FLOATS, FORMATS, require_format
     from moe_spec.plan import PruningPlan
     from pruning.apply import apply_plan
     from runtime.onnxruntime.backend import OnnxRuntimeRunner
@@ -64,7 +62,7 @@ def export(
     options: dict[str, Any] = {
         "plan": loaded,
         "prepare": None if loaded is None else partial(apply_plan, plan=loaded),
-        "dtype": getattr(torch, DTYPES[dtype]),
+        "dtype": getattr(torch, FORMATS[require_format(dtype, FLOATS)]),
         "max_memory": None if max_memory is None else parse_memory(max_memory),
         "trust_remote_code": trust_remote_code,
     }

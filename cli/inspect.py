@@ -16,6 +16,7 @@ from cli import console
 from cli.options import AsJson, TrustRemoteCode
 from cli.trust import warn_of_code
 from moe_spec.errors import UserError
+from moe_spec.files import not_there
 from moe_spec.record import Json
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def inspect(
     Example: moe-edge inspect exported/
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist", hint="check the path")
+        raise not_there(path, "a directory or a file that moe-edge makes or reads")
     warn_of_code(path, trusted=trust_remote_code)
     summary, payload = _describer(path, trust_remote_code=trust_remote_code)(path)
     console.result(summary, payload, as_json)
@@ -64,7 +65,12 @@ def _directory(path: Path, *, trust_remote_code: bool = False) -> Description:
 
     if (path / FILE_NAME).is_file():
         return _engine(path) if Manifest.load(path).kind in (ENGINE, KIND) else _onnx(path)
-    return _onnx(path) if (path / MODEL).is_file() else _checkpoint(path, trust_remote_code=trust_remote_code)
+    if (path / MODEL).is_file():
+        return _onnx(path)
+    if not (path / "config.json").is_file():
+        known = f"{FILE_NAME}, {MODEL} nor config.json"
+        raise UserError(f"{path} has neither {known}", hint="give a checkpoint, or what a verb of moe-edge wrote")
+    return _checkpoint(path, trust_remote_code=trust_remote_code)
 
 
 def _onnx(path: Path) -> Description:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import console
+from cli.exits import INTERRUPTED, MISTAKE, NOT_PROVEN, USAGE
 from cli.help import Verb, help_text
 from cli.log import ending_logged, log_to
 from moe_spec.errors import UserError, VerificationError
@@ -37,8 +38,8 @@ Example: moe-edge demo -o demo-output
 Example: moe-edge plan --help
 """
 
-EXIT_USER, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 3, 130
 _INTERRUPTED = "interrupted; nothing half-written is left"
+_Misuse: Any = typer.BadParameter.__base__  # click's UsageError, of which typer has its own that it gives no name
 
 
 def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
@@ -82,42 +83,67 @@ def _show_version(asked: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
-    """Run one command.
-
-    It exits with 0 done, 1 the user can mend it, 2 usage, 3 verification failed, 130 interrupted, 141 nobody reads on.
-    """
+    """Run one command; it exits with one of `cli.exits.EXITS`."""
     with console.showing_warnings(), ending_logged():
         _run(list(sys.argv[1:] if arguments is None else arguments), verbs)
 
 
 def _run(arguments: list[str], verbs: Sequence[str]) -> None:
     try:
-        build_app(verbs)(args=arguments, obj=arguments, standalone_mode=True)
+        _call(arguments, verbs)
+    except UserError as failure:
+        console.error(failure)
+        _leave(MISTAKE)
+    except ModuleNotFoundError as missing:
+        console.error(_not_installed(missing))
+        _leave(MISTAKE)
+    except VerificationError as failure:
+        console.failure(failure)
+        _leave(NOT_PROVEN)
+    except OSError as failure:
+        console.error(_mendable(failure))
+        _leave(MISTAKE)
+    except KeyboardInterrupt:
+        console.err.print(_INTERRUPTED)
+        _leave(INTERRUPTED)
+
+
+def _call(arguments: list[str], verbs: Sequence[str]) -> None:
+    """Let typer run it; what typer says of its own comes in our words and exit codes."""
+    try:
+        code = build_app(verbs)(args=arguments, obj=arguments, prog_name="moe-edge", standalone_mode=False)
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # help: rich and typer make 1 of it
             console.leave_without_reader()
-        if leaving.code == EXIT_INTERRUPTED:  # typer turns ctrl-C into this
-            console.err.print(_INTERRUPTED)
         raise
-    except UserError as failure:
-        console.error(failure)
-        _leave(EXIT_USER)
-    except ModuleNotFoundError as missing:
-        console.error(_not_installed(missing))
-        _leave(EXIT_USER)
-    except VerificationError as failure:
-        console.failure(failure)
-        _leave(EXIT_VERIFICATION)
-    except OSError as failure:
-        if not is_full(failure):
-            raise
+    except _Misuse as misuse:
+        if misuse.format_message():  # none where it was the help, for want of a verb
+            console.error(_misused(misuse))
+        sys.exit(USAGE)
+    if code == INTERRUPTED:  # typer turns ctrl-C into this
+        raise KeyboardInterrupt
+    sys.exit(code)
+
+
+def _misused(misuse: Any) -> UserError:
+    """What the command line was given wrongly, with the closest option that there is."""
+    meant = getattr(misuse, "possibilities", None)
+    what = misuse.message if meant else misuse.format_message()
+    ask = f"{misuse.ctx.command_path} --help"
+    hint = f"did you mean {meant[0]}? {ask}" if meant else ask
+    return UserError(f"{what[0].lower()}{what[1:].rstrip('.')}", hint=hint)
+
+
+def _mendable(failure: OSError) -> UserError:
+    """What the system says of a file or of stdout; where it says nothing of the kind, the failure is a bug."""
+    if is_full(failure):
         console.drop_output()
         hint = "make room where it goes, or let it go elsewhere"
-        console.error(UserError(f"what was found cannot be written: {failure.strerror}", hint=hint))
-        _leave(EXIT_USER)
-    except KeyboardInterrupt:
-        console.err.print(_INTERRUPTED)
-        _leave(EXIT_INTERRUPTED)
+        return UserError(f"what was found cannot be written: {failure.strerror}", hint=hint)
+    if isinstance(failure, PermissionError) and failure.filename is not None:
+        hint = f"who may read and write it: ls -ld {failure.filename}"
+        return UserError(f"{failure.filename}: {failure.strerror}", hint=hint)
+    raise failure
 
 
 def _not_installed(missing: ModuleNotFoundError) -> UserError:

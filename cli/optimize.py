@@ -61,11 +61,12 @@ def optimize(
     Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
     """
     from graph_passes.optimize import optimize as optimize_model
-    from graph_passes.precision import FORMATS, Precision
+    from graph_passes.precision import Precision
     from graph_passes.quantization.activations import Activations
     from graph_passes.quantization.rest import of_details
     from graph_passes.unreachable import Unreachable, summarise
     from graph_passes.writers import WRITERS
+    from moe_spec.formats import FORMATS
     from moe_spec.plan import PruningPlan
     from runtime.onnxruntime.backend import OnnxRuntimeRunner
     from runtime.targets import find_target

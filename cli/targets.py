@@ -23,16 +23,11 @@ from rich.table import Table
 
 from cli import console
 from cli.options import AsJson
+from moe_spec.formats import FORMATS
 
 if TYPE_CHECKING:
     from runtime.fit import Fit
     from runtime.targets import Plugin, Target
-
-SHORT = {
-    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4", "float8e4m3fn": "fp8",
-    "float4e2m1": "fp4",
-}  # fmt: skip
-"""Formats as people say them, in the order in which they are shown."""
 
 SIZES = "weights + cache + inputs and outputs + activations"
 
@@ -96,7 +91,7 @@ def _table(rows: Sequence["Target"]) -> Table:
             row.name,
             f"{row.backend} {row.versions}",
             row.compute_capability or "-",
-            " ".join(short for name, short in SHORT.items() if name in row.precisions),
+            " ".join(short for short, name in FORMATS.items() if name in row.precisions),
             " ".join(row.forms),
             "any",
             _span(row.gigabytes),

@@ -32,7 +32,11 @@ def model_path(path: Path) -> Path:
         UserError: there is none.
     """
     if path.is_dir():
-        return require_file(path / MODEL, f"a model directory with {MODEL}")
+        if not (path / MODEL).is_file():
+            raise UserError(
+                f"{path} is no model directory: it has no {MODEL}", hint="give what export or optimize wrote"
+            )
+        return path / MODEL
     return require_file(path, "an ONNX file or a model directory")
 
 

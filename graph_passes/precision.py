@@ -13,21 +13,8 @@ import numpy as np
 
 from graph_passes.casts.assign import WIDE, Formats
 from graph_passes.quantization.quantize import BLOCK_SIZES, IN_BLOCKS, NUMBERS, Quantization
-from moe_spec.errors import UserError, did_you_mean
-
-FORMATS: Mapping[str, str] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8": "int8",
-    "int4": "int4",
-    "fp8": "float8e4m3fn",
-    "nvfp4": "float4e2m1",
-}
-"""What a user calls a format, and what ONNX does; targets know the latter."""
-
-FLOATS: tuple[str, ...] = ("fp32", "fp16", "bf16")
-"""Those that a graph computes in; the others are numbers of few bits, which are floats when they are multiplied."""
+from moe_spec.errors import UserError
+from moe_spec.formats import FLOATS, FORMATS, require_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +34,12 @@ class Precision:
 
     @classmethod
     def checked(cls, experts: str | None = None, rest: str | None = None, block_size: int | None = None) -> "Precision":
-        """As a user gave it.
+        """As a user gave it, in words of people or of ONNX.
 
         Raises:
             UserError: a format that is unknown, blocks that there are not, or blocks of nothing.
         """
-        for name in (experts, rest):
-            if name is not None and name not in FORMATS:
-                raise UserError(f"unknown precision {name!r}", hint=did_you_mean(name, FORMATS))
+        experts, rest = (None if name is None else require_format(name) for name in (experts, rest))
         if block_size is not None and block_size not in BLOCK_SIZES:
             known = ", ".join(map(str, BLOCK_SIZES))
             raise UserError(f"there are no blocks of {block_size} inputs", hint=f"--block-size is one of {known}")

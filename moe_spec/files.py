@@ -1,6 +1,7 @@
 """Files that are either the old ones or the new ones, never half of one; and paths that stay where they belong."""
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import os
@@ -47,8 +48,18 @@ def require_file(path: Path, what: str) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a directory, expected {what}", hint=f"give the path of {what}")
     if not path.is_file():
-        raise UserError(f"{path} does not exist, expected {what}", hint="check the path")
+        raise not_there(path, what)
     return path
+
+
+def not_there(path: Path, what: str) -> UserError:
+    """The error of a ``path`` that leads nowhere, where ``what`` was expected; it names what is called almost so."""
+    around = path.parent
+    beside = around.iterdir() if around.is_dir() and os.access(around, os.R_OK) else ()
+    names = [other.name for other in beside if other.suffix == path.suffix]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"did you mean {around / close[0]}?" if close else "check the path"
+    return UserError(f"{path} does not exist, expected {what}", hint=hint)
 
 
 def inside(directory: Path, name: str, owner: Path) -> Path:
@@ -70,10 +81,15 @@ def refuse_existing(path: Path) -> None:
     """Checked before any work starts.
 
     Raises:
-        UserError: ``path`` exists; nothing is ever overwritten.
+        UserError: ``path`` exists, as nothing is ever overwritten; or no directory can be made where it is to lie.
     """
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise UserError(f"{path} already exists", hint=f"give another -o, or remove it first: rm -r {path}")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise UserError(f"{path} cannot be written: {above} is a file", hint="give another -o")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written: you may not write to {above}", hint="give another -o")
 
 
 def require_room(directory: Path, size: int) -> None:

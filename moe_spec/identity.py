@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from moe_spec.files import sha256_file, sha256_text
+from moe_spec.files import not_there, sha256_file, sha256_text
 from moe_spec.manifest import MODEL
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -25,9 +25,10 @@ def checkpoint_weights(directory: Path) -> list[Path]:
     Raises:
         UserError: the directory does not exist, has no config.json, no weights, or pickled ones.
     """
+    if not directory.exists():
+        raise not_there(directory, "a checkpoint directory")
     if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        raise UserError(f"{directory} {found}, expected a checkpoint directory", hint="check the path")
+        raise UserError(f"{directory} is a file, expected a checkpoint directory", hint="give the directory it lies in")
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} is no checkpoint: it has no config.json",

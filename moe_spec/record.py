@@ -138,7 +138,8 @@ def parse_record(path: Path, text: str | bytes, artifact: str, schema: int, rema
     """
     values = parse_object(path, text, remake)
     if values.get("artifact") != artifact:
-        raise UserError(f"{path} holds {values.get('artifact')!r}, expected a {artifact!r} artifact", hint=remake)
+        says = f"is a {values['artifact']}" if "artifact" in values else "does not say what it is"
+        raise UserError(f"{path} {says}, expected a {artifact}", hint=remake)
     found = values.get("schema")
     if found != schema:
         mend = "update moe-edge, or " if isinstance(found, int) and found > schema else ""

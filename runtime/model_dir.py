@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from moe_spec.files import inside
+from moe_spec.files import inside, not_there
 from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, MODEL, OBSERVED, OBSERVED_CPU, Manifest
 from runtime.backend import ENGINE_FILE
 from runtime.onnx_file import check_external_data, number_formats
@@ -26,7 +26,7 @@ def model_file(path: Path) -> Path:
             )
         return model
     if not path.is_file():
-        raise UserError(f"{path} does not exist, expected an .onnx file or a model directory", hint="check the path")
+        raise not_there(path, "an .onnx file or a model directory")
     return path
 
 

@@ -1,6 +1,7 @@
 """Batch inference: .npz, .jsonl and image files in, classes or raw outputs out."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from moe_spec.dataset import load_dataset
 from moe_spec.decoder import PRESENT, complete
 from moe_spec.errors import UserError
-from moe_spec.files import new_file, refuse_existing
+from moe_spec.files import new_file, refuse_existing, require_file
 from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import TensorSpec
@@ -23,6 +24,8 @@ from runtime.inputs.json_lines import SUFFIX as JSON_LINES
 from runtime.inputs.json_lines import read_json_lines
 from runtime.parity import softmax
 from runtime.providers import BY_DEFAULT, Execution
+
+INPUT = "an .npz, .jsonl or image file, or a folder of images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,8 @@ def _batches(
     if size < 1:
         raise UserError(f"the batch size is {size}, expected 1 or more", hint="give --batch-size 1 or more")
     preprocessor = ImagePreprocessor.load(directory)
-    files = [found for path in inputs for found in (find_images(path) if path.is_dir() else [path])]
+    found = (find_images(path) if path.is_dir() else [require_file(path, INPUT)] for path in inputs)
+    files = list(itertools.chain(*found))
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if images and preprocessor is None:
         raise UserError(

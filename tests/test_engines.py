@@ -6,8 +6,9 @@ import re
 import pytest
 
 from graph_passes.optimize import optimize
-from graph_passes.precision import FORMATS, Precision
+from graph_passes.precision import Precision
 from moe_spec.errors import UserError
+from moe_spec.formats import FORMATS
 from tests.engines import ADA, AMPERE, CASES, FORMS, GPUS, MODELS, built
 from tests.sample_models import SAMPLE_MODELS
 from tests.zoo import RUNNER

@@ -7,6 +7,7 @@ from typing import Any
 import typer.main
 
 from benchmarks.markdown import table
+from cli.exits import EXITS
 from cli.main import build_app
 
 _EXAMPLE = re.compile(r"^Example: (.*)$", re.MULTILINE)
@@ -17,10 +18,10 @@ def page() -> str:
     app: Any = typer.main.get_command(build_app())  # typer's own copy of click, which has no types to import
     intro = (
         "Verbs read files and write files. `-o` never overwrites: what it names must not exist yet. Results go to "
-        "stdout, progress and errors to stderr. Exit codes: 0 done, 1 an error that you can mend, 2 usage, "
-        "3 verification failed, 130 interrupted."
+        "stdout, progress and errors to stderr."
     )
-    parts = ["# Commands", intro, "## moe-edge", _options(app.params)]
+    exits = table(("exit code", "means"), [(f"`{code}`", meaning) for code, meaning in EXITS.items()], left=2)
+    parts = ["# Commands", intro, exits, "## moe-edge", _options(app.params)]
     for name, command in app.commands.items():
         prose, *examples = _help(command.help)
         parts += [f"## {name}", f"`{usage(name, command.params)}`", prose, _options(command.params), *examples]

@@ -6,11 +6,10 @@ from inspect import getdoc
 from types import ModuleType
 
 from benchmarks.markdown import table
-from cli.targets import SHORT
-from graph_passes.precision import FLOATS, FORMATS
 from graph_passes.readers import READERS
 from graph_passes.writers import WRITERS
 from models.support import STAGES, families, tools
+from moe_spec.formats import FLOATS, FORMATS, said
 from moe_spec.plan import ROUTERS
 from moe_spec.statistics import KEYS
 from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, WEIGHT_CRITERIA
@@ -47,7 +46,7 @@ def _targets() -> Iterator[str]:
             f"{row.backend} {row.versions}",
             row.compute_capability or "",
             _codes(row.forms),
-            " ".join(short for name, short in SHORT.items() if name in row.precisions),
+            " ".join(short for short, name in FORMATS.items() if name in row.precisions),
             "" if row.gigabytes is None else " to ".join(dict.fromkeys(map(str, row.gigabytes))),
             row.note,
         )
@@ -145,7 +144,7 @@ def _tolerances() -> Iterator[str]:
         "*Flips*: share of a layer's tokens. *Accuracy*: what the task may lose. `--tolerances FILE` changes rows."
     )
     rows = [
-        (_code(name), f"{row.element:g}", f"{row.margin:g}", f"{row.flips:g}", f"{row.accuracy:g}")
+        (_code(said(name)), f"{row.element:g}", f"{row.margin:g}", f"{row.flips:g}", f"{row.accuracy:g}")
         for name, row in TOLERANCES.items()
     ]
     yield table(("format", "element", "margin", "flips", "accuracy"), rows)

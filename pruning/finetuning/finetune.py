@@ -14,7 +14,7 @@ from models.own_code import copy_code
 from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
-from moe_spec.identity import checkpoint_sha256
+from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.progress import Progress, silent
@@ -110,6 +110,7 @@ def finetune(
             not suit the model.
     """
     refuse_existing(out)
+    checkpoint_weights(checkpoint)  # refuse what is none before the data is blamed
     skeleton_of = functools.partial(load_skeleton, trust_remote_code=trust_remote_code)
     if check := _CHECKS.get(type(method)):
         check(skeleton_of(checkpoint), method, recipe.steps)

@@ -8,6 +8,7 @@ from pathlib import Path
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing, sha256_file
+from moe_spec.formats import in_onnx
 from moe_spec.manifest import FILE_NAME, Manifest, list_files
 from moe_spec.record import Json, dump
 from runtime.backend import ENGINE
@@ -57,7 +58,7 @@ def bundle(
     profiles = _profiles(manifest, target, profiles)
     if precision is None:
         precision = coarsest(float_types(check_external_data(model_file(model_dir))))
-    allowed = tolerance_of(precision)
+    allowed, precision = tolerance_of(precision), in_onnx(precision)
     cases = golden_cases(model_dir, manifest, data, batch_size, profiles)
     with new_directory(out) as staging:
         hashes = _copy_model(model_dir, manifest, staging / MODEL_FOLDER)

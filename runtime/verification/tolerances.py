@@ -16,8 +16,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from moe_spec.errors import UserError, did_you_mean
+from moe_spec.errors import UserError
 from moe_spec.files import require_file
+from moe_spec.formats import in_onnx, require_format, said
 from moe_spec.record import Record, parse_object
 
 
@@ -50,7 +51,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "float4e2m1": Tolerance(element=2e-1, margin=5e-1, flips=0.30, accuracy=0.02),
     "int4": Tolerance(element=2e-1, margin=5e-1, flips=0.30, accuracy=0.02),
 }
-"""By number format (ONNX names), the finest first; those of 8 bits and less are of weights. nvfp4 is float4e2m1."""
+"""By number format (ONNX names), the finest first; those of 8 bits and less are of weights."""
 
 
 def coarsest(formats: Iterable[str]) -> str:
@@ -67,20 +68,18 @@ def coarsest(formats: Iterable[str]) -> str:
     if unknown:
         raise UserError(
             f"there is no element tolerance for {', '.join(unknown)}",
-            hint=f"choose the format to judge by: --precision {', '.join(TOLERANCES)}",
+            hint=f"choose the format to judge by: --precision {', '.join(map(said, TOLERANCES))}",
         )
     return max(found or {"float32"}, key=list(TOLERANCES).index)
 
 
 def tolerance_of(precision: str, tolerances: Mapping[str, Tolerance] = TOLERANCES) -> Tolerance:
-    """The row of ``tolerances``.
+    """The row of ``tolerances`` for ``precision``, in words of people or of ONNX.
 
     Raises:
-        UserError: there is none for ``precision``.
+        UserError: there is none.
     """
-    if precision not in tolerances:
-        raise UserError(f"unknown precision {precision!r}", hint=did_you_mean(precision, tolerances))
-    return tolerances[precision]
+    return tolerances[in_onnx(require_format(precision, [said(name) for name in tolerances]))]
 
 
 def load_tolerances(path: Path) -> dict[str, Tolerance]:
@@ -89,15 +88,15 @@ def load_tolerances(path: Path) -> dict[str, Tolerance]:
     Raises:
         UserError: no JSON, an unknown precision or name, or a value that is no number of 0 or more.
     """
-    mend = f'write rows like {{"int8": {{"element": 0.05}}}}, of {", ".join(TOLERANCES)}'
+    mend = f'write rows like {{"int8": {{"element": 0.05}}}}, of {", ".join(map(said, TOLERANCES))}'
     require_file(path, "tolerances (JSON)")
     rows = parse_object(path, path.read_bytes(), mend)
     record, changed = Record(rows, str(path), mend), dict(TOLERANCES)
     for precision in rows:
-        row = record.record(precision)
-        if precision not in TOLERANCES or row is None:
+        row, name = record.record(precision), in_onnx(precision)
+        if name not in TOLERANCES or row is None:
             raise record.fail(f"{precision!r} is no precision with a row of tolerances")
-        changed[precision] = _changed(TOLERANCES[precision], row, rows[precision])
+        changed[name] = _changed(TOLERANCES[name], row, rows[precision])
     return changed
 
 

@@ -15,10 +15,11 @@ from cli.main import build_app
 INSTALLED = Path(sys.executable).parent / "moe-edge"
 COMMAND: Any = typer.main.get_command(build_app())
 SOME = {
-    "also": "rtx-ada", "backend": "tensorrt-rtx", "criterion": "seer-soft", "family": "deepseek_v3", "form": "dense",
-    "method": "seer", "optimize precision": "int8", "plan router": "replace", "plan target": "edge-llm-fp16",
-    "precision": "float32", "provider": "openvino", "recipe": "adamw", "rest_precision": "int8", "scope": "global",
-    "target": "jetson-orin",
+    "against": "torch.compile", "also": "rtx-ada", "backend": "tensorrt-rtx", "criterion": "seer-soft",
+    "device_map": "sequential", "dtype": "bf16", "family": "deepseek_v3", "form": "dense",
+    "hardware_compatibility": "ampere+", "method": "seer", "optimize precision": "int8", "plan router": "replace",
+    "plan target": "edge-llm-fp16", "precision": "fp16", "provider": "openvino", "recipe": "adamw",
+    "rest_precision": "int8", "scope": "global", "score": "hit-rate", "target": "jetson-orin", "variant": "staged",
 }  # fmt: skip
 
 

@@ -188,7 +188,12 @@ KNOWN = "known artifacts: bench, manifest, parity, plan"
 @pytest.mark.parametrize(
     ("name", "content", "what", "hint"),
     [
-        ("nothing", None, "does not exist", "check the path"),
+        (
+            "nothing",
+            None,
+            "does not exist, expected a directory or a file that moe-edge makes or reads",
+            "check the path",
+        ),
         (
             "notes.txt",
             b"notes",
@@ -223,8 +228,8 @@ def test_an_empty_directory_is_refused(tmp_path):
     assert invoke("inspect", tmp_path) == (
         1,
         "",
-        f"error: {tmp_path} is no checkpoint: it has no config.json\n"
-        "hint: give a directory in transformers' layout: config.json and *.safetensors\n",
+        f"error: {tmp_path} has neither manifest.json, model.onnx nor config.json\n"
+        "hint: give a checkpoint, or what a verb of moe-edge wrote\n",
     )
 
 
@@ -234,8 +239,7 @@ def test_a_directory_that_lost_its_graph_is_no_checkpoint(zoo, tmp_path):
     assert invoke("inspect", directory) == (
         1,
         "",
-        f"error: {directory / 'model.onnx'} does not exist, expected a model directory with model.onnx\n"
-        "hint: check the path\n",
+        f"error: {directory} is no model directory: it has no model.onnx\nhint: give what export or optimize wrote\n",
     )
 
 

@@ -48,3 +48,16 @@ def test_an_unknown_verb_is_a_usage_error():
     code, _, err = invoke("inspect", "--no-such-option")
     assert code == 2
     assert "--no-such-option" in err
+
+
+def test_a_file_that_may_not_be_read_is_an_error(failing):
+    assert failing(PermissionError(13, "Permission denied", "secret.json")) == (
+        1,
+        "",
+        "error: secret.json: Permission denied\nhint: who may read and write it: ls -ld secret.json\n",
+    )
+
+
+def test_what_is_no_mistake_of_the_user_is_not_hidden(failing):
+    with pytest.raises(OSError, match="out of luck"):
+        failing(OSError("out of luck"))

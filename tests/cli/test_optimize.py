@@ -129,7 +129,7 @@ def test_a_missing_file_is_refused(tmp_path):
         f"{nothing} does not exist, expected an ONNX file or a model directory", "check the path"
     )
     assert invoke("optimize", tmp_path, "-o", tmp_path / "out") == refusal(
-        f"{tmp_path / 'model.onnx'} does not exist, expected a model directory with model.onnx", "check the path"
+        f"{tmp_path} is no model directory: it has no model.onnx", "give what export or optimize wrote"
     )
 
 

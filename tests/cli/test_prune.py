@@ -146,7 +146,7 @@ def test_a_plan_that_is_none_is_refused(checkpoint, plan, tmp_path):
     error = f"error: {plan} has plan schema 3, this moe-edge reads 2\nhint: update moe-edge, or {REMAKE[6:]}"
     assert refused(checkpoint, plan, tmp_path) == error
     edit(plan, artifact="manifest")
-    error = f"error: {plan} holds 'manifest', expected a 'plan' artifact\n{REMAKE}"
+    error = f"error: {plan} is a manifest, expected a plan\n{REMAKE}"
     assert refused(checkpoint, plan, tmp_path) == error
 
 

@@ -149,7 +149,7 @@ def test_a_path_that_is_neither_file_nor_model_directory_is_refused(tmp_path):
     assert error.value.what == f"{tmp_path / 'nothing'} does not exist, expected an ONNX file or a model directory"
     with pytest.raises(UserError) as error:
         model_path(tmp_path)
-    assert error.value.what == f"{tmp_path / 'model.onnx'} does not exist, expected a model directory with model.onnx"
+    assert error.value.what == f"{tmp_path} is no model directory: it has no model.onnx"
 
 
 def test_constant_nodes_are_read_like_initialisers(tmp_path):

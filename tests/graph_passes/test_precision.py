@@ -5,9 +5,10 @@ import pytest
 
 from graph_passes.casts.assign import Formats
 from graph_passes.optimize import optimize
-from graph_passes.precision import FORMATS, Precision
+from graph_passes.precision import Precision
 from graph_passes.quantization.quantize import Quantization
 from moe_spec.errors import UserError
+from moe_spec.formats import FORMATS
 from runtime.targets import TARGETS
 from tests.graph_passes.block_models import Spec
 from tests.graph_passes.readers.proofs import saved

@@ -156,6 +156,19 @@ def test_a_file_is_required(tmp_path):
         require_file(tmp_path / "gone", "a plan")
 
 
+def test_a_file_that_is_not_there_has_a_name_like_one_that_is(tmp_path):
+    for name in ("plan.json", "plan.txt", "other.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        require_file(tmp_path / "plans.json", "a plan")
+    assert error.value.what == f"{tmp_path}/plans.json does not exist, expected a plan"
+    assert error.value.hint == f"did you mean {tmp_path}/plan.json?"
+    for far in (tmp_path / "statistics.json", tmp_path / "nowhere" / "plan.json", tmp_path / "plan.txt" / "plan.json"):
+        with pytest.raises(UserError) as error:
+            require_file(far, "a plan")
+        assert error.value.hint == "check the path"
+
+
 def test_a_file_and_its_text_have_one_hash(tmp_path):
     path = tmp_path / "text"
     path.write_text("moe" * 1_000_000)

@@ -100,8 +100,8 @@ def test_numbers_that_json_lacks_are_never_written(tmp_path):
         ('{"artifact": "plan", "sch', "is no complete JSON: Unterminated string", REMAKE),
         ("", "is no complete JSON: Expecting value", REMAKE),
         ("[]", "holds a list, expected a JSON object", REMAKE),
-        ("{}", "holds None, expected a 'plan' artifact", REMAKE),
-        ('{"artifact": "manifest"}', "holds 'manifest', expected a 'plan' artifact", REMAKE),
+        ("{}", "does not say what it is, expected a plan", REMAKE),
+        ('{"artifact": "manifest"}', "is a manifest, expected a plan", REMAKE),
         ('{"artifact": "plan"}', "has plan schema None, this moe-edge reads 2", REMAKE),
         ('{"artifact": "plan", "schema": 1}', "has plan schema 1, this moe-edge reads 2", REMAKE),
         (

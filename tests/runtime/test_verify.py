@@ -239,8 +239,7 @@ def test_a_missing_or_damaged_side_is_named(tmp_path):
 def test_a_format_without_a_tolerance_is_refused():
     message = (
         "there is no element tolerance for float8e5m2\n"
-        "hint: choose the format to judge by: --precision float32, float16, bfloat16, int8, float8e4m3fn, w8a8, "
-        "float4e2m1, int4"
+        "hint: choose the format to judge by: --precision fp32, fp16, bf16, int8, fp8, w8a8, nvfp4, int4"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         coarsest(["float32", "float8e5m2"])

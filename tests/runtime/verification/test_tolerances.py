@@ -8,20 +8,21 @@ from runtime.verification.report import LayerParity, OutputParity, TaskAccuracy
 from runtime.verification.tolerances import TOLERANCES, load_tolerances
 from runtime.verification.verdict import why_it_failed
 
-MEND = 'hint: write rows like {"int8": {"element": 0.05}}, of ' + ", ".join(TOLERANCES)
+MEND = 'hint: write rows like {"int8": {"element": 0.05}}, of fp32, fp16, bf16, int8, fp8, w8a8, nvfp4, int4'
 
 
 def test_what_a_file_does_not_name_stays(tmp_path):
-    (tmp_path / "own.json").write_text('{"float16": {"flips": 1, "accuracy": 0.5}}')
+    (tmp_path / "own.json").write_text('{"fp16": {"flips": 1}, "float32": {"flips": 0}}')
     loaded = load_tolerances(tmp_path / "own.json")
-    assert loaded["float16"] == dataclasses.replace(TOLERANCES["float16"], flips=1.0, accuracy=0.5)
+    assert loaded["float16"] == dataclasses.replace(TOLERANCES["float16"], flips=1.0)
+    assert loaded["float32"] == dataclasses.replace(TOLERANCES["float32"], flips=0.0)
     assert loaded["int8"] == TOLERANCES["int8"]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"fp16": {}}', "'fp16' is no precision with a row of tolerances"),
+        ('{"fp61": {}}', "'fp61' is no precision with a row of tolerances"),
         ('{"int8": null}', "'int8' is no precision with a row of tolerances"),
         ('{"int8": {"elements": 1}}', "int8: unknown tolerance 'elements', known are accuracy, element, flips, margin"),
         ('{"int8": {"element": -1}}', "int8: element is -1.0, expected 0 or more"),
