@@ -29,7 +29,10 @@ def bundle(
     min_shapes: MinShapes = None,
     opt_shapes: OptShapes = None,
     max_shapes: MaxShapes = None,
-    precision: Annotated[str | None, typer.Option(help="Judge by float32, float16 or bfloat16.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Judge as float32, float16, bfloat16, int8, float8e4m3fn, w8a8, float4e2m1, int4."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a directory with all that a device needs to build a model's engine and to check it by itself."""

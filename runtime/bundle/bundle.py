@@ -14,13 +14,13 @@ from moe_spec.record import Json, dump
 from runtime.backend import ENGINE
 from runtime.bundle.golden import golden_cases, save_case
 from runtime.bundle.scripts import write_scripts
-from runtime.model_dir import copy_files, model_file, model_manifest, observed_file, why_not_buildable
-from runtime.onnx_file import check_external_data, float_types
+from runtime.model_dir import copy_files, model_manifest, observed_file, why_not_buildable
 from runtime.profiles import Profile, check_profile, default_profile, profile_to_json
 from runtime.providers import find_provider
 from runtime.targets import ONNXRUNTIME, Target
 from runtime.tensorrt.library import PACKAGES
-from runtime.verification.tolerances import coarsest, tolerance_of
+from runtime.verification.sides import precision_of
+from runtime.verification.tolerances import tolerance_of
 
 KIND = "bundle"
 MODEL_FOLDER = "model"
@@ -56,8 +56,7 @@ def bundle(
     refuse_existing(out)
     manifest = _checked(model_dir, target)
     profiles = _profiles(manifest, target, profiles)
-    if precision is None:
-        precision = coarsest(float_types(check_external_data(model_file(model_dir))))
+    precision = precision_of(model_dir, manifest) if precision is None else precision
     allowed, precision = tolerance_of(precision), in_onnx(precision)
     cases = golden_cases(model_dir, manifest, data, batch_size, profiles)
     with new_directory(out) as staging:

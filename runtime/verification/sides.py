@@ -67,20 +67,31 @@ class Side:
         return sha256_file(self.path / FILE_NAME)
 
     def precision(self) -> str:
-        """The number format that decides how exact this model can be: that of its experts where they are quantised."""
-        known = self.manifest.details.get("number_formats")
-        formats = number_formats(check_external_data(model_file(self.path))) if known is None else list(known)
-        asked = self.manifest.details.get("precision") or {}  # bytes of two 4-bit numbers are not told from others
-        formats += [asked[part] for part in ("experts", "rest") if asked.get(part) in TOLERANCES]
-        if self.manifest.details.get("activations"):
-            formats.append("w8a8")
-        return coarsest(name.removeprefix("u") for name in formats)
+        """The number format that decides how exact this model can be."""
+        return precision_of(self.path, self.manifest)
 
     def routing(self, block: BlockEntry, outputs: Arrays, tokens: int, experts: int) -> Routing:
         """What ``block`` did with ``tokens`` tokens, over ``experts`` experts of the source model."""
         if block.gates is None or block.scores is None:
             return Routing.of_one_expert(tokens, block.keep, experts)
         return Routing.of(outputs[block.gates], outputs[block.scores], block.keep, experts)
+
+
+def precision_of(directory: Path, manifest: Manifest) -> str:
+    """The row of `runtime.verification.tolerances` that a model directory or an engine is judged by.
+
+    It is that of the coarsest number format: of the experts where they are quantised.
+
+    Raises:
+        UserError: the graph is broken, or in a format of which no tolerance is told beforehand.
+    """
+    known = manifest.details.get("number_formats")
+    formats = number_formats(check_external_data(model_file(directory))) if known is None else list(known)
+    asked = manifest.details.get("precision") or {}  # bytes of two 4-bit numbers are not told from others
+    formats += [asked[part] for part in ("experts", "rest") if asked.get(part) in TOLERANCES]
+    if manifest.details.get("activations"):
+        formats.append("w8a8")
+    return coarsest(name.removeprefix("u") for name in formats)
 
 
 Batch = tuple[Feeds, npt.NDArray[np.int64] | None]

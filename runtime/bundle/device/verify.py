@@ -75,6 +75,8 @@ class OnnxRuntime:
         ort = importlib.import_module("onnxruntime")
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
+        # what multiplies quantised weights stays float, as in the golden run: by default it becomes int8
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         providers = options.provider or ["CPUExecutionProvider"]
         graph = directory / "model" / "observed.cpu.onnx"
         if not graph.is_file():

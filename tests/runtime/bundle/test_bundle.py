@@ -14,9 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from moe_spec.dataset import Dataset
+from benchmarks.planted import plant, swap_experts
+from graph_passes.optimize import optimize
+from graph_passes.precision import Precision
+from models.vmoe.assets import fashion_mnist
+from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
+from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import Manifest
 from runtime.backend import BuildOptions
 from runtime.build import build
@@ -24,7 +29,10 @@ from runtime.bundle.bundle import bundle
 from runtime.bundle.scripts import DEVICE, LIBRARY, PACKAGES
 from runtime.profiles import ShapeRange, parse_profiles
 from runtime.targets import find_target
+from runtime.verification.tolerances import TOLERANCES
 from tests.runtime import tiny
+from tests.sample_models import SAMPLE_MODELS
+from tests.zoo import RUNNER
 
 ORIN, ADA, CPU = map(find_target, ("jetson-orin", "rtx-ada", "onnxruntime-cpu"))
 DATA = Dataset({"x": tiny.examples(6)}, None, "")
@@ -165,6 +173,27 @@ def test_twins_may_flip(model, device, tmp_path):
     bundle(twins, CPU, tmp_path / "bundle", DATA, precision="float16")
     code, _, _ = device(tmp_path / "bundle" / "verify.py", "--backend", "onnxruntime")
     assert code == 0
+
+
+@pytest.mark.parametrize("precision", [Precision("int8"), Precision("int4", block_size=32)], ids=lambda it: it.experts)
+def test_quantised_experts_are_judged_as_verify_judges_them(zoo, device, tmp_path, precision):
+    """By the tolerances of their format; two experts that changed places are a fault nevertheless."""
+    exported = SAMPLE_MODELS["pruned"].make(zoo)
+    right, wrong, out = tmp_path / "right", tmp_path / "wrong", tmp_path / "bundle"
+    swapped = plant(exported, tmp_path / "swapped", swap_experts, 1).parent
+    for source, model in ((exported, right), (swapped, wrong)):
+        optimize(source, model, RUNNER, form="dense", precision=precision, prove=False)
+    images = load_dataset(fashion_mnist() / "test.npz", ImagePreprocessor.load(fashion_mnist()))
+    bundle(right, CPU, out, images)
+    judged = {"precision": precision.experts, **vars(TOLERANCES[precision.experts])}
+    assert json.loads((out / "thresholds.json").read_text()) == judged
+    code, said, _ = device(out / "verify.py", "--backend", "onnxruntime")
+    assert (code, said.splitlines()[-1]) == (0, "PASS")
+    for path in (out / "model").glob("*.onnx*"):
+        shutil.copyfile(wrong / path.name, path)
+    seal(out)
+    code, said, _ = device(out / "verify.py", "--backend", "onnxruntime")
+    assert (code, said.splitlines()[-1]) == (3, "FAIL")
 
 
 def test_an_engine_that_was_not_built_is_asked_for(mine, device):
