@@ -192,8 +192,12 @@ class Assignment:
         return all(name in allowed.get(letter, (letter,)) for letter in letters)
 
     def _take_what_readers_want(self, node: gs.Node) -> None:
-        """A constant in another shape is made in the low precision where all that read it compute in that."""
-        free = [tensor for tensor in node.outputs if self._kinds.get(id(tensor)) is Kind.FREE]
+        """A constant in another shape is made in the low precision where all that read it compute in that.
+
+        So is what guards a softmax against rows that are masked whole: then the softmax is cast where it is made.
+        TensorRT-RTX 1.7 fuses attention and fails where the cast stands behind the guard.
+        """
+        free = [tensor for tensor in node.outputs if self._kinds.get(id(tensor)) is Kind.FREE or self._guards(node)]
         if not free:
             return
         wanted = {self._wanted(tensor) for tensor in free}
@@ -201,6 +205,14 @@ class Assignment:
             self._computed[id(node)] = self._low(node)
             for tensor in free:
                 self._held[id(tensor)] = self._low(node)
+
+    def _guards(self, node: gs.Node) -> bool:
+        """Whether ``node`` puts a number where there is none: a choice rounds nothing, before a cast or after it."""
+        if node.op != "Where" or [maker.op for maker in node.inputs[0].inputs] != ["IsNaN"]:
+            return False
+        low = self._low(node)
+        kinds = {self._kind_of(tensor, low, node) for tensor in node.inputs[1:]}
+        return kinds == {Kind.FREE, Kind.WIDE} and self._has_kernel(node, low)
 
     def _wanted(self, tensor: gs.Tensor) -> Format:
         """The format that all readers of ``tensor`` take; float32 where they differ."""

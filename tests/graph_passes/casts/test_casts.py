@@ -83,6 +83,25 @@ def test_a_mask_that_float16_has_not_keeps_scores_in_float32_up_to_their_softmax
     assert formats_of(model) == {"kernel": "float16", "scale": "float16", "zero": "float", "lowest": "float"}
 
 
+def test_a_softmax_is_cast_before_what_guards_it_against_rows_of_nothing(tmp_path):
+    """As torch.onnx writes attention: TensorRT-RTX cannot fuse it where the cast comes later."""
+    guarded = """shares = Softmax <axis = -1> (masked)
+    nothing = IsNaN(shares)
+    some = Where(nothing, zero, shares)
+    y = MatMul(some, key)"""
+    before = ATTENTION.replace("LOWEST", "-3.4028235e38")
+    text = before[: before.index("shares =")] + guarded + "\n}\n"
+    assert lines(cast_text(text, tmp_path))[-7:] == [
+        "shares = Softmax(masked)",
+        "nothing = IsNaN(shares)",
+        "zero_float16 = Cast(zero) to float16",
+        "shares_float16 = Cast(shares) to float16",
+        "some = Where(nothing, zero_float16, shares_float16)",
+        "y_float16 = MatMul(some, key)",
+        "y = Cast(y_float16) to float",
+    ]
+
+
 def test_a_mask_that_float16_has_is_made_in_it(tmp_path):
     model = cast_text(ATTENTION.replace("LOWEST", "-10000"), tmp_path)
     assert "masked = Add(scores, mask)" in lines(model)
