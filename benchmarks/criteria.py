@@ -19,7 +19,8 @@ from moe_spec.plan import ROWS
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.criteria import CRITERIA, WEIGHT_CRITERIA
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 from runtime.measuring.machine import describe_machine
 
 KEEPS = (6, 4, 3, 2, 1)

@@ -40,7 +40,8 @@ from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL, OBSERVED
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import LOGITS
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 from runtime.backends import open_session
 from runtime.measuring.machine import describe_machine
 from runtime.model_dir import observed_file

@@ -33,7 +33,8 @@ from moe_spec.plan import PruningPlan
 from moe_spec.record import Json
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 from runtime.measuring.machine import describe_machine
 
 KEEPS = (2, 1)

@@ -84,7 +84,7 @@ def _routers() -> Iterable[str]:
 
 
 def _scopes() -> Iterable[str]:
-    from pruning.budget import SCOPES, SEARCHED
+    from pruning.budget.scopes import SCOPES, SEARCHED
 
     return [*SCOPES, SEARCHED]
 

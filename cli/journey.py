@@ -28,7 +28,8 @@ from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import finetune
 from pruning.finetuning.options import TaskSpecific
 from pruning.finetuning.recipe import RECIPES
-from pruning.plan import PlanOptions, plan
+from pruning.options import PlanOptions
+from pruning.plan import plan
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.bench import BenchRow, row_of, time_in_turns

@@ -10,7 +10,7 @@ from moe_spec.plan import LayerPlan, PruningPlan
 from moe_spec.progress import Progress
 
 if TYPE_CHECKING:
-    from pruning.cost import Measure
+    from pruning.budget.cost import Measure
 
 CPU = "onnxruntime-cpu"
 BATCH_SIZE, REPEATS, WARMUP = 1, 30, 3

@@ -58,9 +58,9 @@ from moe_spec.files import refuse_existing
 
 if TYPE_CHECKING:
     from moe_spec.plan import PruningPlan
-    from pruning.cost import AtMost
+    from pruning.budget.limit import AtMost
     from pruning.layers import ModelLayers
-    from pruning.plan import PlanOptions
+    from pruning.options import PlanOptions
     from pruning.plan_on_data import DataOptions
 
 
@@ -114,10 +114,11 @@ def plan(
     """Write plan.json."""
     from moe_spec.feasibility import ANY
     from moe_spec.plan import ROWS
-    from pruning.budget import parse_keep
+    from pruning.budget.cost import BYTES, MILLISECONDS
+    from pruning.budget.keep import parse_keep
+    from pruning.budget.limit import FLAGS
     from pruning.by_hand import parse_experts, plan_by_hand
-    from pruning.cost import BYTES, FLAGS, MILLISECONDS
-    from pruning.plan import PlanOptions
+    from pruning.options import PlanOptions
     from pruning.plan import plan as run
     from runtime.targets import kernels_of
 
@@ -171,7 +172,7 @@ def _check_given(context: typer.Context, *, by_hand: bool, on_data: bool) -> Non
 
 def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":
     """The one of several budgets, by their units, that is given."""
-    from pruning.cost import AtMost
+    from pruning.budget.limit import AtMost
 
     return next((AtMost.parse(text, unit) for unit, text in written.items() if text is not None), None)
 
@@ -220,7 +221,7 @@ def _on_data(
     *,
     trust_remote_code: bool,
 ) -> "PruningPlan":
-    from pruning.cost import MILLISECONDS
+    from pruning.budget.cost import MILLISECONDS
     from pruning.plan_on_data import plan_on_data
 
     with console.progress(f"loading {checkpoint}") as tell:

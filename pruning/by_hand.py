@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from moe_spec.errors import UserError
 from moe_spec.feasibility import ANY, Kernels, check_expert_choice
 from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
-from pruning.budget import check_router
 from pruning.layers import LayerShape, ModelLayers
 from pruning.means import check_replaceable
+from pruning.routers import check_router
 
 CRITERION = "by hand"
 EVERY_LAYER = ""

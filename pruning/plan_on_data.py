@@ -21,30 +21,25 @@ from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.statistics import Statistics
-from pruning.acceptance import Batches
 from pruning.apply import apply_plan
-from pruning.budget import SEARCHED, Keep, RankedLayer
+from pruning.budget.acceptance import Batches
+from pruning.budget.cost import BYTES, Measure
+from pruning.budget.keep import Keep
+from pruning.budget.limit import FLAGS, AtMost, Limit
+from pruning.budget.ranked import RankedLayer
+from pruning.budget.scopes import SEARCHED
+from pruning.budget.spend import Outcome, limit_of, spend
+from pruning.candidates import candidates_of, rank, unranked
 from pruning.collect import collect
-from pruning.cost import BYTES, FLAGS, AtMost, Limit, Measure
 from pruning.criteria import CRITERIA, NAEE, by_statistics
 from pruning.criteria.moments import SHAPE
 from pruning.finetuning.examples import is_language_model
 from pruning.inputs import check_inputs, tensors_of
 from pruning.layers import LayerShape, of_checkpoint, shapes_of
 from pruning.merging.mergers import MERGERS
-from pruning.plan import (
-    PlanOptions,
-    candidates_of,
-    check_counts,
-    check_options,
-    choose,
-    rank,
-    refuse_existing_plan,
-    replaced,
-    unranked,
-)
+from pruning.options import PlanOptions, check_options
+from pruning.plan import check_counts, choose, refuse_existing_plan, replaced
 from pruning.reconstruction import check_search, search_model
-from pruning.spend import Outcome, limit_of, spend
 
 Way = Callable[[PreTrainedModel, Batches], Outcome]
 """How a plan is made of a model and data."""

@@ -13,10 +13,11 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Report
 from moe_spec.plan import FULL, ROWS, PruningPlan
-from pruning.budget import Keep
+from pruning.budget.keep import Keep
 from pruning.finetuning.options import Plain
 from pruning.finetuning.recipe import recipe
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 
 SHARES: Mapping[str, Keep] = {"50 %": 0.5, "75 %": 0.25}
 POINTS = 1.0

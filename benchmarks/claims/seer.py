@@ -18,7 +18,8 @@ from pruning.apply import apply_plan
 from pruning.finetuning.options import Plain, Seer
 from pruning.finetuning.recipe import Recipe, recipe
 from pruning.inputs import tensors_of
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 
 KEEP, TOP_K = 0.75, 1
 POINTS, PERCENT = 1.0, 5.0

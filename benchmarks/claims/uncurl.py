@@ -12,7 +12,8 @@ from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Report
 from moe_spec.plan import MEAN, PruningPlan
 from pruning.finetuning.recipe import recipe
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 
 EXPERTS, FACTORS = 8, (2, 4, 8)
 SAFE = 2

@@ -22,7 +22,7 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.metrics import Metric
 from moe_spec.errors import UserError
-from pruning.budget import Keep
+from pruning.budget.keep import Keep
 from runtime.measuring.machine import describe_machine
 
 SHARES: Mapping[str, Keep] = {"25 %": 0.75, "50 %": 0.5, "75 %": 0.25, "all but one": 1}

@@ -13,11 +13,12 @@ from models.checkpoints import load_model, save_model
 from moe_spec.errors import UserError
 from moe_spec.plan import ALIAS, FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED, PruningPlan
 from moe_spec.record import Json
-from pruning.budget import Keep
+from pruning.budget.keep import Keep
 from pruning.criteria import CRITERIA
 from pruning.finetuning.options import Plain
 from pruning.merging.mergers import MERGERS
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
 
 ROUNDS = 4

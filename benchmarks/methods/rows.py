@@ -9,7 +9,8 @@ from benchmarks.methods.cells import cell
 from benchmarks.methods.choices import CHOICES, plan_of
 from benchmarks.methods.subject import Subject
 from moe_spec.statistics import Statistics
-from pruning.budget import Keep, RankedLayer
+from pruning.budget.keep import Keep
+from pruning.budget.ranked import RankedLayer
 from pruning.finetuning.options import Method, Plain, RouterKD, Seer, TaskSpecific
 
 UNPRUNED = "before pruning"

@@ -32,7 +32,7 @@ COMMAND_LINE_ONLY = ("inspect", "demo")
 """They put together what several packages offer."""
 
 TAKEN: Mapping[str, Sequence[str]] = {
-    "Plans": ("pruning.plan.PlanOptions", "pruning.plan_on_data.plan_on_data", "pruning.plan_on_data.DataOptions"),
+    "Plans": ("pruning.options.PlanOptions", "pruning.plan_on_data.plan_on_data", "pruning.plan_on_data.DataOptions"),
     "Data": ("moe_spec.dataset.Dataset", "moe_spec.dataset.load_dataset"),
     "Fine-tuning": ("pruning.finetuning.finetune.Finetuning",),
     "Running": ("moe_spec.runner.Runner", "runtime.onnxruntime.backend.OnnxRuntimeRunner"),

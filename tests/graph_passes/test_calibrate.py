@@ -15,7 +15,8 @@ from moe_spec.identity import checkpoint_sha256, onnx_sha256
 from moe_spec.manifest import FILE_NAME
 from moe_spec.statistics import KEYS, Statistics
 from pruning.calibrate import calibrate as calibrate_checkpoint
-from pruning.plan import PlanOptions, plan
+from pruning.options import PlanOptions
+from pruning.plan import plan
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import plan as plan_of
 from tests.graph_passes.block_models.kinds import spec_of

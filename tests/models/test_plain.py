@@ -15,7 +15,8 @@ from moe_spec.plan import PruningPlan
 from moe_spec.statistics import Statistics
 from pruning.apply import apply_plan
 from pruning.collect import collect
-from pruning.plan import PlanOptions, plan
+from pruning.options import PlanOptions
+from pruning.plan import plan
 from tests.oracle import masked, plan_for
 from tests.plain_modules import ADAPTERS, EXPERTS, HIDDEN, adapted_net, example, home_made_adapter, net
 

@@ -12,7 +12,8 @@ from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.apply import apply_plan
 from pruning.collect import collect
 from pruning.means import with_means
-from pruning.plan import PlanOptions, make_plan, plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan, plan
 from tests.models_table import TINY, example_inputs
 
 

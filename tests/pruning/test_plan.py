@@ -11,7 +11,8 @@ from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import PruningPlan
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
-from pruning.plan import PlanOptions, make_plan, plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan, plan
 from tests.models_table import TINY
 
 

@@ -11,10 +11,12 @@ from moe_spec.errors import UserError
 from moe_spec.feasibility import Kernels
 from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan
+from pruning.budget.cost import by_size
+from pruning.budget.limit import AtMost
 from pruning.calibrate import calibrate
-from pruning.cost import AtMost, by_size
 from pruning.merging.mergers import MERGERS
-from pruning.plan import PlanOptions, make_plan
+from pruning.options import PlanOptions
+from pruning.plan import make_plan
 from pruning.plan_on_data import DataOptions, plan_on_data
 from pruning.reconstruction import search_model
 from tests.heard import Heard

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moe_spec.errors import UserError
 from moe_spec.statistics import KEYS, LayerStatistics
-from pruning.budget import SCOPES, RankedLayer
+from pruning.budget.ranked import RankedLayer
+from pruning.budget.scopes import SCOPES
 from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, by_statistics
 from pruning.criteria.moments import SUMS, Moment
 

@@ -27,7 +27,8 @@ from pruning.apply import prune
 from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import RECORD, finetune
 from pruning.finetuning.options import Plain, RouterKD, Seer, TaskSpecific
-from pruning.plan import PlanOptions, plan
+from pruning.options import PlanOptions
+from pruning.plan import plan
 from tests.models_table import EXPERTS, HIDDEN, TINY
 from tests.oracle import plan_for
 from tests.pruning.finetuning.examples import quick, saved

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups, Kernels
-from pruning.budget import SCOPES, RankedLayer, check_router, parse_keep
+from pruning.budget.keep import parse_keep
+from pruning.budget.ranked import RankedLayer
+from pruning.budget.scopes import SCOPES
+from pruning.routers import check_router
 
 
 def layer(scores, name="mlp", top_k=2, groups=None, **options):

@@ -8,11 +8,13 @@ from transformers import PreTrainedModel
 
 from moe_spec.errors import UserError
 from moe_spec.plan import LayerPlan
-from pruning.acceptance import Acceptance, Batches
-from pruning.budget import SCOPES, SEARCHED, RankedLayer, smallest_counts
-from pruning.cost import BYTES, FLAGS, AtMost, Costs, Limit, Measure, by_latency, by_number, by_size
-from pruning.evolution import Counts, evolve
-from pruning.plan import PlanOptions
+from pruning.budget.acceptance import Acceptance, Batches
+from pruning.budget.cost import BYTES, Costs, Measure, by_latency, by_number, by_size
+from pruning.budget.evolution import Counts, evolve
+from pruning.budget.limit import FLAGS, AtMost, Limit
+from pruning.budget.ranked import RankedLayer
+from pruning.budget.scopes import SCOPES, SEARCHED, smallest_counts
+from pruning.options import PlanOptions
 
 Outcome = tuple[tuple[LayerPlan, ...], dict[str, Any]]
 """What layers keep, and what plan.json says of how that was found."""

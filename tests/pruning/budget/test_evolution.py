@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.evolution import evolve
+from pruning.budget.evolution import evolve
 
 LEVELS = [list(range(2, 9))] * 4
 

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
-from pruning import acceptance as module
-from pruning.acceptance import Acceptance, acceptance
 from pruning.apply import apply_plan
+from pruning.budget import acceptance as module
+from pruning.budget.acceptance import Acceptance, acceptance
 from tests.models_table import TINY, example_inputs
 from tests.oracle import plan_for
 

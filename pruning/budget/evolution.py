@@ -1,7 +1,7 @@
 """Search how many experts each layer keeps, with what ranks them left as it is.
 
 EvoESAP, https://arxiv.org/abs/2603.06003, of which the abstract could be read: counts evolve at a fixed budget, and
-expected acceptance (`pruning.acceptance`) is their fitness. The rest here is ours:
+expected acceptance (`pruning.budget.acceptance`) is their fitness. The rest here is ours:
 
 1. A candidate has a count for each layer. The `PARENTS` fittest so far have children.
 2. A child moves one, two, four ... levels from one layer to another; once, or twice, thrice ... ever more rarely.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pruning.budget import Holds
+from pruning.budget.scopes import Holds
 
 Counts = tuple[int, ...]
 Fitness = Callable[[Counts], float]
