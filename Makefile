@@ -1,27 +1,45 @@
-# Two commands on a fresh machine with Python 3.11 or newer: `make demo` and `make test`. Both install first.
+# `make demo` and `make test` are all that a fresh machine needs: both install into .venv first.
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo screenshot test check format clean
+.PHONY: help install tools demo screenshot test check format clean
 
-install: $(STAMP)
+help:  ## say what can be made
+	@awk -F ':.*  ## ' 'NF == 2 { printf "make %-12s%s\n", $$1, $$2 }' Makefile
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,docs,test]"
-	touch $(STAMP)
+install: $(VENV)/installed  ## the command moe-edge, with all that it can do, into .venv
 
-demo: install  ## calibrate, plan, export, optimise, build, verify, bench and report the embedded model
+tools: $(VENV)/tools-installed  ## what checks, tests and documentation need, too
+
+$(VENV)/pip-works:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer"; \
+	    echo "hint: name one that is, as in: make PYTHON=python3.12"; exit 1; } >&2
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "error: $(PYTHON) cannot make a virtual environment"; \
+	    echo "hint: on Debian and Ubuntu: apt install python3-venv"; exit 1; } >&2
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/pip-works
+	@echo "installing moe-edge, torch and TensorRT-RTX into $(VENV): some minutes, 2 GB"
+	@$(PIP) --editable ".[all]"
+	@touch $@
+
+$(VENV)/tools-installed: $(VENV)/installed
+	@$(PIP) --editable ".[all,docs,test]"
+	@touch $@
+
+demo: install  ## the whole way with the embedded model, into demo-output/report.html
 	rm -rf demo-output
 	$(BIN)/moe-edge demo -o demo-output
 
-screenshot: demo  ## docs/report.png, as Chromium shows the demo's report
+screenshot: demo tools  ## docs/report.png, as Chromium shows the demo's report
 	$(BIN)/python -m tests.report.screenshot demo-output/report.html docs/report.png
 
-check: install  ## what a reviewer would ask for, in seconds
+check: tools  ## what a reviewer would ask for, in seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,9 +49,9 @@ check: install  ## what a reviewer would ask for, in seconds
 test: check  ## everything: checks, doctests, unit tests, end-to-end tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-format: install
+format: tools  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## remove all that was made
 	rm -rf $(VENV) demo-output build *.egg-info
