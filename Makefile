@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: help install tools demo screenshot test check format clean
 
 help:  ## say what can be made
-	@awk -F ':.*  ## ' 'NF == 2 { printf "make %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-12s%s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/installed  ## the command moe-edge, with all that it can do, into .venv
 
@@ -39,7 +39,7 @@ demo: install  ## the whole way with the embedded model, into demo-output/report
 screenshot: demo tools  ## docs/report.png, as Chromium shows the demo's report
 	$(BIN)/python -m tests.report.screenshot demo-output/report.html docs/report.png
 
-check: tools  ## what a reviewer would ask for, in seconds
+check: tools  ## what a reviewer would ask for, in a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -12,7 +12,7 @@ from models.support import STAGES, families, tools
 from moe_spec.formats import FLOATS, FORMATS, said
 from moe_spec.plan import ROUTERS
 from moe_spec.statistics import KEYS
-from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, WEIGHT_CRITERIA
+from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, NAEE, PAPERS, WEIGHT_CRITERIA
 from pruning.criteria.moments import Moment
 from pruning.merging.mergers import MERGERS
 from runtime.providers import PROVIDERS
@@ -109,22 +109,32 @@ def _forms() -> Iterator[str]:
 
 def _criteria() -> Iterator[str]:
     yield "## Criteria"
-    yield (
-        "`plan --criterion NAME` ranks experts; higher is kept, and ties go to the lower id. Beside these, with "
-        "`--data`: `naee`, which searches for the experts whose absence changes each layer's output least."
-    )
+    yield "`plan --criterion NAME` ranks experts; higher is kept, and ties go to the lower id."
     groups: Mapping[str, Mapping[str, object]] = {
         "statistics": CRITERIA,
         "weights": WEIGHT_CRITERIA,
         "weights before and after": CHANGE_CRITERIA,
         "nothing": DATA_FREE_CRITERIA,
     }
-    rows = [(_code(name), needs, _score(score)) for needs, named in groups.items() for name, score in named.items()]
-    yield table(("criterion", "needs", "ranks by"), rows, left=3)
+    rows = [
+        (_code(name), needs, _score(score), _paper(name))
+        for needs, named in groups.items()
+        for name, score in named.items()
+    ]
+    searched = (_code(NAEE), "`--data`", "how little each layer's output changes, by search", _paper(NAEE))
+    yield table(("criterion", "needs", "ranks by", "paper"), [*rows, searched], left=4)
     yield "Mergers average experts instead of dropping them."
-    head: tuple[str, ...] = ("merger", "aligns neurons", "`calibrate --dense`", "router", "router in the paper")
+    head: tuple[str, ...] = ("merger", "groups", "aligns neurons", "`calibrate --dense`", "router", "in the paper", "paper")
     mergers = [
-        (_code(name), _yes(row.align), _yes(row.dense), _code(row.router), _code(row.published))
+        (
+            _code(name),
+            _first_sentence(row.group),
+            _yes(row.align),
+            _yes(row.dense),
+            _code(row.router),
+            _code(row.published),
+            _paper(name),
+        )
         for name, row in MERGERS.items()
     ]
     yield table(head, mergers, left=len(head))
@@ -164,6 +174,12 @@ def _families() -> Iterator[str]:
         why = "; ".join(f"{stage}: {reason}" for stage, reason in row.why_not.items())
         rows.append((_code(row.model_type), *(_yes(reason is None) for reason in reasons.values()), _cell(why)))
     yield table(("family", *STAGES, "why not"), rows, left=len(STAGES) + 2)
+
+
+def _paper(name: str) -> str:
+    """A link to where the criterion or merger ``name`` was published."""
+    title, link = PAPERS.get(name, ("", ""))
+    return f"[{title}]({link})" if link else ""
 
 
 def _score(score: object) -> str:

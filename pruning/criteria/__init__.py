@@ -28,6 +28,7 @@ __all__ = [
     "CRITERIA",
     "DATA_FREE_CRITERIA",
     "NAEE",
+    "PAPERS",
     "WEIGHT_CRITERIA",
     "Criterion",
     "Scores",
@@ -55,6 +56,29 @@ CHANGE_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"router-norm": rou
 
 NAEE = "naee"
 """The criterion that ranks nothing: it searches on data (`pruning.reconstruction`)."""
+
+PAPERS: Mapping[str, tuple[str, str]] = {
+    "seer-actual": ("SEER-MoE", "https://arxiv.org/abs/2404.05089"),
+    "gate-mass": ("SEER-MoE", "https://arxiv.org/abs/2404.05089"),
+    "seer-soft": ("SEER-MoE", "https://arxiv.org/abs/2404.05089"),
+    "ean": ("EAN", "https://arxiv.org/abs/2504.05586"),
+    "man": ("MAN, MSAN", "https://arxiv.org/abs/2606.15716"),
+    "msan": ("MAN, MSAN", "https://arxiv.org/abs/2606.15716"),
+    "task": ("MAN, MSAN", "https://arxiv.org/abs/2606.15716"),
+    "task-squared": ("MAN, MSAN", "https://arxiv.org/abs/2606.15716"),
+    "reap": ("REAP", "https://arxiv.org/abs/2510.13999"),
+    "easy-ep": ("EASY-EP", "https://arxiv.org/abs/2504.06792"),
+    "mone": ("MoNE", "https://arxiv.org/abs/2507.00390"),
+    "aimer": ("AIMER", "https://arxiv.org/abs/2603.18492"),
+    "router-norm": ("Chowdhury et al.", "https://arxiv.org/abs/2405.16646"),
+    NAEE: ("NAEE", "https://arxiv.org/abs/2402.14800"),
+    "uncurl": ("UNCURL", "https://arxiv.org/abs/2409.01483"),
+    "m-smoe": ("M-SMoE", "https://arxiv.org/abs/2310.01334"),
+    "hc-smoe": ("HC-SMoE", "https://arxiv.org/abs/2410.08589"),
+    "hc-smoe-cosine": ("REAP's HC-SMoE", "https://arxiv.org/abs/2510.13999"),
+    "ream": ("REAM", "https://arxiv.org/abs/2604.04356"),
+}
+"""Where each criterion, and each merger, was published: name and link. What is in no paper is not here."""
 
 
 def by_statistics(name: str) -> Criterion | None:
