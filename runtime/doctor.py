@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import itertools
+import platform
 import tempfile
 import time
 import warnings
@@ -36,6 +37,7 @@ PRODUCT = bytes.fromhex(
 WEIGHT = np.array([[1, 2], [3, 4]], np.float32)
 
 _LOG = "build.log"
+_ARM64, _ARM64_MACHINES = "onnxruntime-arm64", ("aarch64", "arm64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,20 +118,24 @@ def _gpu() -> Finding:
 
 def _extra(name: str, modules: Sequence[str], distributions: Mapping[str, Sequence[str]]) -> Finding:
     """Import what the extra brings."""
-    found, missing = [], []
+    found: list[str] = []
+    missing: list[str] = []
+    broken: list[str] = []
     for module in modules:
         try:
             with warnings.catch_warnings(action="ignore"):
                 importlib.import_module(module)
         except ModuleNotFoundError as error:
-            missing.append(f"{error.name} is not installed")
+            missing.append(str(error.name))
         except (ImportError, OSError, RuntimeError) as error:  # a library of its own is missing or does not fit
-            missing.append(f"{module} cannot be imported: {' '.join(str(error).split())}")
+            broken.append(f"{module} cannot be imported: {' '.join(str(error).split())}")
         else:
             (distribution, *_) = distributions.get(module, [module])
             found.append(f"{distribution} {importlib.metadata.version(distribution)}")
-    hint = f"pip install 'moe-edge[{name}]'" if missing else ""
-    return Finding(name, works=not missing, what=", ".join(missing or found), hint=hint)
+    if missing:
+        broken.append(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed")
+    hint = f"pip install 'moe-edge[{name}]'" if broken else ""
+    return Finding(name, works=not broken, what="; ".join(broken) or ", ".join(found), hint=hint)
 
 
 def _provider(name: str, package: str, model: Path) -> Finding:
@@ -165,10 +171,14 @@ def _library(name: str, model: Path, gpu: Finding) -> Finding:
 def _target(target: Target, needed: Finding) -> Finding:
     """Whether engines for it are built here; TensorRT's also need such a GPU to run."""
     if not needed.works:
-        return Finding(target.name, works=False, what=f"needs {needed.name}, which does not work here")
+        said = f"needs {needed.name}, which does not work here"
+        hint = f"let it be built there: moe-edge bundle MODEL --target {target.name} -o bundle"
+        return Finding(target.name, works=False, what=said, hint=hint * (target.backend == TENSORRT))
     why_not = BACKENDS[target.backend].why_not_here(target)
     if why_not:
         return Finding(target.name, works=False, what="; ".join(why_not))
+    if target.name == _ARM64 and platform.machine().lower() not in _ARM64_MACHINES:
+        return Finding(target.name, works=True, what="builds here; runs on arm64")
     if target.backend != TENSORRT_RTX or target.compute_capability == compute_capability_here():
         return Finding(target.name, works=True, what="builds and runs here")
     return Finding(target.name, works=True, what=f"builds here; runs on compute capability {target.compute_capability}")

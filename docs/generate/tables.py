@@ -124,7 +124,15 @@ def _criteria() -> Iterator[str]:
     searched = (_code(NAEE), "`--data`", "how little each layer's output changes, by search", _paper(NAEE))
     yield table(("criterion", "needs", "ranks by", "paper"), [*rows, searched], left=4)
     yield "Mergers average experts instead of dropping them."
-    head: tuple[str, ...] = ("merger", "groups", "aligns neurons", "`calibrate --dense`", "router", "in the paper", "paper")
+    head: tuple[str, ...] = (
+        "merger",
+        "groups",
+        "aligns neurons",
+        "`calibrate --dense`",
+        "router",
+        "in the paper",
+        "paper",
+    )
     mergers = [
         (
             _code(name),

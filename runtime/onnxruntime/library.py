@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -197,13 +198,17 @@ def _device(provider: Provider, wanted: str | None) -> Any:
     return devices[0 if wanted is None else types.index(wanted)]
 
 
+_SYSTEMS = {"macOS": "Darwin", "Windows": "Windows"}
+"""Python's names of what a provider may need."""
+
+
 def _missing(provider: Provider) -> UserError:
     """Wheels of ONNX Runtime overwrite each other's files, so that two of them can never be installed together."""
     installed, wanted = str(package_name), provider.package.strip("'").partition("[")[0]
     if provider.plugin is not None:
         hint = f"pip install {provider.package}, which goes beside {installed}; it needs {provider.needs}"
-    elif wanted == installed:
-        hint = f"it is in {wanted} where there is {provider.needs}, which this machine is not"
+    elif _SYSTEMS.get(provider.needs, platform.system()) != platform.system():
+        hint = f"it is in {wanted} on {provider.needs} only; `moe-edge doctor` says which providers work here"
     else:
         hint = (
             f"it is in {wanted}, which cannot be installed beside {installed}: pip uninstall {installed}, then pip "

@@ -60,6 +60,12 @@ def test_what_is_not_installed_names_its_extra(monkeypatch):
     )
 
 
+def test_all_that_is_not_installed_is_named_at_once(monkeypatch):
+    for module in ("vl_convert", "jinja2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert extra("report").what == "vl_convert, jinja2 are not installed"
+
+
 def test_a_package_that_breaks_says_why(monkeypatch, tmp_path):
     (tmp_path / "jinja2.py").write_text("raise OSError('libjinja.so:\\n not found')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -88,7 +94,7 @@ def test_a_provider_of_another_system_says_what_it_needs(model):
     found = doctor._provider("directml", "onnxruntime-directml", model)
     assert not found.works
     assert "has no provider directml" in found.what
-    assert "needs Windows" in found.hint
+    assert "on Windows only" in found.hint
 
 
 def test_tensorrt_without_a_gpu_says_so(model, monkeypatch):
@@ -103,7 +109,19 @@ def test_a_target_is_as_well_as_what_it_needs():
     well, ill = (doctor.Finding("onnxruntime-cpu", works=works, what="computes") for works in (True, False))
     assert doctor._target(find_target("cpu"), well).what == "builds and runs here"
     assert doctor._target(find_target("cpu"), ill).what == "needs onnxruntime-cpu, which does not work here"
+    assert doctor._target(find_target("a100"), ill).hint == (
+        "let it be built there: moe-edge bundle MODEL --target a100 -o bundle"
+    )
     assert doctor._target(find_target("onnxruntime-openvino"), well).what.startswith("openvino compiles a graph when")
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"), [("x86_64", "builds here; runs on arm64"), ("arm64", "builds and runs here")]
+)
+def test_an_arm_target_runs_on_arm(machine, said, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    well = doctor.Finding("cpu", works=True, what="computes")
+    assert doctor._target(find_target("onnxruntime-arm64"), well).what == said
 
 
 def test_everything_here_is_tried():

@@ -127,8 +127,7 @@ def test_a_provider_that_is_there_and_cannot_start_says_what_it_misses(name, lib
     [
         (
             "directml",
-            "it is in onnxruntime-directml, which cannot be installed beside onnxruntime-gpu: pip uninstall "
-            "onnxruntime-gpu, then pip install onnxruntime-directml; it needs Windows",
+            "it is in onnxruntime-directml on Windows only; `moe-edge doctor` says which providers work here",
         ),
         (
             "tensorrt-rtx",

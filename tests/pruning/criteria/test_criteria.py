@@ -11,8 +11,17 @@ from moe_spec.errors import UserError
 from moe_spec.statistics import KEYS, LayerStatistics
 from pruning.budget.ranked import RankedLayer
 from pruning.budget.scopes import SCOPES
-from pruning.criteria import CRITERIA, DATA_FREE_CRITERIA, by_statistics
+from pruning.criteria import (
+    CHANGE_CRITERIA,
+    CRITERIA,
+    DATA_FREE_CRITERIA,
+    NAEE,
+    PAPERS,
+    WEIGHT_CRITERIA,
+    by_statistics,
+)
 from pruning.criteria.moments import SUMS, Moment
+from pruning.merging.mergers import MERGERS
 
 NORMS = (1, 2, 6)
 GATES = ({0: 0.9, 1: 0.1}, {0: 0.8, 1: 0.2}, {1: 0.5, 2: 0.5}, {0: 0.6, 1: 0.4})
@@ -183,3 +192,9 @@ def test_random_repeats_with_its_seed():
     first, second, other = (DATA_FREE_CRITERIA["random"](8, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
+
+
+def test_every_criterion_and_merger_has_a_paper_but_the_baselines():
+    names = {NAEE}.union(CRITERIA, WEIGHT_CRITERIA, CHANGE_CRITERIA, DATA_FREE_CRITERIA, MERGERS)
+    assert names - set(PAPERS) == {"frequency", "random"}
+    assert set(PAPERS) <= names
