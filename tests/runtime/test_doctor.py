@@ -1,6 +1,7 @@
 """What the doctor says was tried; what is missing or broken has a reason and a remedy."""
 
 import importlib.metadata
+import platform
 import sys
 import tomllib
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_target_is_as_well_as_what_it_needs():
     ("machine", "said"), [("x86_64", "builds here; runs on arm64"), ("arm64", "builds and runs here")]
 )
 def test_an_arm_target_runs_on_arm(machine, said, monkeypatch):
-    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     well = doctor.Finding("cpu", works=True, what="computes")
     assert doctor._target(find_target("onnxruntime-arm64"), well).what == said
 
