@@ -129,7 +129,7 @@ def test_everything_here_is_tried():
     said = []
     health = doctor.doctor(lambda *step: said.append(step))
     assert [name for name, _, _ in said] == [
-        found.name for found in (*health.extras, *health.providers, *health.backends)
+        f"trying {found.name}" for found in (*health.extras, *health.providers, *health.backends)
     ]
     assert [done for _, done, _ in said] == list(range(len(said)))
     assert {total for *_, total in said} == {len(said)}
