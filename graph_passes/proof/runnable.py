@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import operand
-from graph_passes.readers.contrib import HALVES
+from graph_passes.readers.parts.contrib import HALVES
 from graph_passes.record.block import place_of
 from moe_spec.errors import UserError
 

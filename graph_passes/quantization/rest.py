@@ -19,8 +19,8 @@ from graph_passes.graph.emitter import Emitter, Names
 from graph_passes.graph.opset import raise_opset
 from graph_passes.graph.walk import every_node, source
 from graph_passes.quantization.quantize import Quantization, quantized_weight, rounded_weight
-from graph_passes.readers.operands import STORED
-from graph_passes.readers.projection import read_weight
+from graph_passes.readers.axes.operands import STORED
+from graph_passes.readers.parts.projection import read_weight
 from graph_passes.record.block import FormError, MoEBlock
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight, stack

@@ -15,11 +15,11 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, producer, sink, source
-from graph_passes.readers.activation import INTERLEAVED, read_activation
-from graph_passes.readers.layout import check_stacked, from_stacked, scope_in
-from graph_passes.readers.no_ops import before, behind
-from graph_passes.readers.projection import read_weight
-from graph_passes.readers.quantized import is_stored
+from graph_passes.readers.parts.activation import INTERLEAVED, read_activation
+from graph_passes.readers.parts.layout import check_stacked, from_stacked, scope_in
+from graph_passes.readers.parts.no_ops import before, behind
+from graph_passes.readers.parts.projection import read_weight
+from graph_passes.readers.parts.quantized import is_stored
 from graph_passes.record.block import FormError, MoEBlock
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import ExpertsOp

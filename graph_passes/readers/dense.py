@@ -10,8 +10,9 @@
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import is_weight, produced_by, producer, source
-from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, WIDTH, Axis
-from graph_passes.readers.batched_ffn import (
+from graph_passes.readers.axes.names import ELEMENTWISE, EXPERTS, HIDDEN, WIDTH, Axis
+from graph_passes.readers.axes.operands import STORED
+from graph_passes.readers.parts.batched_ffn import (
     DOWN,
     FURTHEST_PROJECTION,
     Held,
@@ -20,9 +21,8 @@ from graph_passes.readers.batched_ffn import (
     reaches_product,
     read_block,
 )
-from graph_passes.readers.operands import STORED
-from graph_passes.readers.projection import read_weight
-from graph_passes.readers.weighing import MOVES
+from graph_passes.readers.parts.projection import read_weight
+from graph_passes.readers.parts.weighing import MOVES
 from graph_passes.record.block import MoEBlock
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight

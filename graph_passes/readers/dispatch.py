@@ -16,15 +16,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, producer, source
-from graph_passes.readers.axes import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH
-from graph_passes.readers.axis_reader import AxisReader
-from graph_passes.readers.batched_ffn import DOWN, Projection, experts_of, read_ffn
-from graph_passes.readers.interpreter import Interpreter
-from graph_passes.readers.operands import subscripts
-from graph_passes.readers.single_expert import read_ffn as read_single
-from graph_passes.readers.single_expert import stack_experts
+from graph_passes.readers.axes.axis_reader import AxisReader
+from graph_passes.readers.axes.names import EXPERTS, HIDDEN, PARTS, TOKENS, WIDTH
+from graph_passes.readers.axes.operands import subscripts
+from graph_passes.readers.parts.batched_ffn import DOWN, Projection, experts_of, read_ffn
+from graph_passes.readers.parts.single_expert import read_ffn as read_single
+from graph_passes.readers.parts.single_expert import stack_experts
+from graph_passes.readers.parts.weighing import MOVES
 from graph_passes.readers.stacked import LAYOUT
-from graph_passes.readers.weighing import MOVES
+from graph_passes.readers.trial.interpreter import Interpreter
 from graph_passes.record.block import Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates
 from graph_passes.routers.places import capacity_of

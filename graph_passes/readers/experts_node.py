@@ -2,7 +2,7 @@
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.readers.layout import check_stacked, from_stacked, scope_in
+from graph_passes.readers.parts.layout import check_stacked, from_stacked, scope_in
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import DOMAIN, ExpertsOp

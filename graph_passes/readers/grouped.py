@@ -10,7 +10,7 @@ The stacked weights (E, in, out) are taken apart by one Split. What stands aroun
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.readers import runs
+from graph_passes.readers.parts import runs
 from graph_passes.record.block import MoEBlock
 from graph_passes.routers import Weights
 

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, producer, source
-from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS
-from graph_passes.readers.axis_reader import AxisReader
-from graph_passes.readers.branches import CASTS, branch_sums, silent_terms_of, terms_of
-from graph_passes.readers.columns import Column, column_of
-from graph_passes.readers.layout import scope_in
-from graph_passes.readers.operands import axes_of
-from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
-from graph_passes.readers.weighing import check_tokens, follow, in_dtype_of, route, sum_of
+from graph_passes.readers.axes.axis_reader import AxisReader
+from graph_passes.readers.axes.names import EXPERTS, HIDDEN, SLOTS, TOKENS
+from graph_passes.readers.axes.operands import axes_of
+from graph_passes.readers.parts.branches import CASTS, branch_sums, silent_terms_of, terms_of
+from graph_passes.readers.parts.columns import Column, column_of
+from graph_passes.readers.parts.layout import scope_in
+from graph_passes.readers.parts.single_expert import ExpertParts, read_ffn, require_unbiased, stack_experts
+from graph_passes.readers.parts.weighing import check_tokens, follow, in_dtype_of, route, sum_of
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 

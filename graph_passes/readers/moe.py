@@ -11,7 +11,7 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, source
-from graph_passes.readers.contrib import (
+from graph_passes.readers.parts.contrib import (
     DOMAIN,
     Projections,
     check_logits,

@@ -16,11 +16,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import SHAPE_ONLY, is_weight, produced_by, producer, source
-from graph_passes.readers.gathered import AROUND, BEFORE, gather_of, gathered_from
-from graph_passes.readers.interpreter import Interpreter, tokens_of
-from graph_passes.readers.single_expert import ExpertParts, read_ffn, require_unbiased, scope_of, stack_experts
-from graph_passes.readers.trial import Trial, fitted
-from graph_passes.readers.weighing import in_dtype_of
+from graph_passes.readers.parts.single_expert import ExpertParts, read_ffn, require_unbiased, scope_of, stack_experts
+from graph_passes.readers.parts.weighing import in_dtype_of
+from graph_passes.readers.trial.gathered import AROUND, BEFORE, gather_of, gathered_from
+from graph_passes.readers.trial.interpreter import Interpreter, tokens_of
+from graph_passes.readers.trial.trial import Trial, fitted
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.weights.weight import Array

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import operand, source
-from graph_passes.readers.contrib import (
+from graph_passes.readers.parts.contrib import (
     DOMAIN,
     Projections,
     check_logits,
@@ -26,7 +26,7 @@ from graph_passes.readers.contrib import (
     optional,
     sparse,
 )
-from graph_passes.readers.quantized import INTEGERS
+from graph_passes.readers.parts.quantized import INTEGERS
 from graph_passes.record.block import FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_logits, read_ranked
 from graph_passes.routers.finish import read_finish

@@ -9,7 +9,7 @@ What stands around this is in `runs`.
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.readers import runs
+from graph_passes.readers.parts import runs
 from graph_passes.record.block import MoEBlock
 from graph_passes.routers import Weights
 

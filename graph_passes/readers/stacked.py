@@ -10,10 +10,10 @@
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, source
-from graph_passes.readers.axes import EXPERTS, ONE, Axes, Axis
-from graph_passes.readers.batched_ffn import Held, Layout, Product, is_down, read_block
-from graph_passes.readers.operands import STORED, subscripts
-from graph_passes.readers.projection import read_weight
+from graph_passes.readers.axes.names import EXPERTS, ONE, Axes, Axis
+from graph_passes.readers.axes.operands import STORED, subscripts
+from graph_passes.readers.parts.batched_ffn import Held, Layout, Product, is_down, read_block
+from graph_passes.readers.parts.projection import read_weight
 from graph_passes.record.block import FormError, MoEBlock
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight

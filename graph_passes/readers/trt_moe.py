@@ -7,8 +7,8 @@ three biases, all or none. ``activation_type`` 1 is silu, 0 (what it is where it
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.readers.contrib import integer, leading_axes
-from graph_passes.readers.projection import read_weight
+from graph_passes.readers.parts.contrib import integer, leading_axes
+from graph_passes.readers.parts.projection import read_weight
 from graph_passes.record.block import Experts, FormError, MoEBlock
 from graph_passes.routers import Weights, read_slots
 from moe_spec.experts_op import Activation

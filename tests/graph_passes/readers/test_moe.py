@@ -158,7 +158,7 @@ def test_what_onnx_runtime_does_not_run_is_not_proven_but_written_on_request(tmp
 
 
 def test_the_proof_tells_the_two_gelus_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("graph_passes.readers.contrib.KINDS", {"gelu": "gelu"})
+    monkeypatch.setattr("graph_passes.readers.parts.contrib.KINDS", {"gelu": "gelu"})
     spec = spec_of("moe", gated=False, activation=Activation("gelu_tanh"))
     source = saved(spec, tmp_path)
     with pytest.raises(VerificationError):

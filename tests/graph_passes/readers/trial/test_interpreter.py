@@ -8,8 +8,8 @@ import onnx.parser
 import pytest
 
 from graph_passes.model_file import load_graph
-from graph_passes.readers.interpreter import Interpreter
-from graph_passes.readers.trial import Trial, told_apart
+from graph_passes.readers.trial.interpreter import Interpreter
+from graph_passes.readers.trial.trial import Trial, told_apart
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
 

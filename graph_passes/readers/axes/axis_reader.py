@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import is_whole, operand, producer, source
-from graph_passes.readers.axes import (
+from graph_passes.readers.axes.names import (
     ELEMENTWISE,
     EXPERTS,
     ONE,
@@ -24,7 +24,7 @@ from graph_passes.readers.axes import (
     same,
     text,
 )
-from graph_passes.readers.operands import axes_of, ints, subscripts
+from graph_passes.readers.axes.operands import axes_of, ints, subscripts
 from graph_passes.record.block import FormError
 
 _UNDEALT: Axis = ("?",)

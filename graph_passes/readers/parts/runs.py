@@ -18,13 +18,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import SHAPE_ONLY, produced_by, producer, sink, source
-from graph_passes.readers.activation import Middle, read_activation
-from graph_passes.readers.gathered import GATHERS, gather_of, gathered_from
-from graph_passes.readers.interpreter import Interpreter, tokens_of
-from graph_passes.readers.layer import Layer, read_ffns, read_projection, run_of
-from graph_passes.readers.single_expert import ExpertParts, require_unbiased, scope_of, stack_experts
-from graph_passes.readers.trial import Trial, fitted, told_apart
-from graph_passes.readers.weighing import in_dtype_of
+from graph_passes.readers.parts.activation import Middle, read_activation
+from graph_passes.readers.parts.layer import Layer, read_ffns, read_projection, run_of
+from graph_passes.readers.parts.single_expert import ExpertParts, require_unbiased, scope_of, stack_experts
+from graph_passes.readers.parts.weighing import in_dtype_of
+from graph_passes.readers.trial.gathered import GATHERS, gather_of, gathered_from
+from graph_passes.readers.trial.interpreter import Interpreter, tokens_of
+from graph_passes.readers.trial.trial import Trial, fitted, told_apart
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT, FormError, MoEBlock, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.routers.silence import strip_led

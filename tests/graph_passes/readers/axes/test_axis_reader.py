@@ -7,8 +7,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from graph_passes.model_file import load_graph
-from graph_passes.readers.axes import EXPERTS, HIDDEN, SLOTS, TOKENS, WIDTH, text
-from graph_passes.readers.axis_reader import AxisReader
+from graph_passes.readers.axes.axis_reader import AxisReader
+from graph_passes.readers.axes.names import EXPERTS, HIDDEN, SLOTS, TOKENS, WIDTH, text
 from graph_passes.record.block import FormError
 
 INPUTS = "float[t, 4] x, float[t, 3] g, float[3, 4, 6] w, int64[t, 2] ids"

@@ -16,12 +16,12 @@ from typing import Protocol
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, producer, source
-from graph_passes.readers.activation import INTERLEAVED, SEPARATE, Middle, read_activation
-from graph_passes.readers.axes import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
-from graph_passes.readers.axis_reader import AxisReader
-from graph_passes.readers.layout import scope_in
-from graph_passes.readers.single_expert import require_unbiased
-from graph_passes.readers.weighing import MOVES, Weighing, check_tokens, follow, route, sum_of
+from graph_passes.readers.axes.axis_reader import AxisReader
+from graph_passes.readers.axes.names import ELEMENTWISE, EXPERTS, HIDDEN, PARTS, SLOTS, TOKENS, WIDTH, Axes, Axis
+from graph_passes.readers.parts.activation import INTERLEAVED, SEPARATE, Middle, read_activation
+from graph_passes.readers.parts.layout import scope_in
+from graph_passes.readers.parts.single_expert import require_unbiased
+from graph_passes.readers.parts.weighing import MOVES, Weighing, check_tokens, follow, route, sum_of
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT, Experts, FormError, MoEBlock, Router
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight

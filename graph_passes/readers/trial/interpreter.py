@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import is_weight, producer
-from graph_passes.readers.kernels import KERNELS, MOST_ENTRIES, Inputs, widened
+from graph_passes.readers.trial.kernels import KERNELS, MOST_ENTRIES, Inputs, widened
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Array

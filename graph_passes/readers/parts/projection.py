@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import operand, produced_by, producer, scalar, source
-from graph_passes.readers.quantized import read_dequantized, read_nbits
+from graph_passes.readers.parts.quantized import read_dequantized, read_nbits
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight

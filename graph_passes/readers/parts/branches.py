@@ -5,9 +5,9 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import produced_by, source
-from graph_passes.readers.axes import ELEMENTWISE, PARTS
-from graph_passes.readers.columns import PROJECTIONS, column_of, is_projected
-from graph_passes.readers.weighing import MOVES, follow
+from graph_passes.readers.axes.names import ELEMENTWISE, PARTS
+from graph_passes.readers.parts.columns import PROJECTIONS, column_of, is_projected
+from graph_passes.readers.parts.weighing import MOVES, follow
 from graph_passes.routers.constants import constant_value
 
 SUMS = frozenset({"ReduceSum", "Einsum", "MatMul"})

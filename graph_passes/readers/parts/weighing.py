@@ -7,8 +7,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import SHAPE_ONLY, producer, source
-from graph_passes.readers.axes import EXPERTS, HIDDEN, ONE, SLOTS, TOKENS
-from graph_passes.readers.axis_reader import AxisReader
+from graph_passes.readers.axes.axis_reader import AxisReader
+from graph_passes.readers.axes.names import EXPERTS, HIDDEN, ONE, SLOTS, TOKENS
 from graph_passes.record.block import FormError, Router
 from graph_passes.routers import Weights, read_gates, read_slots
 from graph_passes.routers.hits import is_counting

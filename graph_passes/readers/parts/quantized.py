@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import is_weight, operand, produced_by, source
-from graph_passes.readers.contrib import integer
+from graph_passes.readers.parts.contrib import integer
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
 from graph_passes.weights.packing import unpacked

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import before_whole_slices, number, operand, produced_by, producer, source, split_constant
-from graph_passes.readers.nonlinearity import find_nonlinearity, read_nonlinearity
+from graph_passes.readers.parts.nonlinearity import find_nonlinearity, read_nonlinearity
 from graph_passes.record.block import FormError
 from moe_spec.experts_op import NO_LIMIT, Activation
 

@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 
 from graph_passes.model_file import load_graph
-from graph_passes.readers.single_expert import read_ffn, require_unbiased, stack_experts
+from graph_passes.readers.parts.single_expert import read_ffn, require_unbiased, stack_experts
 from graph_passes.record.block import Experts, FormError
 from graph_passes.routers import Weights
 from moe_spec.experts_op import Activation

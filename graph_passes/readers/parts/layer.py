@@ -6,11 +6,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import is_weight, produced_by, producer, source
-from graph_passes.readers.gathered import gather_of
-from graph_passes.readers.interpreter import Interpreter
-from graph_passes.readers.projection import Linear, read_linear
-from graph_passes.readers.single_expert import ExpertParts, read_ffn
-from graph_passes.readers.trial import Trial, numbered, rows_of
+from graph_passes.readers.parts.projection import Linear, read_linear
+from graph_passes.readers.parts.single_expert import ExpertParts, read_ffn
+from graph_passes.readers.trial.gathered import gather_of
+from graph_passes.readers.trial.interpreter import Interpreter
+from graph_passes.readers.trial.trial import Trial, numbered, rows_of
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Array, Weight

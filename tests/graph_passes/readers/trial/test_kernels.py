@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from graph_passes.readers.kernels import KERNELS, widened
+from graph_passes.readers.trial.kernels import KERNELS, widened
 
 FLOATS = np.arange(12.0, dtype=np.float32).reshape(3, 4)
 IDS = np.asarray([[2, 0], [1, 2], [0, 1]])

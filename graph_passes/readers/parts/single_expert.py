@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import source
-from graph_passes.readers.activation import INTERLEAVED, SEPARATE, read_activation
-from graph_passes.readers.layout import scope_in
-from graph_passes.readers.projection import Linear, read_linear
+from graph_passes.readers.parts.activation import INTERLEAVED, SEPARATE, read_activation
+from graph_passes.readers.parts.layout import scope_in
+from graph_passes.readers.parts.projection import Linear, read_linear
 from graph_passes.record.block import Experts, FormError
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight, stack
