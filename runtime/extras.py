@@ -11,7 +11,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx",),
     "tensorrt": ("tensorrt",),
     "samples": ("gguf",),
-    "bench": ("onnxoptimizer", "onnxsim", "onnxslim"),
+    "bench": ("onnxoptimizer", "onnxscript", "onnxsim", "onnxslim"),
     "docs": ("material", "mkdocs", "mkdocstrings"),
 }
 """Modules by the extra that brings them; ``export`` brings what ``optimize`` and ``prune`` bring, too."""

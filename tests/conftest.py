@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.installed import build_package
 from tests.markdown import ENVIRONMENT
 from tests.own_code import save_own
 from tests.warm import warm_commands
@@ -36,6 +37,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     root = (base.parent if base.name.startswith("popen-gw") else base) / "zoo"
     root.mkdir(parents=True, exist_ok=True)
     return Zoo(root)
+
+
+@pytest.fixture(scope="session")
+def package(zoo: Zoo) -> Path:
+    """A folder with our packages, and with the wheel and the sdist of them in ``dist``."""
+    return zoo.once("package", build_package)
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,11 @@
 """What is published is what is in the repository: nothing is left out of the wheel, nothing else is in it."""
 
-import shutil
-import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
-from pathlib import Path
 
-import pytest
+from tests.installed import BESIDE, PACKAGES, ROOT
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("cli", "exporter", "graph_passes", "models", "moe_spec", "pruning", "report", "runtime")
-BESIDE = ("CHANGELOG.md", "CITATION.cff", "DESIGN.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 DATA = (
     "models/support.json",
     "models/vmoe/fashion_mnist/README.md",  # the licences of the weights and of the images
@@ -21,40 +14,26 @@ DATA = (
     "runtime/bundle/device/verify.py",
     *(f"{package}/py.typed" for package in PACKAGES),
 )
-CODE = "from setuptools import build_meta; build_meta.build_sdist('dist'); build_meta.build_wheel('dist')"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A folder with the packages, and what they were built into."""
-    folder = tmp_path_factory.mktemp("package")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in BESIDE:
-        shutil.copy(ROOT / name, folder)
-    shutil.rmtree(folder / "dist", ignore_errors=True)
-    subprocess.run([sys.executable, "-P", "-c", CODE], cwd=folder, check=True, capture_output=True)
-    return folder
 
 
 def sources(folder):
     return {path.relative_to(folder).as_posix() for name in PACKAGES for path in (folder / name).rglob("*.*")}
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_the_licence(built):
-    (wheel,) = (built / "dist").glob("*.whl")
+def test_the_wheel_holds_every_file_of_the_packages_and_the_licence(package):
+    (wheel,) = (package / "dist").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     own = {name for name in names if ".dist-info/" not in name}
-    assert own == sources(built)
+    assert own == sources(package)
     assert own >= set(DATA)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_sdist_holds_them_too_and_how_to_cite_it(built):
-    (archive,) = (built / "dist").glob("*.tar.gz")
+def test_the_sdist_holds_them_too_and_how_to_cite_it(package):
+    (archive,) = (package / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert names >= sources(built) | set(BESIDE)
+    assert names >= sources(package) | set(BESIDE)
 
 
 def test_the_citation_is_of_this_version():
