@@ -1,8 +1,14 @@
 """What is published is what is in the repository: nothing is left out of the wheel, nothing else is in it."""
 
+import ast
+import importlib.metadata
+import sys
 import tarfile
 import tomllib
 import zipfile
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.installed import BESIDE, PACKAGES, ROOT
 
@@ -14,6 +20,8 @@ DATA = (
     "runtime/bundle/device/verify.py",
     *(f"{package}/py.typed" for package in PACKAGES),
 )
+OF_OTHERS = {"google": "onnx", "huggingface_hub": "transformers", "markupsafe": "jinja2"}
+"""Modules that are part of what another distribution offers, and come with it."""
 
 
 def sources(folder):
@@ -42,3 +50,24 @@ def test_the_citation_is_of_this_version():
     assert {f"version: {project['version']}", f"license: {project['license']}", f"title: {project['name']}"} <= set(
         lines
     )
+
+
+def imported(package):
+    """Names of all that the modules of a package import, at any depth of the code."""
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (name.name for name in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module or ""
+
+
+def test_what_the_packages_import_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "test" for text in texts]
+    asked = {canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *extras)}
+    modules = {name.partition(".")[0] for package in PACKAGES for name in imported(package)}
+    brought_by = importlib.metadata.packages_distributions()
+    others = modules - sys.stdlib_module_names - set(PACKAGES) - set(OF_OTHERS)
+    unasked = {name for name in others if not {*map(canonicalize_name, brought_by.get(name, [name]))} & asked}
+    assert unasked == set()
