@@ -20,8 +20,14 @@ DATA = (
     "runtime/bundle/device/verify.py",
     *(f"{package}/py.typed" for package in PACKAGES),
 )
-OF_OTHERS = {"google": "onnx", "huggingface_hub": "transformers", "markupsafe": "jinja2"}
-"""Modules that are part of what another distribution offers, and come with it."""
+WITH = {
+    "google": "onnx",
+    "huggingface_hub": "transformers",
+    "markupsafe": "jinja2",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+"""Modules of distributions that come with another, which is asked for."""
 
 
 def sources(folder):
@@ -67,7 +73,6 @@ def test_what_the_packages_import_is_asked_for():
     extras = [text for name, texts in project["optional-dependencies"].items() if name != "test" for text in texts]
     asked = {canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *extras)}
     modules = {name.partition(".")[0] for package in PACKAGES for name in imported(package)}
-    brought_by = importlib.metadata.packages_distributions()
-    others = modules - sys.stdlib_module_names - set(PACKAGES) - set(OF_OTHERS)
-    unasked = {name for name in others if not {*map(canonicalize_name, brought_by.get(name, [name]))} & asked}
-    assert unasked == set()
+    brought_by = {**importlib.metadata.packages_distributions(), **{name: [whole] for name, whole in WITH.items()}}
+    others = modules - sys.stdlib_module_names - set(PACKAGES)
+    assert {name for name in others if not {*map(canonicalize_name, brought_by.get(name, []))} & asked} == set()

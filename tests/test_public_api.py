@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cli.main import VERBS
 from docs.generate.python_api import COMMAND_LINE_ONLY, FUNCTIONS
-from graph_passes.optimize import optimize
-from tests.zoo import RUNNER
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "report", "models", "moe_spec", "benchmarks")
@@ -22,7 +19,6 @@ HEAVY = (
     *("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx"),
     *("jinja2", "numpy", "PIL", "safetensors", "vl_convert"),
 )
-NOT_ON_A_DEVICE = ("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnxscript")
 
 
 def python(code: str, *arguments: object) -> str:
@@ -72,32 +68,3 @@ except SystemExit:
 
 def test_the_command_line_starts_without_heavy_imports():
     assert python(HELP, *HEAVY).splitlines()[-1] == "[]"
-
-
-ON_A_DEVICE = """
-import sys
-
-for name in sys.argv[4:]:
-    sys.modules[name] = None  # importing it now fails
-
-from pathlib import Path
-
-from moe_spec.dataset import load_dataset
-from runtime.bench import bench
-from runtime.run import run
-from runtime.verify import verify
-
-model, reference, data = map(Path, sys.argv[1:4])
-print(len(run(model, [data]).outputs["logits"]))
-print([row.batch_size for row in bench([model, reference], [1, 2], repeats=2, warmup=1)])
-print(verify(model, reference, load_dataset(data)).passed)
-"""
-
-
-def test_the_runtime_runs_where_there_is_neither_torch_nor_onnx(zoo, tmp_path):
-    for form in ("dense", "sorted"):
-        optimize(zoo.exported("vmoe"), tmp_path / form, RUNNER, form=form, prove=False)
-    pixels = np.random.default_rng(0).standard_normal((3, 1, 12, 12), dtype=np.float32)
-    np.savez(tmp_path / "data.npz", pixel_values=pixels)
-    printed = python(ON_A_DEVICE, tmp_path / "dense", tmp_path / "sorted", tmp_path / "data.npz", *NOT_ON_A_DEVICE)
-    assert printed.splitlines() == ["3", "[1, 2, 1, 2]", "True"]
