@@ -84,7 +84,8 @@ def bench(
     task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
     execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
     rivals = _rivals(against or (), checkpoint, models)
-    with console.progress(f"timing {len(models) + len(rivals)} models"), pinned(threads if pin else 0) as cores:
+    opening = console.progress(f"opening {len(models) + len(rivals)} models", ticking=False)
+    with opening as tell, pinned(threads if pin else 0) as cores:
         rows = measure(
             models,
             batch_size or (1, 64),
@@ -96,6 +97,7 @@ def bench(
             past=past,
             data=task,
             rivals=rivals,
+            on_progress=tell,
         )
     notes = [] if provider is None else [f"models were computed by {execution}"]
     notes += [note for rival in rivals for note in rival.notes()]

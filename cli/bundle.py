@@ -43,7 +43,7 @@ def bundle(
     from runtime.targets import find_target
 
     device = find_target(target, backend)
-    with console.progress(f"bundling {model} for {device.name}"):
+    with console.progress(f"opening {model}") as tell:
         manifest = write_bundle(
             model,
             device,
@@ -52,6 +52,7 @@ def bundle(
             batch_size=batch_size,
             profiles=parse_profiles(min_shapes or [], opt_shapes or [], max_shapes or []),
             precision=precision,
+            on_progress=tell,
         )
     size = sum(entry.bytes for entry in manifest.files)
     cases = len(manifest.details["golden"])

@@ -140,11 +140,12 @@ def progress(what: str, *, ticking: bool = True) -> Iterator[Progress]:
     """Show on stderr what goes on within the block: first ``what``, then what the function it gives is told.
 
     A bar with the time that is left, or the time so far where the end cannot be told. It comes after half a second and
-    goes away at the end. Only a terminal gets it; the log gets the name of every phase.
+    goes away at the end. Only a terminal gets it; the log gets the name of every phase, at its beginning.
 
     Args:
         what: goes on until something else is told.
-        ticking: whether the clock goes on between two calls; it takes a little of the processor.
+        ticking: whether the clock goes on between two calls, for which a thread wakes up ten times a second. Without it
+            the bar is there at once, and changes when something is told.
     """
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=3)),  # [x] is no markup
@@ -181,7 +182,7 @@ class _Bar(Bars):
         with self._lock:
             if not self.tasks:
                 self._since = self.get_time()
-            if [task.description for task in self.tasks] != [what]:
+            if [what] != [task.description for task in self.tasks if task.completed <= done]:
                 SAID.info(what)
                 for task in self.tasks:
                     self.remove_task(task.id)
@@ -190,8 +191,9 @@ class _Bar(Bars):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Nothing for what is over at once."""
-        is_long = bool(self._tasks) and self.get_time() - self._since >= _PATIENCE
-        return super().get_renderables() if is_long else ()
+        if not self._tasks or (self.live.auto_refresh and self.get_time() - self._since < _PATIENCE):
+            return ()
+        return super().get_renderables()
 
 
 class _Time(ProgressColumn):

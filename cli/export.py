@@ -75,7 +75,7 @@ def export(
         manifest = export_checkpoint(
             checkpoint,
             output,
-            OnnxRuntimeRunner(),
+            OnnxRuntimeRunner(on_progress=tell),
             opset=opset,
             task=task,
             cache=cache,

@@ -39,7 +39,8 @@ def inspect(
     if not path.exists():
         raise not_there(path, "a directory or a file that moe-edge makes or reads")
     warn_of_code(path, trusted=trust_remote_code)
-    summary, payload = _describer(path, trust_remote_code=trust_remote_code)(path)
+    with console.progress(f"reading {path}"):
+        summary, payload = _describer(path, trust_remote_code=trust_remote_code)(path)
     console.result(summary, payload, as_json)
 
 

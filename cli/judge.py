@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cli.options import Against
@@ -12,6 +13,7 @@ from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME
 from moe_spec.plan import PruningPlan
+from moe_spec.progress import Progress, silent
 from runtime.bench import BenchRow, bench
 from runtime.providers import BY_DEFAULT, Execution
 from runtime.verification.bisect import find_fault
@@ -36,6 +38,7 @@ def judge(
     bisect: bool = True,
     greedy_tokens: int = GREEDY_TOKENS,
     cost: bool = False,
+    on_progress: Progress = silent,
 ) -> ParityReport:
     """Compare ``candidate`` with what it was made from, whoever exported the two.
 
@@ -53,6 +56,7 @@ def judge(
         greedy_tokens: so many tokens decoders write to be compared.
         cost: whether both are timed, by turns, as the candidate is run, and their memory is measured; checkpoints are
             run as transformers does by default.
+        on_progress: told of all of it.
 
     Raises:
         UserError: a model is missing or damaged, cannot be run here, or the two are not comparable.
@@ -71,13 +75,14 @@ def judge(
             tolerances=tolerances,
             forced=forced_model(candidate, scratch / "forced"),
             greedy_tokens=greedy_tokens,
+            on_progress=on_progress,
         )
         if bisect and not report.passed:
             faulty = child if isinstance(child, Side) else candidate
-            report = _with_fault(report, faulty, parent, scratch, data, batch_size, threads, execution)
+            report = _with_fault(report, faulty, parent, scratch, data, batch_size, threads, execution, on_progress)
         if cost:
             both = (reference, parent), (candidate, child)
-            report = report.with_cost(_cost(both, batch_size, threads, execution, data))
+            report = report.with_cost(_cost(both, batch_size, threads, execution, data, on_progress))
     return dataclasses.replace(
         report,
         candidate_sha256=_sha256(candidate, report.candidate_sha256),
@@ -92,18 +97,26 @@ def _sha256(model: Path, of_copy: str) -> str:
 
 
 def _cost(
-    both: Sequence[tuple[Path, Opened]], batch_size: int, threads: int, execution: Execution, data: Dataset | None
+    both: Sequence[tuple[Path, Opened]],
+    batch_size: int,
+    threads: int,
+    execution: Execution,
+    data: Dataset | None,
+    on_progress: Progress,
 ) -> list[BenchRow]:
     """What each costs, in this order; a checkpoint is called as the other one is."""
     graphs = [model for model, side in both if not isinstance(side, Side)]
     checkpoints = [model for model, side in both if isinstance(side, Side)]
+    measure = partial(
+        bench, graphs, [batch_size], threads=threads, execution=execution, data=data, on_progress=on_progress
+    )
     if not checkpoints:
-        return bench(graphs, [batch_size], threads=threads, execution=execution, data=data)
+        return measure()
     from cli.against import InTorch
 
     like = next(side for _, side in both if not isinstance(side, Side))
     rivals = [InTorch(Against.EAGER, model, like) for model in checkpoints]
-    rows = bench(graphs, [batch_size], threads=threads, execution=execution, data=data, rivals=rivals)
+    rows = measure(rivals=rivals)
     return sorted(rows, key=lambda row: row.model == str(both[1][0]))  # the reference first; the sort is stable
 
 
@@ -116,6 +129,7 @@ def _with_fault(
     batch_size: int,
     threads: int,
     execution: Execution,
+    on_progress: Progress,
 ) -> ParityReport:
     """``report`` and the first part of the candidate that went wrong, or a note of why none is named."""
     try:
@@ -146,6 +160,7 @@ def _with_fault(
         batch_size=batch_size,
         threads=threads,
         execution=execution,
+        on_progress=on_progress,
     )
     uncut = [layer.name for layer in report.layers if layer.name not in names]
     if uncut:

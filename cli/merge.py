@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from cli import console
 from cli.calibrate import report
 from cli.options import AsJson, Output
+from moe_spec.progress import counted
 
 
 def merge(
@@ -26,6 +28,8 @@ def merge(
     from moe_spec.statistics import merge as merge_two
 
     refuse_existing(output)
-    statistics = reduce(merge_two, map(Statistics.load, sources))
+    with console.progress("reading statistics") as tell:
+        each = counted(sources, "adding up statistics", len(sources), tell)
+        statistics = reduce(merge_two, map(Statistics.load, each))
     statistics.save(output)
     report(output, statistics, as_json)

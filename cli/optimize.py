@@ -79,7 +79,7 @@ def optimize(
         manifest = optimize_model(
             model,
             output,
-            OnnxRuntimeRunner(),
+            OnnxRuntimeRunner(on_progress=tell),
             plan=None if plan is None else PruningPlan.load(plan, clamp_top_k=clamp_top_k),
             form=form,
             accepted=forms,

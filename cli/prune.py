@@ -23,21 +23,23 @@ def prune(
 ) -> None:
     """Write a checkpoint directory."""
     from moe_spec.identity import checkpoint_sha256, checkpoint_weights
-    from pruning.apply import prune as run
-    from pruning.apply import unloaded_experts
 
-    warn_of_code(checkpoint, trusted=trust_remote_code)
-    with console.progress(f"pruning {checkpoint}"):
-        run(checkpoint, plan, output, trust_remote_code=trust_remote_code)
+    with console.progress(f"reading {checkpoint}") as tell:
+        from pruning.apply import prune as run
+        from pruning.apply import unloaded_experts
+
+        warn_of_code(checkpoint, trusted=trust_remote_code)
+        run(checkpoint, plan, output, trust_remote_code=trust_remote_code, on_progress=tell)
+        unloaded = unloaded_experts(output, trust_remote_code=trust_remote_code)
+        identity = checkpoint_sha256(output, tell)
     before, after = (
         sum(path.stat().st_size for path in checkpoint_weights(directory)) for directory in (checkpoint, output)
     )
-    unloaded = unloaded_experts(output, trust_remote_code=trust_remote_code)
     console.result(
         "\n".join([f"{output}: {after:,} bytes of weights, {before:,} before", *_notes(unloaded)]),
         {
             "output": str(output),
-            "model_sha256": checkpoint_sha256(output),
+            "model_sha256": identity,
             "weight_bytes": after,
             "weight_bytes_before": before,
             "not_pruned": unloaded,

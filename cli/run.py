@@ -37,6 +37,7 @@ from cli.options import (
     execution_of,
 )
 from moe_spec.errors import UserError
+from moe_spec.progress import silent
 
 if TYPE_CHECKING:
     from runtime.providers import Execution
@@ -90,7 +91,7 @@ def run(
     from runtime.text.answer import answer
 
     streams = len(prompts or ()) == 1 and not as_json
-    with contextlib.nullcontext() if streams else console.progress(f"running {model}"):
+    with contextlib.nullcontext(silent) if streams else console.progress(f"opening {model}") as tell:
         answers = answer(
             model,
             prompts or (),
@@ -99,6 +100,7 @@ def run(
             execution=execution,
             on_text=console.piece if streams else None,
             stop_strings=stops or None,
+            on_progress=tell,
             **sampling,
         )
     texts = "\n".join(f"{found.prompt!r}: {found.text}" for found in answers)
@@ -126,8 +128,8 @@ def _predict(
 ) -> None:
     from runtime.run import run as predict
 
-    with console.progress(f"running {model}"):
-        predictions = predict(model, inputs, output, batch_size, threads=threads, execution=execution)
+    with console.progress(f"opening {model}") as tell:
+        predictions = predict(model, inputs, output, batch_size, threads=threads, execution=execution, on_progress=tell)
     found = _examples(predictions)
     payload = {
         "examples": found,

@@ -24,14 +24,16 @@ def upcycle(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint directory."""
-    from models.upcycle import upcycle as run
     from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 
-    with console.progress(f"mixing {len(checkpoints)} checkpoints"):
-        run(checkpoints, top_k, output, seed)
+    with console.progress(f"reading {len(checkpoints)} checkpoints") as tell:
+        from models.upcycle import upcycle as run
+
+        run(checkpoints, top_k, output, seed, tell)
+        identity = checkpoint_sha256(output, tell)
     size = sum(path.stat().st_size for path in checkpoint_weights(output))
     console.result(
         f"{output}: {len(checkpoints)} experts a layer, K={top_k}, {size:,} bytes of weights",
-        {"output": str(output), "model_sha256": checkpoint_sha256(output), "weight_bytes": size},
+        {"output": str(output), "model_sha256": identity, "weight_bytes": size},
         as_json,
     )

@@ -73,7 +73,7 @@ def verify(
     preprocessors = (ImagePreprocessor.load(home(path)) for path in (candidate, reference))
     preprocessor = next((found for found in preprocessors if found is not None), None)
     task = None if data is None else load_dataset(data, preprocessor)
-    with console.progress(f"verifying {candidate}"):
+    with console.progress(f"opening {candidate}") as tell:
         report = judge(
             candidate,
             reference,
@@ -87,6 +87,7 @@ def verify(
             bisect=bisect,
             greedy_tokens=greedy_tokens,
             cost=cost,
+            on_progress=tell,
         )
     if output is not None:
         report.save(output)

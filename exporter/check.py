@@ -20,6 +20,7 @@ from moe_spec.dataset import MASK
 from moe_spec.decoder import BATCH, PAST_LENGTH, SEQUENCE, TOTAL_LENGTH
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.experts_op import DOMAIN
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.record import Json
 from moe_spec.runner import Arrays, Feeds, Runner, error_between
 
@@ -81,12 +82,18 @@ def check_axes(proto: onnx.ModelProto, task: Task) -> None:
 
 
 def check_parity(
-    model: PreTrainedModel, task: Task, path: Path, runner: Runner, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    task: Task,
+    path: Path,
+    runner: Runner,
+    dtype: torch.dtype = torch.float32,
+    on_progress: Progress = silent,
 ) -> list[Json]:
     """Run ``path`` at shapes that were not traced and compare each output with torch; the errors, for the manifest.
 
     Both compute in float32. Where the graph is of halves, so are the weights of ``model`` afterwards, but for routers,
-    and a graph of float32 with the same weights is run, which ONNX Runtime has kernels for.
+    and a graph of float32 with the same weights is run, which ONNX Runtime has kernels for. ``on_progress`` is told of
+    every shape.
 
     Raises:
         VerificationError: the graph does not run at one of them, an axis came out static, or an output differs by more
@@ -103,9 +110,10 @@ def check_parity(
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             save_widened(path, Path(scratch) / path.name)
             results = _run(runner, Path(scratch) / path.name, batches)
+    runs = zip(shapes, batches, results, strict=True)
     return [
         entry
-        for shape, feeds, got in zip(shapes, batches, results, strict=True)
+        for shape, feeds, got in counted(runs, "comparing with torch", len(shapes), on_progress)
         for entry in _compare(model, task, shape, feeds, got, TOLERANCES[dtype])
     ]
 

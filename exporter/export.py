@@ -96,7 +96,7 @@ def export(
         max_memory: bytes that the check against torch may take; None: what is free. Without it, the manifest says that
             nothing was compared, and why.
         trust_remote_code: run the Python files that config.json names (`models.own_code`); the manifest lists them.
-        on_progress: told what is written next, and how many bytes of all are.
+        on_progress: told of the bytes that are hashed and written, and of the examples that are compared.
 
     Raises:
         UserError: no checkpoint, an unknown family or task, a decoder without a cache that can be an input, a plan for
@@ -104,7 +104,7 @@ def export(
         VerificationError: the exported graph does not compute what torch computes.
     """
     refuse_existing(out)
-    identity = checkpoint_sha256(checkpoint)
+    identity = checkpoint_sha256(checkpoint, on_progress)
     if plan is not None:
         plan.require_model(identity, str(checkpoint))
     model, pieces = open_model(checkpoint, plan, prepare, trust_remote_code=trust_remote_code)
@@ -160,7 +160,7 @@ def write(
         inline_bytes: see `export`.
         max_memory: see `export`.
         beside: a directory whose tokenizers and preprocessors travel along.
-        on_progress: told what is written next, and how many bytes of all are.
+        on_progress: told of the bytes that are hashed and written, and of the examples that are compared.
 
     Raises:
         UserError: the model cannot be traced, a plan that was not applied, or an output that exists.
@@ -170,6 +170,7 @@ def write(
     layers = find_moe_layers(model)
     blocks = tuple(block_of(layer, plan) for layer in layers)
     noded = [layer for layer in layers if form_of(layer) == NODE]
+    on_progress("tracing")
     traced = trace(model, called, noded, opset, dtype)
     check_experts(traced.proto, noded)
     check_axes(traced.proto, called)
@@ -178,7 +179,8 @@ def write(
         parity: list[Json] = []
         too_large = _too_large(opened.read, traced, max_memory)
         if too_large is None:
-            parity = check_parity(opened.reference(), called, staging / MODEL, runner, dtype)
+            on_progress("loading the checkpoint in torch")
+            parity = check_parity(opened.reference(), called, staging / MODEL, runner, dtype, on_progress)
         model.config.save_pretrained(staging)
         if beside is not None:
             copy_companions(beside, staging)

@@ -7,13 +7,14 @@ object of ``{name: {dtype, shape, data_offsets}}``; the bytes of all tensors, ro
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import safetensors
 
 from moe_spec.errors import UserError
+from moe_spec.progress import Progress, silent
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -111,22 +112,35 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def write_tensors(tensors: Mapping[str, StoredTensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_tensors(
+    tensors: Mapping[str, StoredTensor],
+    directory: Path,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress = silent,
+) -> None:
     """Write model.safetensors, or where that would be larger than ``shard_bytes`` shards and their index.
+
+    ``on_progress`` is told of the bytes of all tensors.
 
     Raises:
         UserError: a file that is read became shorter meanwhile.
     """
     shards = list(_shards(tensors, shard_bytes))
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+
+    def tell(length: int) -> None:
+        nonlocal done
+        done += length
+        on_progress("writing weights", done, total)
+
     if len(shards) == 1:
-        _write_file(directory / WEIGHTS, tensors, shards[0])
+        _write_file(directory / WEIGHTS, tensors, shards[0], tell)
         return
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / file_name, tensors, names)
+        _write_file(directory / file_name, tensors, names, tell)
         weight_map.update(dict.fromkeys(names, file_name))
-    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -144,8 +158,13 @@ def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> Iterator[l
     yield names
 
 
-def _write_file(path: Path, tensors: Mapping[str, StoredTensor], names: Sequence[str]) -> None:
-    """In safetensors' own order: wide values first, so that each tensor starts at a multiple of its value's width."""
+def _write_file(
+    path: Path, tensors: Mapping[str, StoredTensor], names: Sequence[str], tell: Callable[[int], None]
+) -> None:
+    """In safetensors' own order: wide values first, so that each tensor starts at a multiple of its value's width.
+
+    ``tell`` hears how long each tensor is that was written.
+    """
     ordered = sorted(names, key=lambda name: (-tensors[name].nbytes / max(1, tensors[name].size), name))
     header: dict[str, object] = {"__metadata__": _METADATA}
     end = 0
@@ -160,6 +179,7 @@ def _write_file(path: Path, tensors: Mapping[str, StoredTensor], names: Sequence
         for name in ordered:
             for span in tensors[name].spans:
                 _copy(span, file, buffer)
+            tell(tensors[name].nbytes)
 
 
 def _copy(span: Span, target: IO[bytes], buffer: memoryview) -> None:

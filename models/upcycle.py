@@ -20,9 +20,10 @@ from models.families import DENSE
 from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
+from moe_spec.progress import Progress, counted, silent
 
 
-def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0) -> Path:
+def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0, on_progress: Progress = silent) -> Path:
     """Write a Mixtral whose expert ``e`` is the feed-forward network of ``checkpoints[e]``, in every layer.
 
     Dtype, tokenizer and generation settings are those of the first checkpoint.
@@ -32,21 +33,25 @@ def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0) -
         top_k: K.
         out: a directory that does not exist.
         seed: of the routers, which are to be trained.
+        on_progress: told of every checkpoint that is loaded, and of every weight that is mixed.
 
     Raises:
         UserError: ``out`` exists, a checkpoint cannot be read, and what `mix` refuses.
     """
     refuse_existing(out)
-    loaded = {path: load_model(path, dtype=None, known=require_dense) for path in dict.fromkeys(checkpoints)}
+    paths = dict.fromkeys(checkpoints)
+    each = counted(paths, "loading checkpoints", len(paths), on_progress)
+    loaded = {path: load_model(path, dtype=None, known=require_dense) for path in each}
     torch.manual_seed(seed)
-    model = mix([loaded[path] for path in checkpoints], top_k)
+    model = mix([loaded[path] for path in checkpoints], top_k, on_progress)
+    on_progress(f"writing {out}")
     with new_directory(out) as staging:
         save_model(model, staging)
         copy_companions(checkpoints[0], staging)
     return out
 
 
-def mix(branches: Sequence[PreTrainedModel], top_k: int) -> MixtralForCausalLM:
+def mix(branches: Sequence[PreTrainedModel], top_k: int, on_progress: Progress = silent) -> MixtralForCausalLM:
     """A Mixtral of dense decoders, in eval mode; its routers are drawn from torch's global generator.
 
     What is no expert is the mean over the branches, so that it stays exactly what it is where they all agree.
@@ -54,6 +59,7 @@ def mix(branches: Sequence[PreTrainedModel], top_k: int) -> MixtralForCausalLM:
     Args:
         branches: E causal language models of one shape; one may be there several times. The dtype is the first one's.
         top_k: K.
+        on_progress: told of every weight.
 
     Raises:
         UserError: K is not between 1 and E, a branch has biases or is no dense decoder, or shapes differ.
@@ -72,7 +78,8 @@ def mix(branches: Sequence[PreTrainedModel], top_k: int) -> MixtralForCausalLM:
             config, dtype=branches[0].dtype
         )
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        state = model.state_dict()
+        for name, tensor in counted(state.items(), "mixing weights", len(state), on_progress):
             _fill(tensor, name, weights, config.initializer_range)
     model.train(False)
     return model

@@ -7,10 +7,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
+from moe_spec.progress import Progress, silent
 from moe_spec.staging import staging_directory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,8 +27,22 @@ def is_full(error: OSError) -> bool:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_files([path])[0]
+
+
+def sha256_files(paths: Sequence[Path], on_progress: Progress = silent) -> list[str]:
+    """The hex digest of each file; ``on_progress`` is told of the bytes of all of them."""
+    digests, done, total = [], 0, sum(path.stat().st_size for path in paths)
+    on_progress("hashing files", 0, total)
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                done += len(piece)
+                on_progress("hashing files", done, max(done, total))
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def sha256_text(text: str) -> str:

@@ -4,19 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from moe_spec.files import not_there, sha256_file, sha256_text
+from moe_spec.files import not_there, sha256_files, sha256_text
 from moe_spec.manifest import MODEL
+from moe_spec.progress import Progress, silent
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
-def checkpoint_sha256(directory: Path) -> str:
+def checkpoint_sha256(directory: Path, on_progress: Progress = silent) -> str:
     """Hash over config.json and every safetensors file of a transformers checkpoint.
+
+    ``on_progress`` is told of their bytes.
 
     Raises:
         UserError: the directory is no checkpoint, or its weights are pickled.
     """
-    return _hash_of([directory / "config.json", *checkpoint_weights(directory)])
+    return _hash_of([directory / "config.json", *checkpoint_weights(directory)], on_progress)
 
 
 def checkpoint_weights(directory: Path) -> list[Path]:
@@ -79,5 +82,6 @@ def pruned_sha256(source_sha256: str, keeps: Mapping[str, Sequence[int]]) -> str
     return sha256_text("\n".join([source_sha256, *lines]))
 
 
-def _hash_of(paths: Sequence[Path]) -> str:
-    return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in paths))
+def _hash_of(paths: Sequence[Path], on_progress: Progress = silent) -> str:
+    digests = sha256_files(paths, on_progress)
+    return sha256_text("\n".join(f"{path.name} {digest}" for path, digest in zip(paths, digests, strict=True)))

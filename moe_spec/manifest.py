@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_spec.errors import UserError
-from moe_spec.files import inside, sha256_file
+from moe_spec.files import inside, sha256_file, sha256_files
 from moe_spec.plan import PruningPlan
+from moe_spec.progress import Progress, silent
 from moe_spec.record import Json, Record, load_record, save_record
 
 SCHEMA = 1
@@ -156,20 +157,21 @@ class Manifest:
             details=record.take("details", dict),
         )
 
-    def check_files(self, directory: Path) -> None:
-        """Compare the directory with the manifest.
+    def check_files(self, directory: Path, on_progress: Progress = silent) -> None:
+        """Compare the directory with the manifest; ``on_progress`` is told of the bytes.
 
         Raises:
             UserError: a file is missing, cut, or not the one that the manifest describes.
         """
-        for entry in self.files:
-            path = inside(directory, entry.name, directory / FILE_NAME)
+        paths = [inside(directory, entry.name, directory / FILE_NAME) for entry in self.files]
+        for path, entry in zip(paths, self.files, strict=True):
             size = path.stat().st_size if path.is_file() else None
             if size is None:
                 raise UserError(f"{path} is missing, {FILE_NAME} lists it", hint=_REMAKE)
             if size != entry.bytes:
                 raise UserError(f"{path} has {size} bytes, {FILE_NAME} says {entry.bytes}", hint=_REMAKE)
-            if sha256_file(path) != entry.sha256:
+        for path, entry, found in zip(paths, self.files, sha256_files(paths, on_progress), strict=True):
+            if found != entry.sha256:
                 raise UserError(f"{path} is not the file that {FILE_NAME} describes (sha256 differs)", hint=_REMAKE)
 
 

@@ -12,7 +12,7 @@ class Progress(Protocol):
     def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None:
         """``done`` of the ``total`` steps, examples or bytes of ``what``; None where the end cannot be told.
 
-        ``what`` is a phase: it has a name of a few words, and counts from 0 to its own total.
+        ``what`` is a phase, a few words. It counts from 0 to its own total; told of 0 again, it begins again.
         """
 
 

@@ -21,6 +21,7 @@ from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.plan import ALIAS, NEW, PLAN, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.progress import Progress, silent
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
 from pruning.merging.stored import are_saved_as_stored, merged_tensors
@@ -31,7 +32,13 @@ _MERGE_WAY = "merge into as many experts in every layer and every group: moe-edg
 
 
 def prune(
-    checkpoint: Path, plan_path: Path, out: Path, shard_bytes: int = SHARD_BYTES, *, trust_remote_code: bool = False
+    checkpoint: Path,
+    plan_path: Path,
+    out: Path,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    trust_remote_code: bool = False,
+    on_progress: Progress = silent,
 ) -> Path:
     """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
 
@@ -46,6 +53,7 @@ def prune(
         out: a directory that does not exist.
         shard_bytes: of the weights in one file.
         trust_remote_code: run the Python files that config.json names (`models.own_code`).
+        on_progress: told of the bytes that are hashed and written.
 
     Raises:
         UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
@@ -53,7 +61,7 @@ def prune(
     """
     refuse_existing(out)
     plan = PruningPlan.load(plan_path)
-    plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
+    plan.require_model(checkpoint_sha256(checkpoint, on_progress), str(checkpoint))
     plan.require_narrow_routers("a checkpoint")
     plan.require_no_aliases()
     skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
@@ -72,14 +80,16 @@ def prune(
     kept = {} if in_memory else without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
     with new_directory(out) as staging, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         if in_memory:
+            on_progress("pruning in memory")
             model = load_model(checkpoint, dtype=None, trust_remote_code=trust_remote_code)
             apply_plan(model, plan)
             save_model(model, staging)
         else:
             if merges is not None:
+                on_progress("merging experts")
                 kept |= merged_tensors(skeleton, merges, tensors, names, Path(scratch))
             skeleton.config.save_pretrained(staging)
-            write_tensors(kept, staging, shard_bytes)
+            write_tensors(kept, staging, shard_bytes, on_progress)
         copy_companions(checkpoint, staging)
         copy_code(checkpoint, staging)
         plan.save(staging / PLAN)

@@ -72,7 +72,7 @@ def calibrate(
         def take(feeds: Feeds) -> Layers:
             return collect(model, [tensors_of(feeds, model.dtype, us.device)], dense=dense)
 
-        model_sha256 = checkpoint_sha256(checkpoint)
+        model_sha256 = checkpoint_sha256(checkpoint, on_progress)
         run = Run(model_sha256, dataset.sha256, len(dataset), batch_size, us.size, {"dense": dense})
         shards = Shards(shards_of(out), run, shard_size, us.rank)
         mine = accumulate(share, take, shards, batch_size=batch_size, on_progress=on_progress)

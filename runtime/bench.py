@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from moe_spec.dataset import Dataset
 from moe_spec.decoder import IDS, complete, has_cache
 from moe_spec.errors import UserError
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
 from runtime.backends import open_session
 from runtime.inputs.feeds import RandomFeeds
@@ -125,6 +127,7 @@ def bench(
     past: int | None = None,
     data: Dataset | None = None,
     rivals: Sequence[Contestant] = (),
+    on_progress: Progress = silent,
 ) -> list[BenchRow]:
     """Time models against each other, turn by turn, so that what else the machine does hits all alike.
 
@@ -139,6 +142,7 @@ def bench(
         past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
         data: examples to feed; by default random ones (``feeds.RandomFeeds``).
         rivals: what else takes turns with the models, on the same feeds.
+        on_progress: told of every turn, not while a run is timed, and of every process that measures memory.
 
     Returns:
         A row for each model and batch size, models together, as given, rivals last. Decoders with a cache have two:
@@ -158,10 +162,12 @@ def bench(
                 for phase in _phases(session, length, length if past is None else past)
             ]
             feeds = [run.feeds(session, data) for run, session in runs]
-            times = _times([session for _, session in runs], feeds, repeats, warmup)
+            what = f"timing {size} examples a run"
+            times = _times([session for _, session in runs], feeds, repeats, warmup, what, on_progress)
             timed += [(run, _tokens(fed), taken) for (run, _), fed, taken in zip(runs, feeds, times, strict=True)]
     timed.sort(key=lambda row: contestants.index(row[0].contestant))
-    return [_row(run, tokens, taken, threads) for run, tokens, taken in timed]
+    each = counted(timed, "measuring memory", len(timed), on_progress)
+    return [_row(run, tokens, taken, threads) for run, tokens, taken in each]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +218,20 @@ def _opened(contestants: Sequence[Contestant], threads: int) -> Iterator[list[Ti
         yield [stack.enter_context(contestant.open(threads)) for contestant in contestants]
 
 
-def _times(sessions: Sequence[Timed], feeds: Sequence[Feeds], repeats: int, warmup: int) -> list[list[float]]:
+def _times(
+    sessions: Sequence[Timed],
+    feeds: Sequence[Feeds],
+    repeats: int,
+    warmup: int,
+    what: str = "timing",
+    on_progress: Progress = silent,
+) -> list[list[float]]:
     """Milliseconds of every repeat of each session."""
     runs = {
         str(index): functools.partial(session.run, of_session)
         for index, (session, of_session) in enumerate(zip(sessions, feeds, strict=True))
     }
-    return list(time_in_turns(runs, repeats=repeats, warmup=warmup).values())
+    return list(time_in_turns(runs, repeats=repeats, warmup=warmup, what=what, on_progress=on_progress).values())
 
 
 def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: int) -> None:
@@ -282,17 +295,22 @@ def time_in_turns(
     repeats: int,
     warmup: int,
     clock: Callable[[], int] = time.perf_counter_ns,
+    what: str = "timing",
+    on_progress: Progress = silent,
 ) -> dict[str, list[float]]:
     """Milliseconds of every repeat of each of ``runs``, which take turns; ``clock`` gives nanoseconds.
+
+    ``on_progress`` is told of ``what`` between two turns, never while a run is timed.
 
     >>> {name: len(times) for name, times in time_in_turns({"a": int, "b": str}, repeats=3, warmup=1).items()}
     {'a': 3, 'b': 3}
     """
-    for _ in range(warmup):
+    turns = counted(range(warmup + repeats), what, warmup + repeats, on_progress)
+    for _ in itertools.islice(turns, warmup):
         for run in runs.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    for _ in turns:
         for name, run in runs.items():
             start = clock()
             run()

@@ -28,7 +28,7 @@ def build(
     manifest = model_manifest(model_dir, target)
     if manifest.kind == ENGINE:
         raise UserError(f"{model_dir} is an engine already", hint="give the model directory that it was built from")
-    manifest.check_files(model_dir)
+    manifest.check_files(model_dir, on_progress)
     backend = BACKENDS[target.backend]
     rows = (target, *options.also)
     reasons = [reason for row in rows for reason in backend.why_not(model_dir, row)]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moe_spec.files import new_file, refuse_existing, require_file
 from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import TensorSpec
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
 from runtime.inputs.image_files import SUFFIXES, find_images, read_images
@@ -61,6 +63,7 @@ def run(
     *,
     threads: int = 0,
     execution: Execution = BY_DEFAULT,
+    on_progress: Progress = silent,
 ) -> Predictions:
     """Run a model or an engine over files.
 
@@ -72,6 +75,7 @@ def run(
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
         execution: how ONNX Runtime is to run it.
+        on_progress: told of every batch.
 
     Raises:
         UserError: a file is missing, broken or does not fit the model, or ``out`` exists or is no .npz.
@@ -84,7 +88,7 @@ def run(
         names: list[str] = []
         batches: list[Arrays] = []
         wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]
-        for found, feeds in _batches(_directory(model), session.inputs, inputs, batch_size):
+        for found, feeds in _batches(_directory(model), session.inputs, inputs, batch_size, on_progress):
             names += found
             batches.append(session.run(complete(session.inputs, feeds), wanted))
     outputs = _concatenate(batches)
@@ -106,7 +110,7 @@ def _directory(model: Path) -> Path:
 
 
 def _batches(
-    directory: Path, specs: Sequence[TensorSpec], inputs: Sequence[Path], size: int
+    directory: Path, specs: Sequence[TensorSpec], inputs: Sequence[Path], size: int, on_progress: Progress
 ) -> Iterator[tuple[list[str], Feeds]]:
     """Names of examples and what to feed for them: every file of data by itself, then the images together."""
     if size < 1:
@@ -122,21 +126,23 @@ def _batches(
         )
     for path in files:
         if path.suffix.lower() not in SUFFIXES:
-            for index, feeds in enumerate(_data(path, specs, preprocessor, size)):
+            for index, feeds in enumerate(_data(path, specs, preprocessor, size, on_progress)):
                 count = len(next(iter(feeds.values())))
                 yield [f"{path}[{index * size + offset}]" for offset in range(count)], feeds
-    for start in range(0, len(images), size):
+    starts = range(0, len(images), size)
+    for start in counted(starts, "running images", len(starts), on_progress if images else silent):
         assert preprocessor is not None, "images were refused above"
         part = images[start : start + size]
         yield [str(path) for path in part], read_images(part, preprocessor)
 
 
 def _data(
-    path: Path, specs: Sequence[TensorSpec], preprocessor: ImagePreprocessor | None, size: int
+    path: Path, specs: Sequence[TensorSpec], preprocessor: ImagePreprocessor | None, size: int, on_progress: Progress
 ) -> Iterator[Feeds]:
     if path.suffix.lower() == JSON_LINES:
-        return read_json_lines(path, specs, size)
-    return load_dataset(path, preprocessor).batches(size)
+        return read_json_lines(path, specs, size, on_progress)
+    data = load_dataset(path, preprocessor)
+    return counted(data.batches(size), f"running {path.name}", math.ceil(len(data) / size), on_progress)
 
 
 def _concatenate(batches: Sequence[Arrays]) -> Arrays:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
 from moe_spec.decoder import has_cache
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
@@ -24,7 +25,7 @@ from runtime.parity import Flags, compare_routing, slots_of
 from runtime.providers import BY_DEFAULT, Execution
 from runtime.text.greedy import PROMPTS, compare_greedy, prompts_of
 from runtime.verification.report import ParityReport
-from runtime.verification.sides import Side, batches_of, check_comparable, run_cast
+from runtime.verification.sides import Side, batches_of, check_comparable, count_batches, run_cast
 from runtime.verification.tally import AccuracyTally, LayerTally, OutputTally
 from runtime.verification.tolerances import TOLERANCES, Tolerance
 from runtime.verification.verdict import first_wrong_layer, why_it_failed
@@ -49,6 +50,7 @@ def verify(
     tolerances: Mapping[str, Tolerance] = TOLERANCES,
     forced: ForcedModel | None = None,
     greedy_tokens: int = GREEDY_TOKENS,
+    on_progress: Progress = silent,
 ) -> ParityReport:
     """Compare two models, each a model or engine directory or whatever else runs, such as a checkpoint in torch.
 
@@ -64,13 +66,14 @@ def verify(
         forced: the candidate with its routing as inputs, as `graph_passes.variants.cut` writes it; it is run with the
             choices of the reference's routers, so that all elements can be compared, and nothing flips.
         greedy_tokens: so many tokens decoders with a cache write to be compared; 0: none.
+        on_progress: told of every batch, and of every token that decoders write.
 
     Raises:
         UserError: a directory is damaged or cannot be run here, or the two are not comparable.
     """
     with contextlib.ExitStack() as stack:
-        mine = reference if isinstance(reference, Side) else Side.open(reference, threads)
-        theirs = candidate if isinstance(candidate, Side) else Side.open(candidate, threads, execution)
+        mine = reference if isinstance(reference, Side) else Side.open(reference, threads, on_progress=on_progress)
+        theirs = candidate if isinstance(candidate, Side) else Side.open(candidate, threads, execution, on_progress)
         stack.enter_context(mine.session)
         stack.enter_context(theirs.session)
         check_comparable(mine, theirs)
@@ -82,7 +85,8 @@ def verify(
         if forced is not None and _is_forced_throughout(mine, theirs, forced):
             routed = stack.enter_context(open_session(forced.path, threads, execution)), forced
         comparison = _Comparison(mine, theirs, tolerance, routed)
-        for feeds, labels in batches_of(mine.session.inputs, mine.path, data, batch_size):
+        batches = batches_of(mine.session.inputs, mine.path, data, batch_size)
+        for feeds, labels in counted(batches, "comparing outputs", count_batches(data, batch_size), on_progress):
             comparison.add(feeds, labels)
         report = comparison.report(data, precision)
         if execution.provider is not None:
@@ -90,7 +94,7 @@ def verify(
         prompts = prompts_of(_prompted(mine, data)) if greedy_tokens and has_cache(mine.session.inputs) else []
         if not prompts:
             return report
-        greedy = compare_greedy(mine.session, theirs.session, prompts, greedy_tokens)
+        greedy = compare_greedy(mine.session, theirs.session, prompts, greedy_tokens, on_progress)
         return dataclasses.replace(report, greedy=greedy)
 
 

@@ -8,14 +8,11 @@ class Heard:
         self.told: list[tuple[str, int, int | None]] = []
 
     def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None:
-        """Remember it; the counts of a phase rise, and stay within its total."""
-        if total is not None and (before := self._last()) is not None and before[::2] == (what, total):
-            assert before[1] <= done, (before, done)
+        """Remember it; the counts of a phase rise to its total, and then may begin again."""
         assert total is None or 0 <= done <= total, (what, done, total)
+        for before, most in self.counts(what)[-1:]:
+            assert done >= before or (done, before) == (0, most), (what, before, done)
         self.told.append((what, done, total))
-
-    def _last(self) -> tuple[str, int, int | None] | None:
-        return self.told[-1] if self.told else None
 
     def counts(self, what: str) -> list[tuple[int, int | None]]:
         """What was told of one phase."""

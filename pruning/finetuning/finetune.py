@@ -120,6 +120,7 @@ def finetune(
     job = _Job(checkpoint, dataset, str(data), recipe, trust_remote_code, on_progress)
     model, done = _METHODS[type(method)](job, method)
     cast_like(model, checkpoint, trust_remote_code=trust_remote_code)
+    on_progress(f"writing {out}")
     with new_directory(out) as staging:
         save_model(model, staging)
         copy_companions(checkpoint, staging)

@@ -10,6 +10,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing, sha256_file
 from moe_spec.formats import in_onnx
 from moe_spec.manifest import FILE_NAME, Manifest, list_files
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.record import Json, dump
 from runtime.backend import ENGINE
 from runtime.bundle.golden import golden_cases, save_case
@@ -37,6 +38,7 @@ def bundle(
     batch_size: int = 8,
     profiles: Sequence[Profile] = (),
     precision: str | None = None,
+    on_progress: Progress = silent,
 ) -> Manifest:
     """Write the directory ``out``; the same model, data and options give the same bytes.
 
@@ -48,19 +50,20 @@ def bundle(
         batch_size: examples of a golden case.
         profiles: shapes that the engine takes; without any the default one.
         precision: row of ``TOLERANCES`` to judge by; by default that of the model's coarsest number format.
+        on_progress: told of every golden case, and of the files that are copied.
 
     Raises:
         UserError: ``out`` exists; ``model_dir`` is none, is damaged or nothing that the target takes; or it cannot run
             on ONNX Runtime's CPU provider, which computes the golden outputs.
     """
     refuse_existing(out)
-    manifest = _checked(model_dir, target)
+    manifest = _checked(model_dir, target, on_progress)
     profiles = _profiles(manifest, target, profiles)
     precision = precision_of(model_dir, manifest) if precision is None else precision
     allowed, precision = tolerance_of(precision), in_onnx(precision)
-    cases = golden_cases(model_dir, manifest, data, batch_size, profiles)
+    cases = golden_cases(model_dir, manifest, data, batch_size, profiles, on_progress)
     with new_directory(out) as staging:
-        hashes = _copy_model(model_dir, manifest, staging / MODEL_FOLDER)
+        hashes = _copy_model(model_dir, manifest, staging / MODEL_FOLDER, on_progress)
         golden = [save_case(number, case, manifest.outputs, staging) for number, case in enumerate(cases)]
         (staging / THRESHOLDS).write_text(dump({"precision": precision, **vars(allowed)}) + "\n", encoding="utf-8")
         details: Json = {
@@ -87,14 +90,14 @@ def bundle(
     return made
 
 
-def _checked(model_dir: Path, target: Target) -> Manifest:
+def _checked(model_dir: Path, target: Target, on_progress: Progress) -> Manifest:
     manifest = model_manifest(model_dir, target)
     if manifest.kind in (ENGINE, KIND):
         raise UserError(
             f"{model_dir} holds the kind {manifest.kind!r}, expected a model directory",
             hint="give the model directory that it was made from",
         )
-    manifest.check_files(model_dir)
+    manifest.check_files(model_dir, on_progress)
     reasons = why_not_buildable(model_dir, target)
     if reasons:
         raise UserError(
@@ -121,9 +124,10 @@ def _profiles(manifest: Manifest, target: Target, given: Sequence[Profile]) -> S
     return given or (default_profile(manifest.inputs),)
 
 
-def _copy_model(model_dir: Path, manifest: Manifest, folder: Path) -> dict[str, str]:
+def _copy_model(model_dir: Path, manifest: Manifest, folder: Path, on_progress: Progress) -> dict[str, str]:
     """Copy what the manifest lists, which has just been hashed; the hashes by their names in the bundle."""
-    copy_files(model_dir, (*(entry.name for entry in manifest.files), FILE_NAME), folder)
+    names = (*(entry.name for entry in manifest.files), FILE_NAME)
+    copy_files(model_dir, counted(names, "copying the model", len(names), on_progress), folder)
     return {f"{MODEL_FOLDER}/{entry.name}": entry.sha256 for entry in manifest.files}
 
 

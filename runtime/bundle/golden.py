@@ -12,6 +12,7 @@ import numpy as np
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from moe_spec.manifest import Manifest, TensorSpec
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.record import Json
 from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
@@ -40,7 +41,12 @@ class Case:
 
 
 def golden_cases(
-    model_dir: Path, manifest: Manifest, data: Dataset | None, batch_size: int, profiles: Sequence[Profile]
+    model_dir: Path,
+    manifest: Manifest,
+    data: Dataset | None,
+    batch_size: int,
+    profiles: Sequence[Profile],
+    on_progress: Progress = silent,
 ) -> list[Case]:
     """Cases whose shapes some profile takes: of the first examples of ``data``, or of random feeds at three shapes.
 
@@ -56,7 +62,7 @@ def golden_cases(
         )
     cases = []
     with open_session(observed_file(model_dir)) as session:
-        for feeds in taken:
+        for feeds in counted(taken, "running golden cases", len(taken), on_progress):
             given = cast_to(session, feeds)
             cases.append(Case(len(next(iter(given.values()))), given, session.run(given)))
     return cases

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from moe_spec.errors import UserError
 from moe_spec.files import require_file
 from moe_spec.manifest import TensorSpec
+from moe_spec.progress import Progress, silent
 from moe_spec.record import parse_object
 from moe_spec.runner import Arrays
 
@@ -25,7 +26,9 @@ _PASS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
 _HINT = 'write a JSON object a line, such as {"input_ids": [5, 7, 2]}; long examples go into an .npz'
 
 
-def read_json_lines(path: Path, inputs: Sequence[TensorSpec], size: int) -> Iterator[Arrays]:
+def read_json_lines(
+    path: Path, inputs: Sequence[TensorSpec], size: int, on_progress: Progress = silent
+) -> Iterator[Arrays]:
     """Feeds of ``size`` examples each, the last may be smaller; never more than these are in memory.
 
     A line has no axis of examples: ``{"input_ids": [5, 7, 2]}`` for an input ``input_ids`` (N, 3). Blank lines
@@ -35,21 +38,25 @@ def read_json_lines(path: Path, inputs: Sequence[TensorSpec], size: int) -> Iter
         path: the file.
         inputs: of the model; they say which numbers are taken.
         size: examples of one batch.
+        on_progress: told of the bytes that are read.
 
     Raises:
         UserError: no such file, no example in it, a line that is too long or no JSON object, numbers that the input
             does not take, or other names or shapes than the first line has.
     """
-    examples = _examples(require_file(path, f"examples ({SUFFIX})"), {spec.name: spec for spec in inputs})
+    known = {spec.name: spec for spec in inputs}
+    examples = _examples(require_file(path, f"examples ({SUFFIX})"), known, on_progress)
     while batch := list(itertools.islice(examples, size)):
         yield {name: np.stack([example[name] for example in batch]) for name in batch[0]}
 
 
-def _examples(path: Path, inputs: Mapping[str, TensorSpec]) -> Iterator[Arrays]:
+def _examples(path: Path, inputs: Mapping[str, TensorSpec], on_progress: Progress) -> Iterator[Arrays]:
     first: dict[str, list[int]] | None = None
+    size = path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path} line {number}"
+            on_progress(f"running {path.name}", file.tell(), size)
             if len(line) > MAX_LINE:
                 raise UserError(f"{where} has more than {MAX_LINE} bytes", hint=_HINT)
             if not line.strip():

@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import new_directory, require_room
 from moe_spec.manifest import FILE_NAME, MODEL, Manifest
-from moe_spec.progress import Progress, silent
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import ENGINE, BuildOptions
 from runtime.engine import check_engine, finish_engine, rebuild
@@ -175,9 +175,11 @@ class OnnxRuntimeRunner:
 
     Attributes:
         threads: that one operator may use; 0 for one a core.
+        on_progress: told of every batch that `run` is through with.
     """
 
     threads: int = 0
+    on_progress: Progress = silent
 
     def open(self, model: Path) -> OnnxRuntimeSession:
         """A session of the file.
@@ -194,4 +196,5 @@ class OnnxRuntimeRunner:
             UserError: the file is damaged, or does not take these feeds.
         """
         with self.open(model) as session:
-            return [session.run(feeds, outputs) for feeds in batches]
+            each = counted(batches, f"running {model.name}", len(batches), self.on_progress)
+            return [session.run(feeds, outputs) for feeds in each]

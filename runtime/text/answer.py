@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_spec.progress import Progress, counted, silent
 from runtime.backends import open_session
 from runtime.providers import BY_DEFAULT, Execution
 from runtime.text.generate import Sampling, Tokens, generate
@@ -42,6 +43,7 @@ def answer(
     threads: int = 0,
     execution: Execution = BY_DEFAULT,
     on_text: OnText | None = None,
+    on_progress: Progress = silent,
     **sampling: Any,
 ) -> list[Answer]:
     """Let a decoder go on from every prompt, all of them at once.
@@ -53,6 +55,7 @@ def answer(
         threads: that one operator may use on a CPU; 0 for one a core.
         execution: how ONNX Runtime is to run it.
         on_text: told what the first answer goes on with, as soon as it is certain.
+        on_progress: told of every token; all may end before the most that are allowed.
         sampling: what of `Sampling` is not to be as generation_config.json has it, by name.
 
     Raises:
@@ -72,7 +75,7 @@ def answer(
             on_text(piece)
 
     with open_session(model, threads, execution) as session:
-        for _ in generate(session, ids, chosen, ends):
+        for _ in counted(generate(session, ids, chosen, ends), "writing", chosen.max_new_tokens, on_progress):
             tell(writings[0].piece())
     tell(writings[0].piece(last=True))
     return [

@@ -1,6 +1,7 @@
 """How long two decoders write the same text, each going on from what it wrote itself, always by the likeliest token."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 
 from moe_spec.dataset import MASK
 from moe_spec.decoder import IDS
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
 from runtime.backend import Session
 from runtime.text.generate import Sampling, generate
@@ -34,17 +36,21 @@ class GreedyParity:
 
 
 def compare_greedy(
-    reference: Session, candidate: Session, prompts: Sequence[Sequence[int]], tokens: int
+    reference: Session,
+    candidate: Session,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    on_progress: Progress = silent,
 ) -> GreedyParity:
-    """Let both write ``tokens`` tokens.
+    """Let both write ``tokens`` tokens; ``on_progress`` is told of each.
 
     Raises:
         UserError: a prompt has no token, or a model is no decoder.
     """
     sampling = Sampling(max_new_tokens=tokens)
-    mine_BN, theirs_BN = (
-        np.stack(list(generate(session, prompts, sampling)), axis=1) for session in (reference, candidate)
-    )
+    both = itertools.chain.from_iterable(generate(session, prompts, sampling) for session in (reference, candidate))
+    written_NB = list(counted(both, "comparing texts", 2 * tokens, on_progress))
+    mine_BN, theirs_BN = (np.stack(half, axis=1) for half in (written_NB[:tokens], written_NB[tokens:]))
     lengths_B = common_lengths(mine_BN, theirs_BN)
     return GreedyParity(len(prompts), tokens, float(lengths_B.mean()), int(lengths_B.min()))
 

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.dataset import Dataset
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Arrays, Feeds, error_between
 from runtime.parity import Flags, Floats, Routing, compare_routing
 from runtime.providers import BY_DEFAULT, Execution
 from runtime.verification.cut_run import CutPair, CutRun, LayerPair
 from runtime.verification.diagnosis import what_experts_do, what_router_does
 from runtime.verification.fault import EXPERTS, REST, ROUTER, Fault
-from runtime.verification.sides import batches_of
+from runtime.verification.sides import batches_of, count_batches
 from runtime.verification.tolerances import Tolerance
 
 TOKENS_AN_EXPERT = 8
@@ -50,6 +51,7 @@ def find_fault(
     batch_size: int = 32,
     threads: int = 0,
     execution: Execution = BY_DEFAULT,
+    on_progress: Progress = silent,
 ) -> Fault | None:
     """The first part that differs by more than ``tolerance`` in any batch; None where none does.
 
@@ -61,13 +63,15 @@ def find_fault(
         batch_size: examples that are run at once.
         threads: that one operator may use on a CPU; 0 for one a core.
         execution: how ONNX Runtime is to run the candidate; the reference is run on the CPU.
+        on_progress: told of every batch.
 
     Raises:
         UserError: a model cannot be run here, or does not take the feeds.
     """
     with CutRun.open(pair, threads, execution) as run:
         differing: dict[Part, list[tuple[float, Feeds]]] = {}
-        for feeds, _ in batches_of(run.watched.inputs, directory, data, batch_size):
+        batches = batches_of(run.watched.inputs, directory, data, batch_size)
+        for feeds, _ in counted(batches, "looking for the fault", count_batches(data, batch_size), on_progress):
             for part, error in _parts_that_differ(run, feeds, tolerance):
                 differing.setdefault(part, []).append((error, feeds))
         if not differing:

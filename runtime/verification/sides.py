@@ -1,6 +1,7 @@
 """The two models that `verify` compares, open and checked against each other."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from moe_spec.decoder import complete
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.manifest import FILE_NAME, BlockEntry, Manifest, TensorSpec
+from moe_spec.progress import Progress, silent
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
-from runtime.inputs.feeds import RandomFeeds
+from runtime.inputs.feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
@@ -41,8 +43,10 @@ class Side:
     observed: bool
 
     @classmethod
-    def open(cls, path: Path, threads: int, execution: Execution = BY_DEFAULT) -> "Side":
-        """Open ``path``.
+    def open(
+        cls, path: Path, threads: int, execution: Execution = BY_DEFAULT, on_progress: Progress = silent
+    ) -> "Side":
+        """Open ``path``, once its files were hashed; ``on_progress`` is told of their bytes.
 
         Raises:
             UserError: it is no directory with a manifest, it is damaged, or it cannot run here.
@@ -55,7 +59,7 @@ class Side:
         manifest = Manifest.load(path)
         observed = engine_backend(path) is None
         if observed:  # engines are checked where they are opened, with the command that rebuilds them
-            manifest.check_files(path)
+            manifest.check_files(path, on_progress)
         session = open_session(observed_file(path) if observed else path, threads, execution)
         return cls(path, manifest, session, observed)
 
@@ -106,6 +110,15 @@ def batches_of(inputs: Sequence[TensorSpec], directory: Path, data: Dataset | No
     for index, feeds in enumerate(data.batches(size)):
         labels = None if data.labels is None else data.labels[index * size : (index + 1) * size]
         yield complete(inputs, feeds), labels
+
+
+def count_batches(data: Dataset | None, size: int) -> int:
+    """How many `batches_of` gives.
+
+    >>> count_batches(None, 32)
+    3
+    """
+    return len(RANDOM_SHAPES) if data is None else math.ceil(len(data) / size)
 
 
 def run_cast(session: Session, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:

@@ -1,30 +1,11 @@
 """What goes on is shown on terminals, and only there."""
 
-import io
 import logging
 
 import pytest
-from rich.console import Console
 
 from cli import console
-
-
-class Terminal:
-    """Takes the place of stderr; its clock stands still."""
-
-    def __init__(self, width=80, *, is_terminal=True, **environment):
-        self.now, self.file = 0.0, io.StringIO()
-        self.console = Console(
-            file=self.file,
-            force_terminal=is_terminal,
-            width=width,
-            get_time=lambda: self.now,
-            _environ={"TERM": "xterm", **environment},
-        )
-
-    def line(self):
-        """What stands in the line of the cursor, without the codes that move it."""
-        return self.file.getvalue().rsplit("\r", 1)[-1].rsplit("\x1b[2K", 1)[-1]
+from tests.cli.terminal import Terminal
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_an_existing_output_is_refused(checkpoint, plan, tmp_path):
 
 
 def test_ctrl_c_while_writing_leaves_nothing(checkpoint, plan, tmp_path, monkeypatch):
-    def half(tensors, directory, shard_bytes):
+    def half(tensors, directory, *_):
         (directory / "model.safetensors").write_bytes(b"")
         raise KeyboardInterrupt
 

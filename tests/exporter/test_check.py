@@ -17,6 +17,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.runner import Feeds
+from tests.heard import Heard
 from tests.zoo import RUNNER
 
 REPORT = "this is a fault of the export, not of your model: please report it with the model's config.json"
@@ -73,13 +74,15 @@ class Altered:
         return [{name: self._alter(name, array) for name, array in result.items()} for result in results]
 
 
-def parity(zoo, runner, name="vmoe"):
+def parity(zoo, runner, name="vmoe", **options):
     model = load_model(zoo.checkpoint(name))
-    return check_parity(model, task_of(type(model).__name__), zoo.exported(name) / MODEL, runner)
+    return check_parity(model, task_of(type(model).__name__), zoo.exported(name) / MODEL, runner, **options)
 
 
 def test_the_errors_at_every_shape_are_reported(zoo):
-    report = parity(zoo, RUNNER)
+    heard = Heard()
+    report = parity(zoo, RUNNER, on_progress=heard)
+    assert heard.counts("comparing with torch") == [(done, len(SHAPES)) for done in range(len(SHAPES) + 1)]
     assert [(entry["shape"], entry["output"]) for entry in report] == [(list(shape), "logits") for shape in SHAPES]
     assert all(entry["max_rel"] <= 1e-5 for entry in report)
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from moe_spec.errors import UserError
-from moe_spec.files import inside, new_directory, new_file, refuse_existing, require_file, sha256_file, sha256_text
+from moe_spec.files import (
+    inside,
+    new_directory,
+    new_file,
+    refuse_existing,
+    require_file,
+    sha256_file,
+    sha256_files,
+    sha256_text,
+)
+from tests.heard import Heard
 
 
 def names(directory):
@@ -173,3 +183,13 @@ def test_a_file_and_its_text_have_one_hash(tmp_path):
     path = tmp_path / "text"
     path.write_text("moe" * 1_000_000)
     assert sha256_file(path) == sha256_text("moe" * 1_000_000)
+
+
+def test_progress_counts_the_bytes_of_all_files_that_are_hashed(tmp_path):
+    heard, paths = Heard(), [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
+        path.write_bytes(b"moe" * 500_000)
+    assert sha256_files(paths, heard) == [sha256_file(paths[0])] * 2
+    first, more, whole = 1 << 20, 1_500_000, 3_000_000
+    counts = heard.counts("hashing files")
+    assert counts == [(done, whole) for done in (0, first, more, more + first, whole)]

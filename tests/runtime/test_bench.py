@@ -73,6 +73,13 @@ def test_runs_take_turns():
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
+def test_progress_is_told_between_turns_and_never_within_one():
+    happened: list[object] = []
+    runs = {name: partial(happened.append, name) for name in "ab"}
+    time_in_turns(runs, repeats=1, warmup=1, on_progress=lambda *told: happened.append(told))
+    assert happened == [("timing", 0, 2), "a", "b", ("timing", 1, 2), "a", "b", ("timing", 2, 2)]
+
+
 def test_any_clock_will_do():
     ticks = iter(range(0, 40_000_000, 5_000_000))
     times = time_in_turns(dict.fromkeys("ab", int), repeats=2, warmup=1, clock=lambda: next(ticks))
