@@ -10,6 +10,7 @@ import onnx
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
 from graph_passes.record.block import MoEBlock
+from moe_spec.experts_op import Activation
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import LayerPlan, PruningPlan
@@ -21,12 +22,21 @@ from tests.zoo import RUNNER
 
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 THREE, ONE, ALL = (1, 4, 5), (5,), tuple(range(8))
+CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
+SCOPE = "layers.0.mlp"
+"""The layer of a model of one."""
 
 
 def saved(spec: Spec, folder: Path) -> Path:
     """The model of ``spec`` as a file."""
     save(spec, folder / "block.onnx")
     return folder / "block.onnx"
+
+
+def written(spec: Spec, folder: Path, form: str) -> Path:
+    """The model of ``spec`` with every layer written in ``form``."""
+    optimize(saved(spec, folder), folder / form, RUNNER, form=form)
+    return folder / form / MODEL
 
 
 def blocks_of(path: Path, form: str) -> tuple[MoEBlock, ...]:

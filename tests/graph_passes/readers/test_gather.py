@@ -1,64 +1,24 @@
 """Weights gathered by id for each token: what our own writer writes is read again, and what others write by hand."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
 
 from graph_passes.optimize import optimize
 from moe_spec.experts_op import Activation
-from moe_spec.manifest import MODEL
-from tests.graph_passes.block_models import ROUTERS, Spec, why_not
+from tests.graph_passes.block_models import Spec
 from tests.graph_passes.readers.proofs import (
     ONE,
+    SCOPE,
     THREE,
     assert_pruned_exactly,
-    assert_same_record,
     blocks_of,
     in_turn,
     let_read,
     said,
-    saved,
+    written,
 )
 from tests.zoo import RUNNER
-
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
-SCOPE = "layers.0.mlp"
-
-EXPERTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "biased, interleaved, clamped": {"biased": True, "interleaved": True, "activation": CLAMPED},
-    "(E, in, out)": {"transposed": True},
-    "not gated": {"gated": False, "activation": Activation("gelu"), "biased": True},
-    "all selected": {"top_k": 8},
-    "one": {"experts": 1, "top_k": 1, "biased": True},
-    "half": {"dtype": "float16"},
-}
-
-
-def rewritten(spec: Spec, folder):
-    """The model of ``spec`` with every layer in this form."""
-    optimize(saved(spec, folder), folder / "gather", RUNNER, form="gather")
-    return folder / "gather" / MODEL
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_is_read_again_as_it_was_written(tmp_path, router):
-    spec = Spec(form="stacked" if "gates" in ROUTERS[router] else "experts", **ROUTERS[router])
-    if why_not(spec) is not None or (spec.capacity and spec.selection == "argmax"):
-        pytest.skip(f"no such model: {why_not(spec)}")
-    path = rewritten(spec, tmp_path)
-    (before,), (after,) = blocks_of(tmp_path / "block.onnx", spec.form), blocks_of(path, "gather")
-    assert_same_record(before, after)
-    assert (before.name, before.weights_on) == (after.name, after.weights_on)
-
-
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_all_experts_are_read_again_as_they_were_written(tmp_path, kind):
-    path = rewritten(Spec(form="experts", **EXPERTS[kind]), tmp_path)
-    (before,), (after,) = blocks_of(tmp_path / "block.onnx", "experts"), blocks_of(path, "gather")
-    assert_same_record(before, after)
 
 
 @pytest.mark.parametrize("keep", [THREE, ONE], ids=["3 of 8", "1 of 8"])
@@ -89,7 +49,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_a_near_miss_is_refused_with_the_node(tmp_path, miss):
     change, reason = NEAR_MISSES[miss]
-    path = rewritten(Spec(form="experts", experts=4, gated=False, activation=Activation("relu")), tmp_path)
+    path = written(Spec(form="experts", experts=4, gated=False, activation=Activation("relu")), tmp_path, "gather")
     model = onnx.load(path)
     change(model.graph)
     onnx.save(model, path)

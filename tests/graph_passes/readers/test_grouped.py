@@ -10,6 +10,7 @@ from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import ROUTERS, Spec, weights
 from tests.graph_passes.readers.proofs import (
     ALL,
+    CLAMPED,
     ONE,
     THREE,
     assert_fixed_shapes_are_pruned,
@@ -23,7 +24,6 @@ from tests.graph_passes.readers.proofs import (
     saved,
 )
 
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 SMALL = Spec(form="grouped", experts=3, biased=True)
 
 SPELLINGS = [

@@ -8,11 +8,11 @@ from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT
 from moe_spec.errors import UserError
-from moe_spec.experts_op import Activation
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import ROUTERS, Spec
 from tests.graph_passes.readers.proofs import (
     ALL,
+    CLAMPED,
     ONE,
     THREE,
     assert_pruned_exactly,
@@ -27,7 +27,6 @@ from tests.graph_passes.readers.proofs import (
 )
 from tests.zoo import RUNNER
 
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 LLAMA4 = {**ROUTERS["llama4"], "tiled": False}
 
 WAYS = {

@@ -13,6 +13,7 @@ from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import ROUTERS, Spec, weights
 from tests.graph_passes.readers.proofs import (
     ALL,
+    CLAMPED,
     ONE,
     THREE,
     assert_fixed_shapes_are_pruned,
@@ -26,7 +27,6 @@ from tests.graph_passes.readers.proofs import (
     saved,
 )
 
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 SMALL = Spec(form="nonzero", experts=3, hit="equal", scatter="ScatterND")
 
 SPELLINGS = [

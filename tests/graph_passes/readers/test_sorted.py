@@ -1,67 +1,23 @@
 """Sorted runs: what our own writer writes is read again, JetMoE's too, and near misses are refused."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 
 from graph_passes.describe import inspect_model
-from graph_passes.optimize import optimize
 from moe_spec.experts_op import Activation
-from moe_spec.manifest import MODEL
 from tests.foreign.table import FOREIGN
-from tests.graph_passes.block_models import ROUTERS, Spec, why_not
+from tests.graph_passes.block_models import Spec
 from tests.graph_passes.readers.proofs import (
     ONE,
+    SCOPE,
     THREE,
     assert_pruned_exactly,
-    assert_same_record,
-    blocks_of,
     let_read,
     node_of,
     said,
-    saved,
+    written,
 )
-from tests.zoo import RUNNER
-
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
-SCOPE = "layers.0.mlp"
-
-EXPERTS = [
-    {},
-    {"biased": True, "interleaved": True, "activation": CLAMPED},
-    {"gated": False, "activation": Activation("gelu_tanh")},
-    {"gated": False, "activation": Activation("gelu"), "biased": True},
-    {"gated": False, "activation": Activation("relu2")},
-    {"top_k": 1},
-    {"top_k": 8},
-    {"experts": 1, "top_k": 1},
-]
-
-
-def written(spec: Spec, folder: Path) -> Path:
-    """The model of ``spec`` with every layer written as sorted runs."""
-    optimize(saved(spec, folder), folder / "sorted", RUNNER, form="sorted")
-    return folder / "sorted" / MODEL
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_is_read_again_as_it_was_written(tmp_path, router):
-    spec = Spec(form="nonzero", **{"hit": "gates" if "gates" in ROUTERS[router] else "one_hot", **ROUTERS[router]})
-    if why_not(spec) is not None:
-        pytest.skip(f"no such model: {why_not(spec)}")
-    path = written(spec, tmp_path)
-    (before,), (after,) = blocks_of(tmp_path / "block.onnx", "nonzero"), blocks_of(path, "sorted")
-    assert_same_record(before, after)
-    assert (before.name, before.weights_on) == (after.name, after.weights_on)
-
-
-@pytest.mark.parametrize("fields", EXPERTS, ids=lambda fields: "-".join(fields) or "plain")
-def test_all_experts_are_read_again_as_they_were_written(tmp_path, fields):
-    path = written(Spec(form="experts", **fields), tmp_path)
-    (before,), (after,) = blocks_of(tmp_path / "block.onnx", "experts"), blocks_of(path, "sorted")
-    assert_same_record(before, after)
 
 
 @pytest.mark.parametrize("keep", [THREE, ONE], ids=["3 of 8", "1 of 8"])
@@ -111,7 +67,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_a_near_miss_is_refused_with_the_node(tmp_path, miss):
     change, reason = NEAR_MISSES[miss]
-    path = written(Spec(form="experts", experts=3, gated=False, activation=Activation("relu")), tmp_path)
+    path = written(Spec(form="experts", experts=3, gated=False, activation=Activation("relu")), tmp_path, "sorted")
     model = onnx.load(path)
     change(model.graph)
     onnx.save(model, path)

@@ -5,11 +5,11 @@ import onnx
 import pytest
 
 from graph_passes.record.block import ON_INPUT, ON_OUTPUT
-from moe_spec.experts_op import Activation
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import ROUTERS, Spec
 from tests.graph_passes.readers.proofs import (
     ALL,
+    CLAMPED,
     ONE,
     THREE,
     assert_pruned_exactly,
@@ -23,7 +23,6 @@ from tests.graph_passes.readers.proofs import (
     saved,
 )
 
-CLAMPED = Activation("silu", float(np.float32(1.702)), 7.0, 1.0)
 LLAMA4 = ROUTERS["llama4"]
 
 WAYS = {
