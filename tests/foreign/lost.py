@@ -4,23 +4,18 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.foreign.decoders import block
 from tests.foreign.exporters import torchscript
 from tests.foreign.foreign import Foreign
 from tests.foreign.inputs import HIDDEN_STATES, TWO_TOKENS
-from tests.foreign.parts import EXPERTS, Mlp, residual
+from tests.foreign.parts import Branches, Mlp, residual
 from tests.foreign.routers import RENORMALISED, SoftmaxTopK
 
 
-class HitExperts(nn.Module):
+class HitExperts(Branches):
     """``for e in ids.unique()``, as YOLO-Master and many more had it before they exported."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.foreign.exporters import dynamo, torchscript
 from tests.foreign.foreign import Foreign
 from tests.foreign.inputs import HALF_TOKENS, HIDDEN, HIDDEN_STATES, IMAGES, TOKENS
-from tests.foreign.parts import EXPERTS, TOP_K, WIDTH, Mlp, SwiGlu, randomised, residual
+from tests.foreign.parts import EXPERTS, TOP_K, WIDTH, Branches, Mlp, SwiGlu, randomised, residual
 from tests.foreign.routers import (
     NOT_RENORMALISED,
     RENORMALISED,
@@ -24,13 +24,8 @@ from tests.foreign.routers import (
 from tests.foreign.transformers_blocks import switch
 
 
-class GateSlices(nn.Module):
+class GateSlices(Branches):
     """``out = out + gates[:, e:e+1] * expert(x)`` with gates scattered from the top-k."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)
@@ -41,13 +36,8 @@ class GateSlices(nn.Module):
         return out_TH
 
 
-class IdMasks(nn.Module):
+class IdMasks(Branches):
     """The gate of an expert is the sum of the weights whose id it is."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)
@@ -58,13 +48,8 @@ class IdMasks(nn.Module):
         return out_TH
 
 
-class Stack(nn.Module):
+class Stack(Branches):
     """Outputs of all experts side by side, weighed and summed at once."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)
@@ -73,13 +58,8 @@ class Stack(nn.Module):
         return (gates_TE.unsqueeze(-1) * out_TEH).sum(dim=1)
 
 
-class Picked(nn.Module):
+class Picked(Branches):
     """Outputs of all experts side by side, of which those of the top-k are gathered."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)

@@ -9,17 +9,12 @@ from torch import Tensor, nn
 from tests.foreign.exporters import dynamo, torchscript
 from tests.foreign.foreign import Foreign
 from tests.foreign.inputs import HALF_TOKENS, TOKENS
-from tests.foreign.parts import EXPERTS, Mlp, SwiGlu, residual
+from tests.foreign.parts import EXPERTS, Branches, Mlp, SwiGlu, residual
 from tests.foreign.routers import RENORMALISED, SIGMOID, SigmoidBias, SoftmaxTopK
 
 
-class Mixtral(nn.Module):
+class Mixtral(Branches):
     """transformers' Mixtral block before 5.0, its loop over all experts."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)
@@ -32,13 +27,8 @@ class Mixtral(nn.Module):
         return out_TH
 
 
-class DeepSeek(nn.Module):
+class DeepSeek(Branches):
     """DeepSeek-V3's own inference code: ``y[idx] += expert(x[idx]) * weights[idx, top, None]``."""
-
-    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TK, ids_TK = self.router(x_TH)

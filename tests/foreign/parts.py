@@ -35,6 +35,15 @@ class SwiGlu(nn.Module):
         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
 
 
+class Branches(nn.Module):
+    """A router and a module an expert; what happens between them is a form."""
+
+    def __init__(self, router: nn.Module, expert: type[nn.Module]) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+
+
 class Residual(nn.Module):
     """``x + moe(norm(x))`` for each layer, as deep as there are layers."""
 
