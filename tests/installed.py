@@ -20,7 +20,16 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 NAME = "moe-edge"
 PACKAGES = ("cli", "exporter", "graph_passes", "models", "moe_spec", "pruning", "report", "runtime")
-BESIDE = ("CHANGELOG.md", "CITATION.cff", "DESIGN.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+BESIDE = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "DESIGN.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "NOTICE",
+    "README.md",
+    "pyproject.toml",
+)
 BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist'); build_meta.build_wheel('dist')"
 
 
