@@ -1,16 +1,13 @@
 """Time models against each other: latency, throughput, memory, bytes.
 
-The models take turns, so that what else the machine does hits all alike. Opening a model and what that takes of memory
-is measured in a process of its own. Decoders with a cache are timed twice: a prompt, and a token more.
+They take turns, so that whatever else the machine does hits all alike. Memory and the time to open a model are measured
+in a process of its own. A decoder with a cache is timed twice: on a prompt, and on one token more.
 
-With `--against torch` and `--against torch.compile` the checkpoint takes its turns in torch, in float32, on the same
-feeds with as many threads, its experts and its cache as transformers has them by default. What torch.compile compiles
-at its first run counts as its load.
-
---provider says what ONNX Runtime computes the models on, --cache keeps what it makes of them: as for `moe-edge run`.
+--against runs the checkpoint in torch too, in float32, on the same inputs and threads, as transformers runs it by
+default. What torch.compile compiles at its first run counts as loading.
 
 Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64 -o bench.json
-Example: moe-edge bench optimized/ --against torch --against torch.compile --checkpoint checkpoint/
+Example: moe-edge bench optimized/ --against torch --checkpoint checkpoint/
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +27,7 @@ from cli.options import (
     ProviderName,
     ProviderOptions,
     Spinning,
+    Threads,
     execution_of,
 )
 from moe_spec.errors import UserError
@@ -41,37 +39,43 @@ if TYPE_CHECKING:
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Engine directories, model directories or .onnx files.")],
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Examples a run; repeatable.")] = None,
+    models: Annotated[list[Path], typer.Argument(help="Model directories, engine directories or .onnx files.")],
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Examples of a run; by default 1 and 64.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model at each batch size.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the first that is timed.")] = 3,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0: one a core.")] = 1,
+    threads: Threads = 1,
     provider: ProviderName = None,
     provider_option: ProviderOptions = None,
     cpu_fallback: CpuFallback = False,
     parallel: Parallel = 1,
     spinning: Spinning = True,
     cache: Cache = None,
-    length: Annotated[int, typer.Option(min=1, help="Length of dynamic axes other than the batch.")] = 32,
+    length: Annotated[
+        int, typer.Option(min=1, help="Length of dynamic axes other than the batch, such as tokens.")
+    ] = 32,
     past: Annotated[
         int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help=".npz to feed; random feeds without it.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz of model inputs, or of uint8 `images`; random inputs without it.")
+    ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Time the checkpoint in torch too; repeatable."),
+        typer.Option(metavar="NAME", help="Time the checkpoint in torch too: torch or torch.compile."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="That checkpoint; not needed for models of the embedded V-MoE.")
+        Path | None, typer.Option(help="That checkpoint; not needed for models of the one in this package.")
     ] = None,
     pin: Annotated[bool, typer.Option("--pin/--no-pin", help="Keep to as many cores as threads.")] = True,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="bench.json; it must not exist yet.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write the table, bench.json; it must not exist yet. Nothing is written without it."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time models against each other: latency, throughput, memory, bytes.
-
-    Example: moe-edge bench exported/ optimized/ --batch-size 1 --batch-size 64
-    """
+    """Print a table of what models cost, and write bench.json."""
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
     from moe_spec.images import ImagePreprocessor

@@ -1,18 +1,16 @@
 """Build an engine for a device from a model directory.
 
-TensorRT-RTX engines (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built here, without a GPU; with --also
-one engine runs on several. TensorRT engines (a100, h100, b200, jetson-orin, jetson-thor) are built on the device.
-onnxruntime-cpu optimises the graph ahead of time, onnxruntime-cuda does so on the device; other providers of ONNX
-Runtime compile a model when it is opened (`moe-edge run --provider openvino --cache DIR`). `moe-edge targets` lists
-them all, and says what fits their memory.
+Targets of TensorRT-RTX (rtx-ampere, rtx-ada, rtx-blackwell, dgx-spark, sm80) are built on any machine, without a GPU,
+and with --also one engine is for several. Targets of TensorRT (a100, h100, b200, jetson-orin, jetson-thor) are built on
+the device. onnxruntime-cpu optimises the graph ahead of time. Formats are those of the graph, so there is no --fp16:
+`moe-edge optimize --precision fp16`. `moe-edge targets` lists all targets, and says what fits their memory.
 
-Shapes are given as to trtexec, and so may these options be: --timingCacheFile, --builderOptimizationLevel,
---allowWeightStreaming, --versionCompatible, --hardwareCompatibilityLevel. --minShapes, --optShapes and --maxShapes may
-be given several times, once for each profile: one for prompts and one for single tokens, say. At each run the first
-that takes the shapes is used.
+Options of TensorRT may be spelt as trtexec does. --minShapes, --optShapes and --maxShapes may be given several times,
+for several profiles: one for prompts and one for single tokens, say. A run uses the first that takes its shapes.
 
-Example: moe-edge build optimized/ -o engine/ --target rtx-ada
-Example: moe-edge build optimized/ -o engine/ --target rtx-ada --also rtx-blackwell --optShapes=x:1x8 --optShapes=x:64x8
+Example: moe-edge build optimized/ --target cpu -o engine-cpu/
+Example: moe-edge build optimized/ --target rtx-ada -o engine/
+Example: moe-edge build optimized/ --target rtx-ada --also rtx-blackwell --optShapes=pixel_values:8x1x28x28 -o both/
 """
 
 from pathlib import Path
@@ -29,47 +27,72 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="Model directory that `export` or `optimize` wrote.")],
+    model: Annotated[Path, typer.Argument(help="Model directory that optimize wrote for the target, or export.")],
     output: Output,
-    target: Annotated[str, typer.Option(help="Device to build for, e.g. rtx-ada or sm89.")],
-    backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="TensorRT-RTX: further targets of the same engine.")] = None,
-    profile: Annotated[list[int] | None, typer.Option(help="Numbers of the profiles, as trtexec has them.")] = None,
+    target: Annotated[
+        str, typer.Option(metavar="NAME", help="Device to build for: a name (rtx-ada) or a compute capability (sm89).")
+    ],
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="onnxruntime, tensorrt or tensorrt-rtx, where a target's name is in several; by default its first.",
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="TensorRT-RTX: a further target of the same engine.")
+    ] = None,
+    profile: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of the profile that the shapes that follow are of, as trtexec has it."),
+    ] = None,
     min_shapes: MinShapes = None,
     opt_shapes: OptShapes = None,
     max_shapes: MaxShapes = None,
-    workspace: Annotated[int | None, typer.Option(min=1, help="MiB of scratch memory a kernel may use.")] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(min=1, help="MiB of scratch memory that a kernel may use; by default TensorRT's own limit."),
+    ] = None,
     optimization_level: Annotated[
         int | None,
         typer.Option(
-            "--optimization-level", "--builderOptimizationLevel", min=0, max=5, help="0 builds quickly, 5 runs fast."
+            "--optimization-level",
+            "--builderOptimizationLevel",
+            min=0,
+            max=5,
+            help="0 builds quickly, 5 runs fast; by default TensorRT's own.",
         ),
     ] = None,
     weight_streaming: Annotated[
         bool,
-        typer.Option("--weight-streaming", "--allowWeightStreaming", help="Weights may stay in the host's memory."),
+        typer.Option("--weight-streaming", "--allowWeightStreaming", help="Let weights stay in the host's memory."),
     ] = False,
     timing_cache: Annotated[
         Path | None,
-        typer.Option("--timing-cache", "--timingCacheFile", help="TensorRT: kernels measured before; made if missing."),
+        typer.Option(
+            "--timing-cache",
+            "--timingCacheFile",
+            help="TensorRT: file of kernels that were timed before; made if missing.",
+        ),
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", "--versionCompatible", help="TensorRT: newer versions may run it.")
+        bool,
+        typer.Option(
+            "--version-compatible", "--versionCompatible", help="TensorRT: newer versions may run the engine."
+        ),
     ] = False,
     hardware_compatibility: Annotated[
         str | None,
         typer.Option(
             "--hardware-compatibility",
             "--hardwareCompatibilityLevel",
-            help="TensorRT: ampere+ or sameComputeCapability, which other GPUs may run it.",
+            metavar="NAME",
+            help="TensorRT: other GPUs may run the engine, ampere+ or sameComputeCapability; none by default.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build an engine for a device from a model directory.
-
-    Example: moe-edge build optimized/ -o engine/ --target rtx-ada
-    """
+    """Write an engine directory."""
     from runtime.backend import BuildOptions
     from runtime.build import build as build_engine
     from runtime.profiles import parse_profiles

@@ -1,13 +1,14 @@
-"""Write a directory with all that a device needs to build a model's engine and to check it by itself.
+"""Pack all that a device needs to build a model's engine and to check it by itself.
 
-The model, golden inputs and outputs (what routers do, too), thresholds, build.sh for trtexec and build.py for
-TensorRT's Python package, verify.py that needs Python 3.8 and numpy, and hashes of every file. Copy it to the device;
-`python3 verify.py --backend onnxruntime` checks it anywhere.
+The directory has the model, golden inputs and outputs (what the routers do, too), tolerances, hashes of every file,
+build.sh for trtexec and build.py for TensorRT's Python package, and verify.py, which needs Python 3.8 and numpy. Copy
+it to the device and follow its README. Here it is checked with `python3 verify.py --backend onnxruntime`.
 
-The golden outputs are ONNX Runtime's, on this CPU: of --data's first examples, or of random inputs at three shapes.
-Shapes of the engine are given as to trtexec, several times for several profiles.
+Golden outputs are ONNX Runtime's on this CPU, of the first examples of --data. Shapes of the engine are given as to
+build.
 
 Example: moe-edge bundle optimized/ --target jetson-orin --data test.npz -o bundle/
+Example: moe-edge bundle optimized/ --target jetson-orin --batch-size 2 --optShapes=pixel_values:2x1x28x28 -o two/
 """
 
 from pathlib import Path
@@ -20,22 +21,35 @@ from cli.options import AsJson, MaxShapes, MinShapes, OptShapes, Output
 
 
 def bundle(
-    model: Annotated[Path, typer.Argument(help="Model directory that `optimize` wrote for the target.")],
+    model: Annotated[Path, typer.Argument(help="Model directory that optimize wrote for the target.")],
     output: Output,
-    target: Annotated[str, typer.Option(help="Device that the bundle is for: `moe-edge targets` lists them.")],
-    backend: Annotated[str | None, typer.Option(help="Choose among targets of one name, e.g. sm80.")] = None,
-    data: Annotated[Path | None, typer.Option(help=".npz whose first examples become golden cases.")] = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="Device that the bundle is for, see moe-edge targets.")],
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="onnxruntime, tensorrt or tensorrt-rtx, where a target's name is in several; by default its first.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz whose first examples become golden cases; random inputs at three shapes without it."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a golden case of --data.")] = 8,
     min_shapes: MinShapes = None,
     opt_shapes: OptShapes = None,
     max_shapes: MaxShapes = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Judge as float32, float16, bfloat16, int8, float8e4m3fn, w8a8, float4e2m1, int4."),
+        typer.Option(
+            metavar="NAME",
+            help="Tolerances to judge by: fp32, fp16, bf16, int8, fp8, w8a8, nvfp4 or int4; by default the "
+            "model's coarsest.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a directory with all that a device needs to build a model's engine and to check it by itself."""
+    """Write a bundle's directory."""
     from moe_spec.dataset import load_dataset
     from moe_spec.images import ImagePreprocessor
     from runtime.bundle.bundle import bundle as write_bundle

@@ -1,18 +1,17 @@
 """Run task data through a model and record what its routers and experts do.
 
-An ONNX model is run by ONNX Runtime, with its experts observed; statistics of whole output vectors (which moe-edge plan
-asks for by name where a criterion needs them) are taken of checkpoints only.
+The result, the statistics, is what plan ranks experts by: how many tokens each was given, with what gates, and how
+large its outputs were. Labels are not needed. An ONNX model is run by ONNX Runtime and needs no torch; a few criteria
+need statistics that only a checkpoint gives, and plan says so.
 
-Under torchrun the processes share the data: gloo on CPUs, nccl on GPUs. --shard-size keeps what there is every so many
-examples, and the same command goes on from there.
-
---device-map auto spreads a checkpoint larger than memory over GPUs, memory and disk; weights fill at most --max-memory
-of the machine's. What waits on the disk is read from the checkpoint for every batch: give a large --batch-size.
+Under torchrun the processes share the data. --device-map spreads a checkpoint that is larger than memory over GPUs,
+memory and disk; what waits on the disk is read again for every batch, so give a large --batch-size. With --shard-size a
+run that was interrupted goes on where it was, by the same command.
 
 Example: moe-edge calibrate checkpoint/ --data train.npz -o statistics.safetensors
-Example: moe-edge calibrate exported/ --data train.npz -o statistics.safetensors
-Example: moe-edge calibrate checkpoint/ --data train.npz --device-map auto --max-memory 4GB -o statistics.safetensors
-Example: torchrun --nproc-per-node 4 --no-python moe-edge calibrate checkpoint/ --data train.npz -o out.safetensors
+Example: moe-edge calibrate checkpoint/ --data train.npz --dense -o dense.safetensors
+Example: moe-edge calibrate exported/ --data train.npz -o onnx.safetensors
+Example: torchrun --nproc-per-node 4 --no-python moe-edge calibrate checkpoint/ --data train.npz -o all.safetensors
 """
 
 import contextlib
@@ -34,22 +33,37 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout, or an ONNX model.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint, model directory or .onnx file.")],
     data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`.")],
     output: Output,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many examples.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward pass.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many examples; all without it.")
+    ] = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Run every expert on every token too, for what needs it.")
+        bool, typer.Option("--dense", help="Run every expert on every token too; hc-smoe and ream need it.")
     ] = False,
     shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Keep what there is after every so many examples, in OUTPUT.shards.")
+        int | None,
+        typer.Option(
+            min=1, help="Keep what there is after every so many examples, in OUTPUT.shards; nothing is kept without it."
+        ),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="auto, balanced or sequential: for a model larger than memory.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="auto, balanced or sequential, as accelerate has them; without it the model is on one GPU, or in "
+            "memory.",
+        ),
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="With --device-map: of the machine's, for weights, e.g. 4GB. All that is free.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --device-map: what weights may fill of the machine's memory, e.g. 4GB; by default all that "
+            "is free.",
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -1,7 +1,7 @@
 """Say what works on this machine, why the rest does not, and what to install.
 
-Everything is tried: packages of each extra are imported, each provider of ONNX Runtime computes a product, TensorRT and
-TensorRT-RTX build an engine of it. Whatever it finds, it exits with 0.
+Everything is tried: the packages of each extra (`pip install 'moe-edge[NAME]'`) are imported, each provider of ONNX
+Runtime multiplies two matrices, TensorRT and TensorRT-RTX build an engine that does. It exits with 0 whatever it finds.
 
 Example: moe-edge doctor
 Example: moe-edge doctor --json
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what works on this machine, why the rest does not, and what to install.
-
-    Example: moe-edge doctor
-    """
+    """Try everything and print what works."""
     from runtime.doctor import doctor as diagnose
 
     with console.progress("looking around") as tell:

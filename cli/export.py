@@ -1,14 +1,15 @@
-"""Export a checkpoint to ONNX, one node a MoE layer, and check it against torch.
+"""Export a checkpoint to ONNX, one node for each MoE layer, and compare it with torch.
 
-Weights are read from the checkpoint's files a few experts at a time, and only those that stay. The graph is compared
-with torch where memory holds both; elsewhere the result says that it was not, and the same export on a larger machine
-does it.
+The file carries that node's definition, so it runs wherever ONNX does; optimize replaces it by what a target is quick
+at. Weights are read a few experts at a time, so a checkpoint may be larger than memory; it is then not compared with
+torch, and the result says so.
 
-float32 is the default: ONNX Runtime has no kernels for bfloat16 on a CPU, and `optimize` starts best from it. Opset 20
-has Gelu; what came after it is not parsed everywhere.
+Stay with fp32 unless the file must be small: optimize --precision starts best from it, and ONNX Runtime has no bfloat16
+on CPUs. Pruning may wait too: optimize does it on the graph.
 
 Example: moe-edge export checkpoint/ -o exported/
-Example: moe-edge export checkpoint/ --plan plan.json --dtype bf16 --max-memory 4GB -o exported/
+Example: moe-edge export checkpoint/ --plan plan.json -o exported-pruned/
+Example: moe-edge export checkpoint/ --dtype bf16 --max-memory 4GB --dry-run -o exported-bf16/
 """
 
 from collections.abc import Sequence
@@ -26,18 +27,34 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, as transformers writes it.")],
     output: Output,
-    plan: Annotated[Path | None, typer.Option(help="Prune by this plan.json before the export.")] = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset.", min=20, max=23)] = 20,
-    task: Annotated[str | None, typer.Option(help="As Hugging Face names it; by default the architecture's.")] = None,
-    cache: Annotated[bool, typer.Option(help="Let decoders keep keys and values between calls.")] = True,
-    dtype: Annotated[str, typer.Option(help="Format of the graph: fp32, fp16 or bf16; routers stay fp32.")] = "fp32",
+    plan: Annotated[Path | None, typer.Option(help="Prune by what plan wrote; without it all experts stay.")] = None,
+    opset: Annotated[
+        int, typer.Option(help="ONNX opset of the graph; more is not parsed everywhere.", min=20, max=23)
+    ] = 20,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="As Hugging Face names tasks: text-generation, image-classification, ... By default the "
+            "architecture's.",
+        ),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option(help="Whether a decoder takes and gives keys and values (past_key_values, present).")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Format of the graph: fp32, fp16 or bf16. Routers stay fp32.")
+    ] = "fp32",
     external_data: Annotated[
-        int, typer.Option(min=0, help="Bytes from which a weight lies beside the .onnx file, not in it.")
+        int, typer.Option(min=0, help="Bytes from which a weight lies in model.onnx.data, not in model.onnx.")
     ] = 1024,
     max_memory: Annotated[
-        str | None, typer.Option(help="That the check against torch may take, e.g. 4GB. All that is free.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="What the comparison with torch may take, e.g. 4GB; by default all that is free."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,

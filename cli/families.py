@@ -1,5 +1,9 @@
-"""Say what works for which family of models, proven on a tiny random model of each, or why it does not.
+"""Say which families of transformers' models work, and why others do not.
 
+A family is what config.json calls model_type. Each was tried as a tiny model with random weights, stage by stage: read,
+calibrated, pruned, exported, pruned in ONNX, with a KV cache, built by TensorRT-RTX.
+
+Example: moe-edge families
 Example: moe-edge families deepseek_v3
 """
 
@@ -19,13 +23,10 @@ WORKS, FAILS = "x", "-"
 
 
 def families(
-    family: Annotated[str | None, typer.Argument(help="model_type in config.json; all, if none is named.")] = None,
+    family: Annotated[str | None, typer.Argument(help="A model_type; all families without it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what works for which family of models, proven on a tiny random model of each, or why it does not.
-
-    Example: moe-edge families deepseek_v3
-    """
+    """Print the table of families, or all about one."""
     if family is not None:
         (row,) = support.families(family)
         console.result(_details(row), _json(row), as_json)

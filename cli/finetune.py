@@ -1,17 +1,17 @@
-"""Train a checkpoint on task data: recover what pruning cost, or prune while the task is learned.
+"""Train a checkpoint on task data, to recover what pruning cost, or to prune meanwhile.
 
---method plain: the task's loss. full-router: the same, while experts that --plan drops behind full routers give
-nothing; the new checkpoint has them still, and the new plan.json removes them from its graph. task-specific: drop the
-experts that the task uses less and less, until one a layer is left. seer: make routers decisive, and lower K.
-router-kd: only the routers learn, from --teacher, without labels.
+--method plain: the task's loss. full-router: the same, while the experts that --plan drops give nothing; the new
+checkpoint still has them, and its plan.json is for optimize. task-specific: drop the experts that the task uses less
+and less, until one a layer is left. seer: make routers decisive, and lower K. router-kd: train only routers, to answer
+as --teacher does, without labels.
 
---recipe adamw, or how a V-MoE is fine-tuned after pruning in arXiv 2405.16646, with SGD: router-norm-cifar or
-router-norm-imagenet. Whatever a recipe says can be given here; the warm-up is a share of the steps.
+--recipe says how: adamw, or the SGD of arXiv 2405.16646 for pruned vision models, router-norm-cifar or
+router-norm-imagenet. Any value of a recipe can be given beside it.
 
 Example: moe-edge finetune pruned/ --data train.npz --steps 300 -o recovered/
-Example: moe-edge finetune pruned/ --data train.npz --recipe router-norm-cifar --batch-size 128 -o recovered/
-Example: moe-edge finetune checkpoint/ --data train.npz --method full-router --plan full.json -o recovered/
+Example: moe-edge finetune pruned/ --data train.npz --recipe router-norm-cifar --batch-size 128 -o recovered-sgd/
 Example: moe-edge finetune checkpoint/ --data train.npz --method task-specific --beta 0.5 -o one-expert/
+Example: moe-edge finetune pruned/ --data train.npz --method router-kd --teacher checkpoint/ -o imitating/
 """
 
 import dataclasses
@@ -26,32 +26,61 @@ from cli.trust import warn_of_code
 
 
 def finetune(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
-    data: Annotated[Path, typer.Option(help=".npz of model inputs, or of uint8 `images`; with `labels`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, as transformers writes it.")],
+    data: Annotated[
+        Path, typer.Option(help=".npz of model inputs, or of uint8 `images`; with `labels` for a classifier.")
+    ],
     output: Output,
-    method: Annotated[str, typer.Option(help="plain, full-router, task-specific, seer or router-kd.")] = "plain",
-    recipe: Annotated[str, typer.Option(help="adamw, router-norm-cifar or router-norm-imagenet.")] = "adamw",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000 if not given.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="After the warm-up; the recipe's if not given.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step; the recipe's if not given.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps; the recipe's if not given.")] = None,
-    final_learning_rate: Annotated[float | None, typer.Option(help="At the last step; the recipe's.")] = None,
-    max_grad_norm: Annotated[
-        float | None, typer.Option(help="Longer gradients are scaled to it; the recipe's.")
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="plain, full-router, task-specific, seer or router-kd.")
+    ] = "plain",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="adamw, router-norm-cifar or router-norm-imagenet.")
+    ] = "adamw",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default 1000.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Once warmed up; by default the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a step; by default the recipe's.")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps in which the learning rate rises; by default the recipe's.")
     ] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of SGD; the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of shuffling and of the model's own noise.")] = 0,
-    plan: Annotated[Path | None, typer.Option(help="full-router: what gives nothing.")] = None,
-    score: Annotated[str | None, typer.Option(help="task-specific: alpha (default) or hit-rate.")] = None,
-    variant: Annotated[str | None, typer.Option(help="task-specific: eager (default), staged or two-pass.")] = None,
-    windows: Annotated[int | None, typer.Option(help="task-specific: parts of the first half, 5.")] = None,
-    beta: Annotated[float | None, typer.Option(help="task-specific: go below beta / experts alive, 0.5.")] = None,
-    floor: Annotated[int | None, typer.Option(help="task-specific: experts left in the end, 1.")] = None,
-    entropy_weight: Annotated[float | None, typer.Option(help="seer: of the routers' entropy, 0.01.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="seer: K in the end; as it is if not given.")] = None,
-    lower_at: Annotated[list[int] | None, typer.Option(help="seer: a step after which K falls by one.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="router-kd: the checkpoint before it was pruned.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="router-kd: of the softmax over logits, 1.")] = None,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="At the last step; by default the recipe's.")
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Longer gradients are scaled down to it; by default the recipe's.")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD; by default the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of shuffling and of the model's own noise.")] = 0,
+    plan: Annotated[Path | None, typer.Option(help="A plan of --router full.")] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What an expert is found useful by, alpha (its share of the gates; default) or hit-rate.",
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="When experts go, eager (default), staged or two-pass."),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="Parts of the first half of the steps, after each of which experts go; by default 5."),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Experts go whose score is below beta divided by the experts left; by default 0.5."),
+    ] = None,
+    floor: Annotated[int | None, typer.Option(help="Experts that a layer has in the end; by default 1.")] = None,
+    entropy_weight: Annotated[
+        float | None, typer.Option(help="Weight of the routers' entropy in the loss; by default 0.01.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="K in the end; by default as it is.")] = None,
+    lower_at: Annotated[list[int] | None, typer.Option(help="A step after which K falls by one.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The checkpoint before it was pruned.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the softmax over both models' logits; by default 1.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

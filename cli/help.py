@@ -1,11 +1,11 @@
-"""How ``--help`` is laid out: paragraphs that wrap, an example a line, many options in panels."""
+"""How ``--help`` is laid out: paragraphs that wrap, an example a line, options in panels, in the order of a reader."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from cli.completion import complete
 
@@ -15,25 +15,24 @@ _SHAPES = ("min_shapes", "opt_shapes", "max_shapes", "profile")
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "calibrate": {"Large data, large checkpoints": ("batch_size", "limit", "shard_size", "device_map", "max_memory")},
     "plan": {
-        "What else limits the choice": ("floor", "clamp_top_k", "protect", "pretrained", "seed"),
-        "On task data": (
-            "data", "batch_size", "limit", "rounds", "max_size", "max_latency", "trials", "trust_remote_code",
-        ),
+        "What else decides": ("router", "floor", "protect", "target", "clamp_top_k", "pretrained", "seed"),
+        "On task data": ("data", "max_size", "max_latency", "rounds", "trials", "batch_size", "limit"),
     },
     "finetune": {
         "Recipe": (
-            "recipe", "learning_rate", "final_learning_rate", "warmup", "momentum", "max_grad_norm", "batch_size",
-            "seed",
+            "recipe", "steps", "batch_size", "learning_rate", "warmup", "final_learning_rate", "momentum",
+            "max_grad_norm", "seed",
         ),
-        "Of single methods": (
-            "score", "variant", "windows", "beta", "floor", "entropy_weight", "top_k", "lower_at", "temperature",
-        ),
+        "--method full-router": ("plan",),
+        "--method task-specific": ("score", "variant", "windows", "beta", "floor"),
+        "--method seer": ("entropy_weight", "top_k", "lower_at"),
+        "--method router-kd": ("teacher", "temperature"),
     },
-    "export": {"Files and memory": ("opset", "external_data", "max_memory", "dry_run", "trust_remote_code")},
+    "export": {"Files and memory": ("external_data", "max_memory", "dry_run")},
     "optimize": {
         "Number formats": ("precision", "rest_precision", "block_size", "activations", "calibration", "percentile"),
+        "What is checked": ("prove", "allow_partial", "any_model", "clamp_top_k"),
         "Further graphs": ("forced", "observe_experts"),
-        "What is checked": ("clamp_top_k", "any_model", "prove", "allow_partial"),
     },
     "build": {
         "Shapes": _SHAPES,
@@ -47,16 +46,30 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Verdict": ("precision", "tolerances", "bisect", "greedy_tokens", "cost"),
         "ONNX Runtime": _ONNX_RUNTIME,
     },
-    "bench": {"What is timed": ("repeats", "warmup", "length", "past", "data", "pin"),
-              "Against torch": ("against", "checkpoint"), "ONNX Runtime": _ONNX_RUNTIME},
+    "bench": {
+        "What is timed": ("data", "length", "past", "repeats", "warmup", "pin"),
+        "Against torch": ("against", "checkpoint"),
+        "ONNX Runtime": _ONNX_RUNTIME,
+    },
     "run": {
-        "Text": ("prompts", "chat", "max_new_tokens", "temperature", "top_p", "seed", "stops"),
+        "Text": ("prompts", "chat", "max_new_tokens", "stops", "temperature", "top_p", "seed"),
         "ONNX Runtime": _ONNX_RUNTIME,
     },
 }  # fmt: skip
-"""Options by panel by verb; those of no panel are shown first."""
+"""Options by panel by verb, in the order in which they are shown; those of no panel come first."""
 
 EXAMPLE = "Example: "
+
+_SHOWN = {"bool": "", "int": "INT", "float": "FLOAT", "path": "PATH", "str": "TEXT"}
+"""What a value is called, by the name of its type; a switch has none."""
+
+
+class Verbs(TyperGroup):
+    """The command with its verbs."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its own options and typer's, `--help` too."""
+        return [_named(one) for one in super().get_params(ctx)]
 
 
 class Verb(TyperCommand):
@@ -69,7 +82,25 @@ class Verb(TyperCommand):
         parameters: list[Any] = list(self.params)  # typer's own, which have panels
         for parameter in parameters:
             parameter.rich_help_panel = panel_of.get(parameter.name)
-            complete(self.name or "", parameter)
+            parameter.help += " Repeatable." if parameter.multiple else ""
+            complete(self.name or "", _named(parameter))
+        order = [name for names in panels.values() for name in names]
+        self.params = sorted(parameters, key=lambda one: order.index(one.name) + 1 if one.name in order else 0)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """What it takes, `--help` too."""
+        return [_named(one) for one in super().get_params(ctx)]
+
+
+def _named(parameter: Any) -> Any:
+    """``parameter``, whose value is shown as people call it: PATH, not <path>; nothing for a switch."""
+    if parameter.param_type_name == "argument":
+        shown, parameter.metavar = "", parameter.metavar or parameter.name.upper()
+    else:
+        (kind,) = re.findall("|".join(_SHOWN), str(parameter.type_descriptor.annotation).lower())[:1]
+        shown = _SHOWN[kind]
+    parameter.display_type = lambda _context: shown
+    return parameter
 
 
 def help_text(docstring: str) -> str:

@@ -1,6 +1,11 @@
-"""Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics, or report of parity or cost.
+"""Say what is in a checkpoint, model, engine, bundle, plan, statistics or report.
 
-Example: moe-edge inspect exported/
+Of a model: its MoE layers, with their number of experts, K (how many of them a token gets), kind of router, and bytes;
+layers that look like MoE and were not recognised, with the reason; and experts that no input can choose.
+
+Example: moe-edge inspect checkpoint/
+Example: moe-edge inspect exported/model.onnx
+Example: moe-edge inspect plan.json --json
 """
 
 import dataclasses
@@ -27,15 +32,15 @@ Description = tuple[str, Json]
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="Directory of a checkpoint, model, engine or bundle; .onnx, .json, .safetensors.")
+        Path,
+        typer.Argument(
+            help="Directory of a checkpoint, model, engine or bundle; or a file: .onnx, .json, .safetensors."
+        ),
     ],
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a checkpoint, ONNX model, engine, bundle, plan, statistics, or report of parity or cost.
-
-    Example: moe-edge inspect exported/
-    """
+    """Say what is in a file or directory that moe-edge makes or reads."""
     if not path.exists():
         raise not_there(path, "a directory or a file that moe-edge makes or reads")
     warn_of_code(path, trusted=trust_remote_code)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from cli import console
-from cli.exits import INTERRUPTED, MISTAKE, NOT_PROVEN, USAGE
-from cli.help import Verb, help_text
+from cli.exits import EXITS, INTERRUPTED, MISTAKE, NOT_PROVEN, USAGE
+from cli.help import Verb, Verbs, help_text
 from cli.log import ending_logged, log_to
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import is_full
@@ -27,14 +27,24 @@ GROUPS = {
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 """Each is the function of the same name in ``cli/<verb>.py``, in the order of the way through the house."""
 
-HELP = """
-Drop the experts of a Mixture-of-Experts model that a task does not need, export the rest to ONNX, build engines, and
-prove that they compute the same.
+HELP = f"""
+Make Mixture-of-Experts models small enough for the device that they are for.
 
-The whole way: calibrate, plan, export, optimize, build, verify, bench, run, report. Verbs read files and write files;
--o never overwrites. `moe-edge demo` goes it once with a small model that is in the package.
+In each MoE layer a router gives every token K of the layer's experts; a task needs few of them. moe-edge finds out
+which, drops or merges the others, exports what is left to ONNX, builds TensorRT engines, and proves that the result
+computes what it should.
 
-Example: moe-edge demo -o demo-output
+The whole way: calibrate, plan, export, optimize, build, verify, bench, report. `moe-edge demo` goes it once. An ONNX
+file of another exporter enters at calibrate, plan or optimize. Verbs read files and write new ones; -o never
+overwrites.
+
+A checkpoint is a directory as transformers' save_pretrained writes it. A model directory is what export and optimize
+write: model.onnx and manifest.json. Task data is an .npz with one array for each model input, examples on axis 0, or
+with uint8 `images`; and with `labels` where accuracy counts.
+
+Exit codes: {"; ".join(f"{code} {meaning}" for code, meaning in EXITS.items())}.
+
+Example: moe-edge demo
 Example: moe-edge plan --help
 """
 
@@ -45,6 +55,7 @@ _Misuse: Any = typer.BadParameter.__base__  # click's UsageError, of which typer
 def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
     """The typer application over ``verbs``; the docstring of a verb's file is its help."""
     app = typer.Typer(
+        cls=Verbs,
         help=help_text(HELP),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -54,7 +65,9 @@ def build_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
     @app.callback()
     def common(
         context: typer.Context,
-        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        debug: Annotated[
+            bool, typer.Option("--debug", help="Show the traceback of an error, for a bug report.")
+        ] = False,
         _version: Annotated[
             bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
         ] = False,

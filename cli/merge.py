@@ -1,6 +1,8 @@
-"""Add up the statistics of several shards of data: what one calibration over all of it would have given.
+"""Add up the statistics of several parts of the data, as if calibrated at once.
 
-Example: moe-edge merge monday.safetensors tuesday.safetensors -o statistics.safetensors
+Parts may be calibrated on different machines, all with the same model. The same part twice is refused.
+
+Example: moe-edge merge monday.safetensors tuesday.safetensors -o week.safetensors
 """
 
 from functools import reduce
@@ -17,7 +19,7 @@ from moe_spec.progress import counted
 
 def merge(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="STATISTICS...", help="Written by calibrate for one and the same model.")
+        list[Path], typer.Argument(metavar="STATISTICS", help="What calibrate wrote, for one and the same model.")
     ],
     output: Output,
     as_json: AsJson = False,

@@ -1,6 +1,18 @@
-"""Prune an ONNX model and write its MoE layers in the form that a target wants; the result is proven.
+"""Prune an ONNX model, write its MoE layers as a target wants them, and prove the result.
 
-Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
+The model may be from any exporter. What --plan drops is deleted, and so are experts that no input can choose. Without
+--target a layer that loses no expert stays as it is.
+
+--form is how the experts of a layer are written. dense runs all on all tokens; sorted runs each on its own tokens;
+gather fetches the weights of the K that a token gets; ffn is a plain network, for one expert; moe, qmoe and trt_moe
+are fused operators of ONNX Runtime and TensorRT. auto takes the best of those that the target takes.
+
+The proof: the result computes what the model does when dropped experts cannot be selected; if not, nothing is
+written. What number formats round is told beside it.
+
+Example: moe-edge optimize exported/ --plan plan.json --target rtx-ada -o optimized/
+Example: moe-edge optimize exported/model.onnx --plan plan.json -o pruned-onnx/
+Example: moe-edge optimize exported/ --target rtx-ada --precision int8 --rest-precision fp16 -o int8/
 """
 
 import textwrap
@@ -15,51 +27,95 @@ from cli.options import AsJson, Output
 
 
 def optimize(
-    model: Annotated[Path, typer.Argument(help="ONNX file or model directory, whoever exported it.")],
+    model: Annotated[Path, typer.Argument(help="Model directory or .onnx file.")],
     output: Output,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Drop or merge experts by this plan.json; without it all stay that can be chosen."),
+        typer.Option(help="Drop or merge experts by what plan wrote; without it all that can be chosen stay."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Device that the result is for; without it only what loses experts is rewritten.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Device that the result is for, see moe-edge targets; without it only what loses experts is "
+            "rewritten.",
+        ),
     ] = None,
-    form: Annotated[str, typer.Option(help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")] = "auto",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a run, if known: auto chooses for them.")] = None,
+    form: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, dense, sorted, gather, ffn, moe, qmoe or trt_moe.")
+    ] = "auto",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a run, if they are known: auto chooses for so many.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Format of the experts: fp32, fp16, bf16, int8, int4, fp8 or nvfp4.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Format of the experts: fp32, fp16, bf16, int8, int4, fp8 or nvfp4; by default as they are.",
+        ),
     ] = None,
     rest_precision: Annotated[
         str | None,
         typer.Option(
-            help="Format of all else: fp16 or bf16 with float32 islands, or weights in int8, int4, fp8, nvfp4."
+            metavar="NAME",
+            help="Format of all else but routers: fp16 or bf16, with what needs it in fp32; or of weights, int8, "
+            "int4, fp8 or nvfp4. By default as it is.",
         ),
     ] = None,
     block_size: Annotated[
         int | None,
-        typer.Option(help="Quantised inputs that share a scale: 32, 64 or 128; without it all of an output channel."),
+        typer.Option(
+            help="Inputs that share a scale in int8 or int4: 32, 64 or 128; by default all of an output channel."
+        ),
     ] = None,
     activations: Annotated[
-        str | None, typer.Option(help="int8: what int8 weights multiply is rounded too. Needs --calibration.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="int8: round what int8 weights multiply, too. Needs --calibration; by default activations are "
+            "not rounded.",
+        ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Task data (.npz) that show the ranges of activations.")
+        Path | None, typer.Option(help="Task data, .npz, that shows the ranges of activations.")
     ] = None,
-    percentile: Annotated[float, typer.Option(help="Of an activation's sizes that stay in range, e.g. 99.9.")] = 100.0,
-    clamp_top_k: Annotated[bool, typer.Option(help="Let K shrink where the plan keeps fewer experts.")] = False,
-    any_model: Annotated[bool, typer.Option(help="The plan was made for another file of this model.")] = False,
-    forced: Annotated[bool, typer.Option(help="Write forced.onnx too: ids and weights are inputs.")] = False,
-    observe_experts: Annotated[
-        bool, typer.Option(help="Write experts.onnx too: logits, ids, weights and expert norms are outputs.")
+    percentile: Annotated[
+        float, typer.Option(help="How many percent of an activation's values stay in range, e.g. 99.9.")
+    ] = 100.0,
+    clamp_top_k: Annotated[
+        bool,
+        typer.Option(
+            "--clamp-top-k", help="Let K shrink where fewer experts than K stay; without it that is an error."
+        ),
     ] = False,
-    prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with the masked original.")] = True,
-    allow_partial: Annotated[bool, typer.Option(help="Leave layers alone that are not recognised.")] = False,
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model", help="Take a plan that was made for another file of this model, such as its checkpoint."
+        ),
+    ] = False,
+    forced: Annotated[
+        bool, typer.Option("--forced", help="Write forced.onnx too, whose routing is an input: ids and weights.")
+    ] = False,
+    observe_experts: Annotated[
+        bool,
+        typer.Option(
+            "--observe-experts",
+            help="Write experts.onnx too, whose outputs are logits, ids, weights and norms of the experts.",
+        ),
+    ] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove/--no-prove", help="Prove the result; --no-prove saves the time.")
+    ] = True,
+    allow_partial: Annotated[
+        bool,
+        typer.Option(
+            "--allow-partial", help="Leave layers alone that are not recognised; without it they are an error."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prune an ONNX model and write its MoE layers in the form that a target wants; the result is proven.
-
-    Example: moe-edge optimize exported/ --plan plan.json --target sm89 -o optimized/
-    """
+    """Write a model directory."""
     from graph_passes.optimize import optimize as optimize_model
     from graph_passes.precision import Precision
     from graph_passes.quantization.activations import Activations

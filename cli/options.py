@@ -20,35 +20,54 @@ class Against(StrEnum):
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write; it must not exist yet.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python files that config.json names: read them first.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python files that the checkpoint's config.json names. Read them first."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
-MinShapes = Annotated[list[str] | None, typer.Option("--minShapes", help="Smallest: NAME:DIMxDIM,...")]
-OptShapes = Annotated[list[str] | None, typer.Option("--optShapes", help="Shapes to be quick at.")]
-MaxShapes = Annotated[list[str] | None, typer.Option("--maxShapes", help="Largest shapes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+MinShapes = Annotated[
+    list[str] | None,
+    typer.Option("--minShapes", metavar="SHAPES", help="Smallest shapes that the inputs may have: NAME:DIMxDIM,..."),
+]
+OptShapes = Annotated[
+    list[str] | None, typer.Option("--optShapes", metavar="SHAPES", help="Shapes that the engine is to be quick at.")
+]
+MaxShapes = Annotated[list[str] | None, typer.Option("--maxShapes", metavar="SHAPES", help="Largest shapes.")]
 
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of one operator; 0: one a core.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads of one operator; 0: one for each core.")]
 ProviderName = Annotated[
     str | None,
     typer.Option(
-        "--provider", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx, openvino, qnn, coreml, directml."
+        "--provider",
+        metavar="NAME",
+        help="What computes: cpu, cuda, tensorrt, tensorrt-rtx, openvino, qnn, coreml or directml. By default cpu, or "
+        "what an engine was built for.",
     ),
 ]
 ProviderOptions = Annotated[
-    list[str] | None, typer.Option("--provider-option", help="NAME=VALUE, as ONNX Runtime has them; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--provider-option", metavar="NAME=VALUE", help="An option of that provider, as ONNX Runtime names it."
+    ),
 ]
 CpuFallback = Annotated[
-    bool, typer.Option("--cpu-fallback", help="Nodes that the provider does not take may run on the CPU.")
+    bool,
+    typer.Option(
+        "--cpu-fallback", help="Let nodes that the provider does not take run on the CPU; without it they are an error."
+    ),
 ]
-Parallel = Annotated[
-    int, typer.Option("--parallel", min=1, help="ONNX Runtime: operators that may run at once (inter-op threads).")
-]
+Parallel = Annotated[int, typer.Option("--parallel", min=1, help="Operators that may run at once (inter-op threads).")]
 Spinning = Annotated[
-    bool, typer.Option("--spinning/--no-spinning", help="ONNX Runtime: whether idle threads wait busily.")
+    bool,
+    typer.Option("--spinning/--no-spinning", help="Whether idle threads wait busily: quicker, but they take the CPU."),
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Directory that keeps what ONNX Runtime makes of a model for the next time."),
+    typer.Option(
+        "--cache",
+        help="Directory that keeps what ONNX Runtime makes of a model, for the next start; nothing is kept without it.",
+    ),
 ]
 
 

@@ -1,46 +1,32 @@
-"""Choose which experts stay, by a criterion and a budget, or by name.
+"""Choose which experts stay in each layer, by a criterion and a budget, or by name.
 
---keep is a count of experts a layer (4) or a share of them (0.5 or 50%, rounded half up, at least one). --scope global
-spends the same number in all where the scores are highest. Ties go to the lower id. --floor is what every layer keeps
-at least; --target NAME rounds a share to what that target's kernels take, and refuses a count that they do not: the
-targets of `moe-edge optimize` take any, edge-llm-fp16 and edge-llm-nvfp4 128 or 256, edge-llm-nvfp4-a16 512 too;
-`moe-edge targets` lists them.
+The plan is a small JSON file that prune, export and optimize carry out. --keep is the budget: experts a layer (4), or a
+share of them (50%). A criterion ranks the experts of a layer; ties go to the lower id.
 
 Criteria by statistics: reap, frequency, seer-actual, gate-mass, seer-soft, ean, man, msan, task, task-squared, easy-ep,
-mone, and any s(b,alpha,beta), the sum of gate^alpha norm^beta over its n tokens, divided by n^b. --protect keeps
-super experts, whose outputs are far larger than all others, whatever they score.
+mone; and any s(b,alpha,beta), the sum of gate^alpha norm^beta over the n tokens of an expert, divided by n^b.
+Criteria without data: random; aimer, by a checkpoint's weights; router-norm, by how much longer an expert's row of the
+router became in fine-tuning (--pretrained is the checkpoint before). Or name the experts that stay: --experts.
 
-Criteria without data: random, which takes a checkpoint or an ONNX model; aimer, which reads a checkpoint's weights; and
-router-norm, which compares them with those before fine-tuning. --experts names those that stay, in a checkpoint or an
-ONNX model.
+Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-smoe-cosine, ream. --keep is how many a
+layer has afterwards; hc-smoe and ream need statistics of calibrate --dense.
 
-What becomes of the router: --router rows lets a token that chose a dropped expert get its next best survivor; full
-leaves it as it is, so that such a token gets nothing from it; replace too, but the token gets the expert's mean output,
-which statistics tell and which stands beside the plan. mone replaces unless told otherwise, as in its paper. What keeps
-its router is pruned in ONNX: `moe-edge optimize --plan`.
+With --data a checkpoint is planned for on task data at once: by any criterion by statistics or merger, in --rounds of
+pruning and looking again; or by naee, which searches for the experts whose absence changes a layer's output least. The
+budget may then be the --max-size of the checkpoint or the --max-latency of one example, which is measured: five plans
+are exported, optimized and timed here, on one thread. Fewer experts take less memory. Where a token runs its K experts
+only, it still runs K, and is hardly quicker.
 
-Mergers average experts instead of dropping them: uncurl, m-smoe, hc-smoe, hc-smoe-cosine, ream. --keep is then how many
-a layer has afterwards, and `moe-edge prune` carries such a plan out. hc-smoe and ream need statistics taken with
---dense. --router rows keeps a survivor's row, mean averages those of its group, new draws all anew, to be trained. By
-alias the router stays as it is and all rows of a group lead to its one expert, as M-SMoE and HC-SMoE do it: `moe-edge
-export CHECKPOINT --plan` and then `moe-edge optimize --plan` carry that out.
-
-With --data a checkpoint is planned for on task data at once: by any criterion by statistics, in several --rounds of
-pruning and looking again; by any merger, with all the statistics that it needs; or by naee, which searches for the
-experts whose absence changes each layer's output least. There --max-size is a budget too, of the checkpoint's tensors:
-30MB, or 60% of what they are. So is --max-latency, 3ms or 60%, of one example on one thread of this CPU: five plans are
-exported and timed, in the form that `moe-edge optimize --target onnxruntime-cpu` chooses. Where a token runs only the
-experts that it selects, fewer of them are hardly quicker. --scope searched tries how many experts each layer keeps,
---trials plans in all, for that of which the model's own answers are accepted most.
+--router says what becomes of the router. Dropped experts: rows removes theirs, so that a token gets its next best
+survivor; full leaves it, so that a token gets nothing from an expert that is gone; replace leaves it too, and the token
+gets the expert's mean output. Merged ones: rows keeps the survivor's, mean averages those of a group, new draws new
+ones, to be trained, alias leads all rows of a group to its one expert. What keeps its router is carried out by
+optimize, on the exported model.
 
 Example: moe-edge plan statistics.safetensors --keep 50% -o plan.json
-Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 50% --protect -o plan.json
-Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o plan.json
-Example: moe-edge plan checkpoint/ --data train.npz --max-size 60% --scope searched -o plan.json
-Example: moe-edge plan finetuned --criterion router-norm --pretrained base --keep 50% --router full -o plan.json
-Example: moe-edge plan statistics.safetensors --criterion ream --keep 50% -o plan.json
-Example: moe-edge plan statistics.safetensors --keep 40% --floor 2 --target edge-llm-fp16 -o plan.json
-Example: moe-edge plan model.onnx --experts 0,2,5 --experts layers.3.mlp=1,4 -o plan.json
+Example: moe-edge plan statistics.safetensors --criterion "s(0,1,1)" --keep 4 --scope global -o global.json
+Example: moe-edge plan checkpoint/ --data train.npz --criterion naee --keep 6 -o naee.json
+Example: moe-edge plan exported/ --experts 0,2,5 --experts layers.3.mlp=1,4 -o by-hand.json
 """
 
 import dataclasses
@@ -73,41 +59,84 @@ OF_DATA = ("rounds", "batch_size", "limit", "trials")
 
 def plan(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(help="statistics.safetensors; or a checkpoint or ONNX model.")],
+    source: Annotated[
+        Path, typer.Argument(help="What calibrate wrote; or a checkpoint, a model directory or an .onnx file.")
+    ],
     output: Output,
-    keep: Annotated[str | None, typer.Option(help="Experts to keep: a count (4) or a share (0.5, 50%).")] = None,
-    experts: Annotated[
-        list[str] | None, typer.Option(help="Experts to keep, by id: 0,2,5 in every layer, or LAYER=0,2,5.")
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT|SHARE",
+            help="Experts that a layer keeps: a count (4) or a share (0.5, 50%), rounded, at least one.",
+        ),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="What ranks experts: see above.")] = "reap",
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IDS", help="Experts to keep, by id: 0,2,5 in every layer, or LAYER=0,2,5 in one."),
+    ] = None,
+    criterion: Annotated[str, typer.Option(metavar="NAME", help="What ranks experts, see above.")] = "reap",
     scope: Annotated[
         str,
-        typer.Option(help="layer: the same count in each; global: one ranking over all; searched: tried on --data."),
+        typer.Option(
+            metavar="NAME",
+            help="layer: the same count in each layer. global: one ranking over all. searched: with --data, the "
+            "counts for which the model's own answers are accepted most.",
+        ),
     ] = "layer",
     max_size: Annotated[
-        str | None, typer.Option(help="With --data, instead of --keep: 30MB, or 60% of the checkpoint's tensors.")
+        str | None,
+        typer.Option(
+            metavar="SIZE|SHARE",
+            help="Instead of --keep: bytes of the checkpoint's tensors, 30MB, or 60% of what they are.",
+        ),
     ] = None,
     max_latency: Annotated[
-        str | None, typer.Option(help="With --data, instead of --keep: 3ms, or 60% of a run, on this machine's CPU.")
+        str | None,
+        typer.Option(
+            metavar="TIME|SHARE",
+            help="Instead of --keep: time of one example on one thread of this CPU, 3ms, or 60% of what it is.",
+        ),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Plans that --scope searched tries.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of criterion random.")] = 0,
-    clamp_top_k: Annotated[bool, typer.Option("--clamp-top-k", help="Let K shrink where fewer experts stay.")] = False,
+    clamp_top_k: Annotated[
+        bool,
+        typer.Option(
+            "--clamp-top-k", help="Let K shrink where fewer experts than K stay; without it that is an error."
+        ),
+    ] = False,
     router: Annotated[
         str,
         typer.Option(
-            help="rows: dropped experts go unseen; full: a token that chose one gets nothing from it; replace: it gets "
-            "its mean output. Where experts are merged: rows, mean, new or alias. Not given: as in the paper."
+            metavar="NAME",
+            help="rows, full or replace; of mergers rows, mean, new or alias. By default rows, or what the "
+            "criterion's paper does.",
         ),
     ] = "",
-    protect: Annotated[bool, typer.Option("--protect", help="Keep super experts before all others.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Rank a checkpoint on this .npz, without statistics.")] = None,
-    rounds: Annotated[int, typer.Option(help="With --data: prune in so many steps, looking again after each.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --data: examples a forward pass.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first so many examples.")] = None,
-    pretrained: Annotated[Path | None, typer.Option(help="For router-norm: the checkpoint before fine-tuning.")] = None,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect", help="Keep super experts, whose outputs are far larger than all others', whatever they score."
+        ),
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Task data, .npz: plan on it, without statistics.")] = None,
+    rounds: Annotated[int, typer.Option(help="Prune in so many steps, and look at the data again after each.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward pass.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many examples; all without it.")
+    ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="For router-norm: the checkpoint before it was fine-tuned.")
+    ] = None,
     floor: Annotated[int, typer.Option(help="Experts that every layer keeps at least.")] = 1,
-    target: Annotated[str | None, typer.Option(help="Keep what the kernels of this target take.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Keep as many as that target's kernels take: edge-llm-fp16 takes 128 or 256 experts. Without it "
+            "any number.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

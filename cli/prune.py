@@ -1,6 +1,10 @@
-"""Write a smaller checkpoint: the experts that a plan drops are gone, and transformers loads the rest.
+"""Write a smaller checkpoint, without the experts that a plan drops.
+
+transformers loads it as it loads the first one. Where the plan merges experts, their mean takes their place. An ONNX
+model is pruned by optimize instead, and so is a plan that keeps routers as they are.
 
 Example: moe-edge prune checkpoint/ --plan plan.json -o pruned/
+Example: moe-edge prune checkpoint/ --plan naee.json --json -o pruned-by-naee/
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +19,8 @@ from cli.trust import warn_of_code
 
 
 def prune(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in transformers' layout.")],
-    plan: Annotated[Path, typer.Option(help="plan.json for this checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, as transformers writes it.")],
+    plan: Annotated[Path, typer.Option(help="What plan wrote for this checkpoint.")],
     output: Output,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -1,13 +1,12 @@
-"""One HTML page from a directory of artifacts: may the pruned model ship?
+"""Write one HTML page of a run's artifacts: may the pruned model ship?
 
-It has the verdict, every variant with its accuracy, parity, size and latency, a map of the experts that stay, the
-Pareto front, flips by margin, memory against each target's, the chain of hashes, and the commands that make it all
-again. It is one file that needs no network and no server. Everything below the directory is read, and a stage that left
-nothing there is named with its command. --max-loss is what a variant may lose of the unpruned model's accuracy and
-still ship.
+The page has the verdict and its reasons; every variant with accuracy, parity, size and latency; which experts stay;
+memory against each target's; hashes from checkpoint to engine; and the commands that make it all again. It is one
+file, and needs no network to be read. Everything below the directory is used; of a stage that left nothing there, the
+page says the command.
 
-Example: moe-edge report demo-output -o report.html
-Example: moe-edge report runs/ --max-loss 2% -o report.html
+Example: moe-edge report . -o report.html
+Example: moe-edge report . --max-loss 2% -o strict.html
 """
 
 import dataclasses
@@ -24,13 +23,15 @@ from moe_spec.errors import UserError
 def report(
     directory: Annotated[Path, typer.Argument(help="Where the artifacts are, at any depth.")],
     output: Output,
-    max_loss: Annotated[str, typer.Option(help="Loss of accuracy that may ship: a share (0.01) or percents.")] = "1%",
+    max_loss: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE", help="What a variant may lose of the unpruned model's accuracy and still ship: 1% or 0.01."
+        ),
+    ] = "1%",
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page from a directory of artifacts: may the pruned model ship?
-
-    Example: moe-edge report demo-output -o report.html
-    """
+    """Write the page, and print its verdict."""
     import vl_convert  # noqa: F401 - jinja2, which the page needs too, is in other extras as well
 
     from report.report import report as write

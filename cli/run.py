@@ -1,19 +1,15 @@
-"""Run a model or an engine over .npz, .jsonl and image files, or let a decoder go on from prompts.
+"""Run a model or an engine on files, or let a decoder go on from prompts.
 
-A classifier (config.json with id2label) names the class of every example; other models need -o for their outputs.
-A .jsonl file has an example a line, each of the model's inputs by its name: {"input_ids": [5, 7, 2]}.
+A classifier (config.json with id2label) names the class of every example; of other models -o takes the outputs. An
+.npz has one array a model input, or uint8 `images`. A .jsonl file has one example a line, inputs by their names:
+{"input_ids": [5, 7, 2]}.
 
-A decoder answers prompts, several at once: greedily, or as generation_config.json and the options say. A single answer
-is shown as it comes, and an answer ends before the first --stop text in it. Text needs the tokenizer's files beside the
-model, and `moe-edge[text]`.
+A decoder answers each --prompt, with the likeliest tokens unless generation_config.json or an option says otherwise. A
+single answer is shown as it comes. Text needs the tokenizer's files beside the model, and `moe-edge[text]`.
 
---provider says what ONNX Runtime computes on; it is that or an error, for every node, unless --cpu-fallback lets some
-run on the CPU. --cache keeps what was made of a model when it was opened, for the next start.
-
-A reader that goes before the end (`moe-edge run ... | head -1`) ends the run with 141, as it ends any other tool.
-
-Example: moe-edge run optimized/ --input boot.png --input photographs/ --input more.npz -o predictions.npz
-Example: moe-edge run optimized/ --prompt "Once upon a time" --max-new-tokens 100 --stop "The end"
+Example: moe-edge run optimized/ --input boot.png --input photographs/
+Example: moe-edge run optimized/ --input test.npz -o predictions.npz
+Example: moe-edge run decoder/ --prompt "Once upon a time" --max-new-tokens 20 --stop "The end"
 """
 
 import contextlib
@@ -48,19 +44,42 @@ _BATCH = 32
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="Engine directory, model directory or .onnx file.")],
+    model: Annotated[Path, typer.Argument(help="Model directory, engine directory or .onnx file.")],
     inputs: Annotated[
-        list[Path] | None, typer.Option("--input", help=".npz, .jsonl or image, or folder of images.")
+        list[Path] | None, typer.Option("--input", help=".npz, .jsonl, PNG or JPEG file, or folder of images.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz; it must not exist yet.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Write outputs, and classes, to this .npz; it must not exist yet. Nothing is written without it.",
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples that are run at once; by default 32.")] = None,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are said to the model, by its chat template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many follow a prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together have it.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
-    stops: Annotated[list[str] | None, typer.Option("--stop", help="Text at which an answer ends; repeatable.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Say prompts to the model in its chat template.")] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many tokens follow a prompt; by default generation_config.json's, or 64."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Draw tokens, the wilder the higher; 0 takes the likeliest. By default generation_config.json's, "
+            "or 0.",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens that together have this probability; by default "
+            "generation_config.json's, or 1."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default 0.")] = None,
+    stops: Annotated[list[str] | None, typer.Option("--stop", help="Text before which an answer ends.")] = None,
     threads: Threads = 0,
     provider: ProviderName = None,
     provider_option: ProviderOptions = None,

@@ -1,15 +1,17 @@
-"""Say what each target takes; or, of a model, which targets take it and whether it fits their memory.
+"""Say what each target takes; or which take a model, and whether it fits their memory.
 
-Without a model: one table of the devices that moe-edge builds for, and of TensorRT-Edge-LLM's plugins, which build from
-a pruned checkpoint (`moe-edge plan --target`). Forms are those of the experts, as `moe-edge optimize` writes them.
+A target is a device and what builds for it: rtx-ada is an RTX 40 with TensorRT-RTX, jetson-orin a Jetson with TensorRT.
+The table has the number formats and the forms that each takes; a form is how the experts of a layer are written in
+ONNX (`moe-edge optimize --form`). Plugins of TensorRT-Edge-LLM build from a pruned checkpoint (`moe-edge plan
+--target`).
 
-With a model or an engine: what weights, the cache of a decoder, inputs and outputs take at the largest shapes, and the
-build (three times the weights). Activations, with the workspace of kernels, are known once TensorRT has built the
-engine. --maxShapes chooses the
-shapes, else they are those of `moe-edge build`; --memory says what your device has.
+With a model: what it takes of a device's memory at the largest shapes, for weights, a decoder's cache, inputs and
+outputs, and what the build takes, three times the weights. Activations are known of an engine only: TensorRT tells them
+when it has built it.
 
 Example: moe-edge targets
-Example: moe-edge targets optimized/ --target jetson-orin --memory 8 --maxShapes=input_ids:1x512
+Example: moe-edge targets optimized/
+Example: moe-edge targets optimized/ --target jetson-orin --memory 8 --maxShapes=pixel_values:64x1x28x28
 """
 
 import dataclasses
@@ -33,16 +35,22 @@ SIZES = "weights + cache + inputs and outputs + activations"
 
 
 def targets(
-    model: Annotated[Path | None, typer.Argument(help="Model directory or engine; none for the table.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
-    max_shapes: Annotated[str | None, typer.Option("--maxShapes", help="Largest shapes: NAME:DIMxDIM,...")] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="GB of memory that the device has.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Model directory or engine; the table of all targets without it.")
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one.")] = None,
+    max_shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--maxShapes", metavar="SHAPES", help="Largest shapes: NAME:DIMxDIM,... By default those of build."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of memory that your device has; by default what its makers say.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each target takes; or, of a model, which targets take it and whether it fits their memory.
-
-    Example: moe-edge targets
-    """
+    """Print the table of targets, or what they say to a model."""
     if model is None:
         _show_table(target or [], as_json)
         return

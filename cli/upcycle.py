@@ -1,10 +1,11 @@
-"""Make a Mixtral of dense decoders: expert e of every layer is the feed-forward network of the e-th checkpoint.
+"""Make a Mixtral of dense checkpoints: each becomes one expert of every layer.
 
-Of branches of one model, each trained on a domain of its own, that is Branch-Train-MiX; of one checkpoint, named as
-often as there are to be experts, sparse upcycling, which computes what the dense model does. Routers are random, and
-to be trained.
+Attention and all else is their mean; expert e of a layer is the feed-forward network of the e-th checkpoint. Of
+branches of one model, each trained on a domain of its own, that is Branch-Train-MiX; of one checkpoint, named as often
+as there are to be experts, sparse upcycling, which computes what the dense model does. Routers are random: train them.
 
-Example: moe-edge upcycle base/ novels/ speeches/ code/ --top-k 2 -o mixtral/
+Example: moe-edge upcycle base/ novels/ speeches/ code/ -o mixtral/
+Example: moe-edge upcycle base/ base/ base/ base/ --top-k 1 -o upcycled/
 """
 
 from pathlib import Path
@@ -17,10 +18,10 @@ from cli.options import AsJson, Output
 
 
 def upcycle(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Dense Llama or Mistral checkpoints of one shape.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of Llama or Mistral, all of one shape.")],
     output: Output,
-    top_k: Annotated[int, typer.Option(help="K, how many experts each token selects.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the routers.")] = 0,
+    top_k: Annotated[int, typer.Option(help="K: how many experts a token gets.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the routers.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint directory."""

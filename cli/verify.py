@@ -1,11 +1,16 @@
-"""Prove that a candidate computes what its reference computes; exit with 3 when it does not.
+"""Prove that a model computes what it was made from; exit with 3 when it does not.
 
-Where a plan was applied to the candidate, its reference is the parent model with the dropped experts made unselectable;
-that graph is made on the fly. Checkpoints are run by torch. Without --data both see random feeds at three shapes.
+Both run on the same examples, and their routers are compared first: rounding makes a token select another expert where
+two score almost the same. Such a flip is excused by the reference's margin between the two, and outputs are compared
+where nothing flipped. With labels the accuracies are compared too.
 
---provider says what ONNX Runtime computes the candidate on; the reference is computed on the CPU.
+If a plan was applied to the candidate, its reference is the model before, in which dropped experts cannot be selected;
+verify makes that graph itself. Checkpoints are run by torch. The reference is run on the CPU, the candidate on
+--provider.
 
 Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
+Example: moe-edge verify int8/ --reference exported/ --data test.npz
+Example: moe-edge verify exported/ --reference checkpoint/
 """
 
 from pathlib import Path
@@ -32,14 +37,35 @@ def verify(
     reference: Annotated[
         Path, typer.Option(help="What it was made from: model or engine directory, .onnx file or checkpoint.")
     ],
-    plan: Annotated[Path | None, typer.Option(help="plan.json; by default that in the candidate's manifest.")] = None,
-    data: Annotated[Path | None, typer.Option(help=".npz of model inputs or images, with or without labels.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="parity.json; it must not exist yet.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What was applied to the candidate; by default what its manifest says.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npz of model inputs, or of uint8 `images`; with or without `labels`. Random inputs at three "
+            "shapes without it."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Write the report, parity.json; it must not exist yet. Nothing is written without it.",
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Judge as float32, float16, bfloat16, int8, float8e4m3fn, w8a8, float4e2m1, int4."),
+        typer.Option(
+            metavar="NAME",
+            help="Tolerances to judge by: fp32, fp16, bf16, int8, fp8, w8a8, nvfp4 or int4; by default the "
+            "coarser model's.",
+        ),
     ] = None,
-    tolerances: Annotated[Path | None, typer.Option(help='Other tolerances: {"int8": {"element": 0.05}}.')] = None,
+    tolerances: Annotated[
+        Path | None, typer.Option(help='JSON file of other tolerances, such as {"int8": {"element": 0.05}}.')
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that are run at once.")] = 32,
     threads: Threads = 0,
     provider: ProviderName = None,
@@ -47,15 +73,14 @@ def verify(
     cpu_fallback: CpuFallback = False,
     parallel: Parallel = 1,
     spinning: Spinning = True,
-    bisect: Annotated[bool, typer.Option(help="Search a failing candidate for the part that went wrong.")] = True,
-    greedy_tokens: Annotated[int, typer.Option(min=0, help="Tokens that decoders write to be compared; 0: none.")] = 16,
+    bisect: Annotated[bool, typer.Option(help="Search a candidate that fails for the part that went wrong.")] = True,
+    greedy_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that decoders write, to be compared; 0: none.")
+    ] = 16,
     cost: Annotated[bool, typer.Option("--cost", help="Time both, too, and measure their memory.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that a candidate computes what its reference computes; exit with 3 when it does not.
-
-    Example: moe-edge verify optimized/ --reference exported/ --data test.npz -o parity.json
-    """
+    """Compare two models, and write parity.json."""
     from cli import parity
     from cli.judge import judge
     from cli.sides import home

@@ -1,5 +1,6 @@
 """The page of every verb and its options, told from the command line itself."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -53,15 +54,22 @@ def _flags_as_code(text: str) -> str:
 
 
 def _options(parameters: list[Any]) -> str:
-    return table(("", "what", "default"), [_row(one) for one in parameters], left=3)
+    """A table for each panel of the help; its options stand together."""
+    panels = itertools.groupby(parameters, key=lambda one: getattr(one, "rich_help_panel", None))
+    return "\n\n".join(itertools.chain.from_iterable(_panel(name, list(options)) for name, options in panels))
+
+
+def _panel(name: str | None, parameters: list[Any]) -> Iterator[str]:
+    if name is not None:
+        yield f"**{_flags_as_code(name)}**"
+    yield table(("", "what", "default"), [_row(one) for one in parameters], left=3)
 
 
 def _row(one: Any) -> tuple[str, str, str]:
     if _is_argument(one):
         return f"`{_argument(one)}`", _cell(one.help), "needed" if one.required else ""
     names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
-    many = " More than once." if one.multiple else ""
-    return names, _cell(f"{one.help or ''}{many}"), "needed" if one.required else _default(one.default)
+    return names, _cell(one.help), "needed" if one.required else _default(one.default)
 
 
 def _default(value: object) -> str:
@@ -83,5 +91,5 @@ def _is_needed_option(one: Any) -> bool:
 
 
 def _argument(one: Any) -> str:
-    name = one.metavar or f"{one.name.upper()}{'...' if one.nargs == -1 else ''}"
+    name = f"{one.metavar}{'...' if one.nargs == -1 else ''}"
     return name if one.required else f"[{name}]"

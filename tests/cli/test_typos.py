@@ -34,7 +34,7 @@ from tests.cli.helpers import invoke
             "moe-edge run --help",
         ),
         (["prune", "x", "-o", "y"], "missing option '--plan'", "moe-edge prune --help"),
-        (["inspect"], "missing argument 'path'", "moe-edge inspect --help"),
+        (["inspect"], "missing argument 'PATH'", "moe-edge inspect --help"),
     ],
 )
 def test_a_word_that_the_command_line_does_not_know_is_a_usage_error(given, what, hint, capsys):
@@ -48,7 +48,7 @@ def test_no_verb_is_answered_with_the_help(capsys):
         main([])
     out, err = capsys.readouterr()
     assert (leaving.value.code, err) == (2, "")
-    assert "moe-edge demo -o demo-output" in out
+    assert "Example: moe-edge demo" in out
 
 
 PLAN = ("plan", "x", "-o", "new", "--keep", "4")
