@@ -21,7 +21,7 @@ def page() -> str:
         "Verbs read files and write files. `-o` never overwrites: what it names must not exist yet. Results go to "
         "stdout, progress and errors to stderr."
     )
-    exits = table(("exit code", "means"), [(f"`{code}`", meaning) for code, meaning in EXITS.items()], left=2)
+    exits = table(("exit code", "means"), [(f"`{code}`", _cell(meaning)) for code, meaning in EXITS.items()], left=2)
     parts = ["# Commands", intro, exits, "## moe-edge", _options(app.params)]
     for name, command in app.commands.items():
         prose, *examples = _help(command.help)
