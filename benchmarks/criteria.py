@@ -15,7 +15,7 @@ from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import ROWS
+from moe_spec.layer_plan import ROWS
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
 from pruning.criteria import CRITERIA, WEIGHT_CRITERIA

@@ -36,8 +36,9 @@ from moe_spec.dataset import MASK
 from moe_spec.decoder import IDS, as_past, complete
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import Arrays, Feeds, error_between
 from pruning.apply import prune
 from pruning.collect import collect

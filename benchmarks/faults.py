@@ -25,7 +25,8 @@ from graph_passes.precision import Precision
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from runtime.measuring.machine import describe_machine
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.verification.report import ParityReport

@@ -22,8 +22,9 @@ from benchmarks.command import moe_edge
 from benchmarks.large_models import UNROLLED, Sizes, save_large
 from graph_passes.describe import read_model
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from runtime.measuring.machine import describe_machine
 
 DEPTHS, QUICK_DEPTHS = (12, 24, 48), (1, 2)

@@ -12,8 +12,9 @@ from benchmarks.masked import MASKED
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
 RUNNER = OnnxRuntimeRunner(threads=1)

@@ -78,7 +78,7 @@ def _recipes() -> Iterable[str]:
 
 
 def _routers() -> Iterable[str]:
-    from moe_spec.plan import ROUTERS
+    from moe_spec.layer_plan import ROUTERS
 
     return ROUTERS
 

@@ -199,7 +199,8 @@ def _bench(path: Path) -> Description:
 
 
 def _plan(path: Path) -> Description:
-    from moe_spec.plan import ROWS, PruningPlan
+    from moe_spec.layer_plan import ROWS
+    from moe_spec.plan import PruningPlan
 
     plan = PruningPlan.load(path)
     lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]

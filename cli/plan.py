@@ -142,7 +142,7 @@ def plan(
 ) -> None:
     """Write plan.json."""
     from moe_spec.feasibility import ANY
-    from moe_spec.plan import ROWS
+    from moe_spec.layer_plan import ROWS
     from pruning.budget.cost import BYTES, MILLISECONDS
     from pruning.budget.keep import parse_keep
     from pruning.budget.limit import FLAGS

@@ -25,8 +25,9 @@ from moe_spec.errors import UserError
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256, pruned_sha256
+from moe_spec.layer_plan import ALIAS
 from moe_spec.manifest import MODEL, BlockEntry, Manifest, TensorSpec, list_files
-from moe_spec.plan import ALIAS, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.record import Json
 from moe_spec.runner import Runner

@@ -21,7 +21,7 @@ from graph_passes.record.prune import prune_block
 from graph_passes.writers import AUTO, OF_ONE_RUNTIME, WRITERS, choose_form, why_not, write
 from graph_passes.writers.routing import Routing
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from graph_passes.task_data import check_batches, fit_data
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.merging import Array, Merging
-from moe_spec.plan import LayerPlan
 
 Weights = Mapping[str, Tensor]
 """The parameters of one expert, by name: those of the experts module without their first axis."""

@@ -11,7 +11,8 @@ from models.families import family_of
 from models.merged_experts import MergedExperts
 from models.moe_layers import MoELayer, find_moe_layers, tensors_of_routers
 from models.stored_parameters import StoredParameters
-from moe_spec.plan import ALIAS, LayerPlan, PruningPlan
+from moe_spec.layer_plan import ALIAS, LayerPlan
+from moe_spec.plan import PruningPlan
 
 
 class StoredMerges:

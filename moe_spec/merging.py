@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]

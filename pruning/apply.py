@@ -20,7 +20,8 @@ from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, NEW, PLAN, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.layer_plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan
+from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.progress import Progress, silent
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers

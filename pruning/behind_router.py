@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.moe_layers import MoELayer
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 
 Chosen = tuple[Tensor, Tensor, Tensor]
 """What experts are called with: hidden states (T, H), ids (T, K), gates (T, K)."""

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import ANY, Kernels, check_expert_choice
-from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning.layers import LayerShape, ModelLayers
 from pruning.means import check_replaceable
 from pruning.routers import check_router

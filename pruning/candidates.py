@@ -10,7 +10,7 @@ import numpy as np
 from moe_spec.errors import UserError, require_known
 from moe_spec.files import sha256_file
 from moe_spec.identity import is_onnx
-from moe_spec.plan import ALIAS, FULL, ROWS
+from moe_spec.layer_plan import ALIAS, FULL, ROWS
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.budget.ranked import RankedLayer
 from pruning.criteria import (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_spec.errors import UserError
-from moe_spec.plan import REPLACE, LayerPlan
+from moe_spec.layer_plan import REPLACE, LayerPlan
 from moe_spec.statistics import LayerStatistics
 from pruning.criteria.scores import finite
 

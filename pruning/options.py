@@ -8,7 +8,7 @@ from typing import Any
 from moe_spec.errors import UserError, require_known
 from moe_spec.feasibility import ANY, Kernels
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import REPLACE, ROWS, UNTOUCHED
+from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED
 from pruning.budget.keep import Keep, check_budget
 from pruning.budget.scopes import SCOPES, SEARCHED
 from pruning.criteria import CHANGE_CRITERIA
@@ -35,7 +35,7 @@ class PlanOptions:
         router: ``rows`` (a token that chose a dropped expert gets its next best survivor), ``full`` (it gets nothing
             from it; K stays, and fewer than K experts may be kept) or ``replace`` (as ``full``, but it gets the
             expert's mean output). Where experts are merged ``rows``, ``mean``, ``new`` or ``alias`` of
-            ``moe_spec.plan.ROUTERS``. Empty is ``rows``, or what is nearest to the paper of ``mone`` and of mergers.
+            ``ROUTERS``. Empty is ``rows``, or what is nearest to the paper of ``mone`` and of mergers.
         protect: keep super experts (``pruning.criteria.protection``) before all others.
         pretrained: the checkpoint before fine-tuning, for criteria that compare with it; plans hold its hash.
         floor: experts that every layer keeps at least.

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
+from moe_spec.layer_plan import REPLACE, LayerPlan
 from moe_spec.means import means_path
-from moe_spec.plan import REPLACE, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.statistics import LayerStatistics
 from pruning.budget.ranked import RankedLayer
 from pruning.budget.scopes import SCOPES, SEARCHED

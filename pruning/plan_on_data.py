@@ -18,7 +18,8 @@ from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
 from moe_spec.images import ImagePreprocessor
-from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.statistics import Statistics
 from pruning.apply import apply_plan

@@ -1,7 +1,7 @@
 """What may become of a router that loses experts: refused before any work."""
 
 from moe_spec.errors import UserError, did_you_mean
-from moe_spec.plan import DROP_ROUTERS, UNTOUCHED
+from moe_spec.layer_plan import DROP_ROUTERS, UNTOUCHED
 
 
 def check_router(router: str, *, clamp_top_k: bool) -> None:

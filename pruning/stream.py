@@ -10,7 +10,8 @@ from models.moe_layers import tensors_by_expert
 from models.stored_names import EXPERT_ID
 from models.tensor_files import AGAIN, StoredTensor
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 
 
 def pruned_parameters(skeleton: PreTrainedModel, plan: PruningPlan) -> dict[str, LayerPlan]:

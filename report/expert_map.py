@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from report.artifacts import Artifacts, folder_of
 from report.variants import Variant
 from runtime.verification.report import LayerParity

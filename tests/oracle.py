@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from models.families import family_of
 from models.moe_layers import find_moe_layers
-from moe_spec.plan import REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
+from moe_spec.plan import PruningPlan
 
 UNSELECTABLE = -1e30
 """For a selection bias. Finite: in the sum of a group's two best, two dropped experts must not turn into NaN, and they

@@ -12,7 +12,8 @@ from pathlib import Path
 from exporter.export import export
 from graph_passes.describe import read_model
 from models.vmoe.assets import fashion_mnist
-from moe_spec.plan import FULL, MEAN, ROWS, LayerPlan, Merge, PruningPlan
+from moe_spec.layer_plan import FULL, MEAN, ROWS, LayerPlan, Merge
+from moe_spec.plan import PruningPlan
 from tests.decoders import DECODERS
 from tests.zoo import RUNNER, Zoo
 

@@ -12,7 +12,8 @@ from benchmarks.methods.rows import RANDOM_DRAWS
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Report
-from moe_spec.plan import FULL, ROWS, PruningPlan
+from moe_spec.layer_plan import FULL, ROWS
+from moe_spec.plan import PruningPlan
 from pruning.budget.keep import Keep
 from pruning.finetuning.options import Plain
 from pruning.finetuning.recipe import recipe

@@ -10,7 +10,8 @@ from benchmarks.markdown import table
 from benchmarks.methods.subject import Subject
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Report
-from moe_spec.plan import MEAN, PruningPlan
+from moe_spec.layer_plan import MEAN
+from moe_spec.plan import PruningPlan
 from pruning.finetuning.recipe import recipe
 from pruning.options import PlanOptions
 from pruning.plan import make_plan

@@ -8,7 +8,8 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import RECIPE, cached
 from models.checkpoints import load_model
 from moe_spec.errors import UserError
-from moe_spec.plan import NEW, PruningPlan
+from moe_spec.layer_plan import NEW
+from moe_spec.plan import PruningPlan
 from moe_spec.record import Json, Record, parse_object
 from pruning.apply import apply_plan
 from pruning.finetuning.options import Method

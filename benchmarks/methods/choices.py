@@ -11,7 +11,8 @@ from benchmarks.methods.subject import Subject
 from benchmarks.tasks.cache import cached
 from models.checkpoints import load_model, save_model
 from moe_spec.errors import UserError
-from moe_spec.plan import ALIAS, FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED, PruningPlan
+from moe_spec.layer_plan import ALIAS, FULL, MEAN, NEW, REPLACE, ROWS, UNTOUCHED
+from moe_spec.plan import PruningPlan
 from moe_spec.record import Json
 from pruning.budget.keep import Keep
 from pruning.criteria import CRITERIA

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from benchmarks.methods.subject import Subject
 from models.checkpoints import load_model
 from models.moe_layers import MoELayer, find_moe_layers
-from moe_spec.plan import ALIAS, PruningPlan
+from moe_spec.layer_plan import ALIAS
+from moe_spec.plan import PruningPlan
 from moe_spec.record import Json
 from pruning.finetuning import seer
 from pruning.finetuning.examples import inputs, labelled

@@ -48,7 +48,7 @@ TAKEN: Mapping[str, Sequence[str]] = {
 """What the functions take, and what goes with them."""
 
 ARTIFACTS: Mapping[str, Sequence[str]] = {
-    "plan.json": ("moe_spec.plan",),
+    "plan.json": ("moe_spec.plan", "moe_spec.layer_plan"),
     "statistics.safetensors": ("moe_spec.statistics",),
     "manifest.json": ("moe_spec.manifest",),
     "parity.json": (
@@ -92,9 +92,9 @@ def artifacts_page() -> str:
 def dataclasses_of(module: ModuleType) -> list[str]:
     """Public dataclasses of ``module``, by their full names, in the order in which they are written.
 
-    >>> import moe_spec.plan
-    >>> dataclasses_of(moe_spec.plan)
-    ['moe_spec.plan.Merge', 'moe_spec.plan.LayerPlan', 'moe_spec.plan.PruningPlan']
+    >>> import moe_spec.layer_plan
+    >>> dataclasses_of(moe_spec.layer_plan)
+    ['moe_spec.layer_plan.Merge', 'moe_spec.layer_plan.LayerPlan']
     """
     made = (name for name, thing in vars(module).items() if dataclasses.is_dataclass(thing) and name[0] != "_")
     return [f"{module.__name__}.{name}" for name in made if vars(module)[name].__module__ == module.__name__]

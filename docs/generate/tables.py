@@ -10,7 +10,7 @@ from graph_passes.readers import READERS
 from graph_passes.writers import WRITERS
 from models.support import STAGES, families, tools
 from moe_spec.formats import FLOATS, FORMATS, said
-from moe_spec.plan import ROUTERS
+from moe_spec.layer_plan import ROUTERS
 from moe_spec.statistics import KEYS
 from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, NAEE, PAPERS, WEIGHT_CRITERIA
 from pruning.criteria.moments import Moment

@@ -38,8 +38,9 @@ from graph_passes.variants.observe import Mask, is_observable, mask_E, observe_r
 from graph_passes.writers.groups import UNSELECTABLE
 from moe_spec.companions import copy_companions
 from moe_spec.files import new_directory
+from moe_spec.layer_plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry, Manifest, list_files
-from moe_spec.plan import ALIAS, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 
 LOW_IN_HALF = -3e4
 """`UNSELECTABLE` for float16: twice this is finite too, and a softmax of it is 0."""

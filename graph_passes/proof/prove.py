@@ -26,8 +26,9 @@ from graph_passes.readers import read_blocks
 from graph_passes.record.block import MoEBlock
 from graph_passes.record.merge import merges
 from graph_passes.record.prune import match_layers, prune_block
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, OBSERVED, BlockEntry
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import Feeds, Runner
 
 

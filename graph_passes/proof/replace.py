@@ -16,7 +16,7 @@ from graph_passes.record.block import MoEBlock
 from graph_passes.record.prune import constants_for
 from graph_passes.variants.observe import routing_of
 from graph_passes.writers.routing import gates_of, slots_of
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 
 
 def replace_block(graph: gs.Graph, emitter: Emitter, block: MoEBlock, plan: LayerPlan) -> MoEBlock:

@@ -18,8 +18,8 @@ from graph_passes.readers import read_blocks
 from graph_passes.record.block import MoEBlock
 from graph_passes.record.merge import align_block, merge_block, merges
 from graph_passes.rewrite import Decision, carry_out
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan
 
 TWIN = "sorted"
 """The form: it expresses every block, and is none that our exporter writes."""

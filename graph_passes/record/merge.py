@@ -13,8 +13,8 @@ import numpy as np
 from graph_passes.record.block import Experts, MoEBlock, Router
 from graph_passes.weights.weight import Array, Rows, Weight, from_array
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import MEAN, LayerPlan, Merge
 from moe_spec.merging import Merging, weighted_mean
-from moe_spec.plan import MEAN, LayerPlan, Merge
 
 AXIS_OF_NEURONS = {"gate_EHF": 1, "up_EHF": 1, "gate_bias_EF": 0, "up_bias_EF": 0, "down_EFH": 0}
 """In the weights of one expert. They come in the order of a checkpoint, where gate and up are one."""

@@ -8,7 +8,8 @@ from graph_passes.record.merge import merge_block
 from graph_passes.record.share import share_experts
 from graph_passes.weights.weight import Weight, from_array
 from moe_spec.errors import UserError
-from moe_spec.plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.layer_plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan
+from moe_spec.plan import PruningPlan
 
 
 def prune_block(block: MoEBlock, plan: LayerPlan) -> MoEBlock:

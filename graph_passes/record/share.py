@@ -9,7 +9,7 @@ import dataclasses
 from graph_passes.record.block import ON_INPUT, MoEBlock
 from graph_passes.record.merge import merge_block
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 
 
 def share_experts(block: MoEBlock, plan: LayerPlan) -> MoEBlock:

@@ -14,7 +14,7 @@ import numpy as np
 from graph_passes.record.block import SCORE_FIRST, MoEBlock, Router, place_of
 from graph_passes.unreachable.ranges import ALONE, Ranges, ranges_of
 from moe_spec.errors import UserError
-from moe_spec.plan import FULL, LayerPlan
+from moe_spec.layer_plan import FULL, LayerPlan
 
 SILENT = "its gate is 0 for every input"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan
+from moe_spec.layer_plan import LayerPlan
 from pruning.finetuning.mask import ExpertMask
 from pruning.inputs import valid_tokens
 

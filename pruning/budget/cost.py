@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_spec.plan import FULL, REPLACE, LayerPlan, PruningPlan
+from moe_spec.layer_plan import FULL, REPLACE, LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning.budget.ranked import RankedLayer
 
 EXPERTS, BYTES, MILLISECONDS = "experts", "bytes", "ms"

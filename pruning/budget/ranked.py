@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import ANY, Groups, Kernels, check_expert_choice, check_floor, check_keep
-from moe_spec.plan import ROWS, UNTOUCHED, LayerPlan
+from moe_spec.layer_plan import ROWS, UNTOUCHED, LayerPlan
 from pruning.budget.keep import Keep
 
 
@@ -22,7 +22,7 @@ class RankedLayer:
         groups: group-limited routing, if the layer has it.
         scores: (E,) float64, higher is kept.
         clamp_top_k: let K shrink to what the router can then select.
-        router: one of ``moe_spec.plan.DROP_ROUTERS``. With those ``UNTOUCHED`` K stays, and any number may be kept.
+        router: one of ``DROP_ROUTERS``. With those ``UNTOUCHED`` K stays, and any number may be kept.
         protected: ids that are kept before all others.
         floor: the layer keeps at least so many.
         kernels: what the target takes.

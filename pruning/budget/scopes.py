@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from moe_spec.errors import UserError
-from moe_spec.plan import UNTOUCHED
+from moe_spec.layer_plan import UNTOUCHED
 from pruning.budget.keep import Keep
 from pruning.budget.ranked import RankedLayer
 

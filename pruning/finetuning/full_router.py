@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from models.moe_layers import find_moe_layers, require_token_choice
 from moe_spec.errors import UserError
-from moe_spec.plan import FULL, PruningPlan
+from moe_spec.layer_plan import FULL
+from moe_spec.plan import PruningPlan
 from pruning.finetuning.options import FullRouter
 
 

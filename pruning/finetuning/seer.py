@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from models.moe_layers import MoELayer, find_moe_layers, set_top_k
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from pruning.apply import apply_plan
 from pruning.behind_router import is_led

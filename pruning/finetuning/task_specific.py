@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 from moe_spec.errors import UserError
 from moe_spec.feasibility import check_floor
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan
 from pruning.finetuning.mask import ExpertMask
 from pruning.finetuning.options import HIT_RATE, TaskSpecific, name_of

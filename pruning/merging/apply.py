@@ -12,8 +12,8 @@ from models.families import Family, family_of
 from models.merged_experts import MergedExperts
 from models.moe_layers import MoELayer, axis_of_experts
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import ALIAS, MEAN, NEW, LayerPlan
 from moe_spec.merging import weighted_mean
-from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.plan import ALIAS, MEAN, NEW, ROUTERS, ROWS
+from moe_spec.layer_plan import ALIAS, MEAN, NEW, ROUTERS, ROWS
 from moe_spec.statistics import LayerStatistics
 from pruning.criteria.moments import NAMED
 from pruning.criteria.scores import Scores

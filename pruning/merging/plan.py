@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups
-from moe_spec.plan import ALIAS, MERGE_ROUTERS, LayerPlan, Merge
+from moe_spec.layer_plan import ALIAS, MERGE_ROUTERS, LayerPlan, Merge
 from moe_spec.statistics import KEYS, LayerStatistics
 from pruning.criteria.scores import Scores, finite
 from pruning.merging.mergers import Merger

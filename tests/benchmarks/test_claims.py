@@ -16,7 +16,8 @@ from benchmarks.tasks.metrics import ACCURACY, PERPLEXITY
 from benchmarks.tasks.task import Task
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers, set_top_k
-from moe_spec.plan import FULL, LayerPlan, PruningPlan
+from moe_spec.layer_plan import FULL, LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning.finetuning.options import Plain, Seer, TaskSpecific
 from pruning.finetuning.recipe import recipe
 from tests.models_table import EXPERTS, HIDDEN, TINY, TOP_K, VOCABULARY, WIDTH

@@ -9,7 +9,8 @@ from benchmarks import precision
 from benchmarks.precision import WAYS, Subject, interval, measure, report
 from graph_passes.quantization.activations import Activations
 from moe_spec.dataset import Dataset
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 
 KEPT = (0, 2, 3)
 

@@ -9,8 +9,9 @@ import pytest
 from models.checkpoints import save_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.cli.helpers import invoke, leftovers
 from tests.models_table import TINY

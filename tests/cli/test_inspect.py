@@ -8,8 +8,9 @@ import pytest
 
 from graph_passes.optimize import optimize
 from moe_spec.identity import checkpoint_sha256, onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from runtime.backend import BuildOptions
 from runtime.bench import BenchRow

@@ -3,7 +3,8 @@
 import pytest
 
 from models.vmoe.assets import fashion_mnist
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from tests.cli.helpers import invoke, leftovers
 
 NEEDS = {

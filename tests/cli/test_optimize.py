@@ -9,9 +9,10 @@ import pytest
 
 from graph_passes.readers import READERS
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
 from moe_spec.plan import SCHEMA as PLAN_SCHEMA
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.record import save_record
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.targets import TARGETS

@@ -10,8 +10,9 @@ import pytest
 from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
 from moe_spec.files import sha256_file
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from runtime.verification.report import ParityReport
 from tests.cli.helpers import invoke

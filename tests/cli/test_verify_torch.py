@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.planted import FAULTS, plant
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from pruning.apply import prune
 from tests.cli.helpers import invoke
 

@@ -21,8 +21,9 @@ from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest, TensorSpec
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
 from tests.cli.helpers import leftovers

@@ -11,8 +11,9 @@ from exporter.module import export_module
 from graph_passes.optimize import optimize
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan
 from tests.plain_modules import ADAPTERS, EXPERTS, adapted_net, example
 from tests.zoo import RUNNER

@@ -10,7 +10,8 @@ from exporter.sources import open_model, prepared
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, MEAN, NEW, LayerPlan, Merge, PruningPlan
+from moe_spec.layer_plan import ALIAS, MEAN, NEW, LayerPlan, Merge
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan
 from tests.families.configs import tiny
 

@@ -25,8 +25,9 @@ from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import ALIAS, FULL, MEAN, ROWS, LayerPlan, Merge
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import ALIAS, FULL, MEAN, ROWS, LayerPlan, Merge, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from pruning.apply import apply_plan
 from tests.oracle import masked, with_any_means

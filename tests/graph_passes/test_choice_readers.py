@@ -7,7 +7,8 @@ from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from tests.graph_passes.block_models import Spec, plan, save
 from tests.zoo import RUNNER
 

@@ -6,8 +6,9 @@ import pytest
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from tests.foreign.table import FOREIGN
 from tests.zoo import RUNNER
 

@@ -13,8 +13,9 @@ from graph_passes.optimize import optimize
 from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from tests.zoo import RUNNER
 
 

@@ -17,8 +17,9 @@ from graph_passes.writers import WRITERS
 from graph_passes.writers import why_not as cannot_write
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.engines import FORMS, built
 from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, save, spec_of, why_not, why_not_run

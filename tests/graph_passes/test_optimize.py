@@ -17,8 +17,9 @@ from graph_passes.record.prune import match_layers
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256, pruned_sha256
+from moe_spec.layer_plan import NEW, LayerPlan, Merge
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import NEW, LayerPlan, Merge, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.graph_passes.block_models import NAME, Spec, compute, plan, save

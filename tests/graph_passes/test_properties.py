@@ -16,8 +16,9 @@ from moe_spec.errors import UserError
 from moe_spec.experts_op import ACTIVATIONS, Activation
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import FULL, REPLACE, ROWS, LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import FULL, REPLACE, ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.graph_passes.block_models import ROUTERS, Spec, compute, plan, save, spec_of, why_not
 from tests.graph_passes.block_models.spec import layer_name

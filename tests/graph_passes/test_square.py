@@ -18,8 +18,9 @@ from models.checkpoints import load_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import FULL, REPLACE, ROWS, UNTOUCHED, LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import FULL, REPLACE, ROWS, UNTOUCHED, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.engines import built
 from tests.models_table import TINY

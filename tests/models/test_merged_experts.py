@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from models.merged_experts import MergedExperts, neurons_first
 from models.moe_layers import find_moe_layers
-from moe_spec.plan import LayerPlan, Merge
+from moe_spec.layer_plan import LayerPlan, Merge
 from pruning.observe import expert_outputs
 from tests.models_table import HIDDEN, TINY, WIDTH
 

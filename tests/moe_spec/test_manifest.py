@@ -3,8 +3,9 @@ import json
 import pytest
 
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import BlockEntry, Manifest, PassEntry, TensorSpec, list_files
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 
 REMAKE = "make the directory again with the command that made it"
 

@@ -8,7 +8,8 @@ import safetensors.numpy
 
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.plan import FULL, REPLACE, LayerPlan, PruningPlan
+from moe_spec.layer_plan import FULL, REPLACE, LayerPlan
+from moe_spec.plan import PruningPlan
 
 REMAKE = "make it again with `moe-edge plan`"
 MEANS = np.array([[2, 4], [0.5, -1], [0, 0]], np.float32)

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
+from moe_spec.layer_plan import LayerPlan, Merge
 from moe_spec.merging import Merging, best_order, weighted_mean
-from moe_spec.plan import LayerPlan, Merge
 
 J = {"up": np.eye(2), "down": np.array([[1.0], [2.0]])}
 Y = {"up": np.eye(2)[::-1], "down": np.array([[2.0], [1.0]])}

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
-from moe_spec.plan import LayerPlan, Merge, PruningPlan
+from moe_spec.layer_plan import LayerPlan, Merge
+from moe_spec.plan import PruningPlan
 
 REMAKE = "make it again with `moe-edge plan`"
 IMPOSSIBLE = "layer layers.0.mlp cannot route 8 experts in {} groups of which {} are selected"

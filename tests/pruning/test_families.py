@@ -10,7 +10,8 @@ from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import MEAN, REPLACE, LayerPlan, Merge, PruningPlan
+from moe_spec.layer_plan import MEAN, REPLACE, LayerPlan, Merge
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan, prune
 from pruning.collect import collect
 from pruning.finetuning.mask import ExpertMask

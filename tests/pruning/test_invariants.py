@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.moe_layers import MoELayer, find_moe_layers, set_top_k
-from moe_spec.plan import FULL, ROWS
+from moe_spec.layer_plan import FULL, ROWS
 from pruning.apply import apply_plan
 from tests.models_table import EXPERTS, TINY
 from tests.oracle import plan_for

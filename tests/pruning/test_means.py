@@ -7,7 +7,8 @@ import torch
 from models.checkpoints import save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
-from moe_spec.plan import REPLACE, ROWS, LayerPlan, PruningPlan
+from moe_spec.layer_plan import REPLACE, ROWS, LayerPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from pruning.apply import apply_plan
 from pruning.collect import collect

@@ -7,7 +7,8 @@ import torch
 
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning import reconstruction
 from pruning.apply import apply_plan
 from pruning.reconstruction import search, search_model

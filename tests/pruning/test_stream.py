@@ -15,7 +15,8 @@ from models.moe_layers import find_moe_layers
 from models.tensor_files import INDEX, Span, StoredTensor, write_tensors
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from pruning.apply import apply_plan, prune
 from pruning.stream import without_dropped
 from tests.models_table import TINY, example_inputs

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from moe_spec.dataset import Dataset
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.statistics import LayerStatistics, Statistics
 from runtime.backend import BuildOptions
 from runtime.bench import row_of

@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from moe_spec.errors import UserError
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from report.artifacts import collect
 from report.chain import chain
 from report.commands import commands, missing

@@ -10,8 +10,9 @@ import onnx
 import onnx.parser
 
 from moe_spec.files import sha256_text
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import BlockEntry, Manifest, TensorSpec, list_files
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, CLASSES = 4, 2, 8, 16, 3
 LAYERS = ("blocks.0.moe", "blocks.1.moe")

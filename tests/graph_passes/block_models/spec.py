@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_spec.experts_op import Activation, ExpertsOp
 from moe_spec.feasibility import Groups
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 
 OPSET = 20
 NAME = "layers.0.mlp"

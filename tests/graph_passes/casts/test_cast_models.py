@@ -16,8 +16,9 @@ from graph_passes.proof.feeds import random_batches
 from graph_passes.quantization.activations import Activations
 from models.vmoe.assets import fashion_mnist
 from moe_spec.errors import UserError, VerificationError
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from runtime.verification.sides import Side
 from tests.graph_passes.block_models import Spec

@@ -12,8 +12,8 @@ from graph_passes.graph.protos import every_graph, every_node
 from graph_passes.optimize import optimize
 from moe_spec.experts_op import DOMAIN
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, OBSERVED
-from moe_spec.plan import LayerPlan
 from tests.graph_passes.block_models import NAME, Spec, plan, save
 from tests.zoo import RUNNER
 

@@ -12,8 +12,9 @@ from graph_passes.optimize import optimize
 from graph_passes.record.block import MoEBlock
 from moe_spec.experts_op import Activation
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import Spec, compute, save, weights

@@ -6,7 +6,8 @@ import pytest
 
 from graph_passes.describe import inspect_model, read_model
 from graph_passes.optimize import optimize
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import save, spec_of
 from tests.zoo import RUNNER

@@ -13,8 +13,9 @@ from graph_passes.precision import Precision
 from graph_passes.proof.mask import mask_model
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import FULL, ROWS, LayerPlan
 from moe_spec.manifest import MODEL, OBSERVED, Manifest
-from moe_spec.plan import FULL, ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.engines import FORMS, built
 from tests.foreign.table import FOREIGN

@@ -17,7 +17,7 @@ from graph_passes.proof import compare
 from graph_passes.proof.mask import mask_model
 from graph_passes.record import merge
 from moe_spec.errors import UserError, VerificationError
-from moe_spec.plan import ALIAS, MEAN, ROWS, LayerPlan, Merge
+from moe_spec.layer_plan import ALIAS, MEAN, ROWS, LayerPlan, Merge
 from moe_spec.runner import error_between
 from tests.graph_passes.block_models import FORM_NAMES, Spec, spec_of
 from tests.graph_passes.block_models.limits import WITH_MATRICES_OF_ONE

@@ -18,8 +18,9 @@ from graph_passes.record.prune import constants_for
 from graph_passes.writers import BEHIND_A_FULL_ROUTER, WRITERS
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import FULL, REPLACE, ROWS, LayerPlan
 from moe_spec.manifest import MODEL, OBSERVED, Manifest
-from moe_spec.plan import FULL, REPLACE, ROWS, LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.foreign.table import FOREIGN
 from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, spec_of

@@ -16,8 +16,9 @@ from graph_passes.proof.mask import mask_model
 from graph_passes.writers import BEHIND_A_FULL_ROUTER, WRITERS
 from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import ALIAS, FULL, LayerPlan, Merge
 from moe_spec.manifest import MODEL
-from moe_spec.plan import ALIAS, FULL, LayerPlan, Merge, PruningPlan
+from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.graph_passes.block_models import ROUTERS, Spec, spec_of
 from tests.graph_passes.block_models.spec import layer_name

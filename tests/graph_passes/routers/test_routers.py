@@ -11,7 +11,8 @@ from graph_passes.optimize import optimize
 from graph_passes.record.block import FormError
 from graph_passes.routers import Weights, read_gates, read_logits, read_masked, read_slots
 from moe_spec.identity import onnx_sha256
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import PruningPlan
 from tests.graph_passes.block_models import ROUTERS, compute, plan, save, spec_of, weights, why_not
 from tests.zoo import RUNNER
 

@@ -15,8 +15,9 @@ from graph_passes.weights.weight import from_array
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
-from moe_spec.plan import LayerPlan, PruningPlan
+from moe_spec.plan import PruningPlan
 from tests.graph_passes.block_models import NAME, ROUTERS, Spec, compute, save
 from tests.zoo import RUNNER
 

@@ -13,8 +13,9 @@ from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.layer_plan import FULL, ROWS
 from moe_spec.manifest import MODEL
-from moe_spec.plan import FULL, ROWS, PruningPlan
+from moe_spec.plan import PruningPlan
 from pruning.finetuning.finetune import RECORD, finetune
 from pruning.finetuning.full_router import silenced
 from pruning.finetuning.objectives import task_loss

@@ -14,7 +14,8 @@ from models.merged_experts import neurons_first
 from models.moe_layers import find_moe_layers
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import ALIAS, MEAN, NEW, ROWS, LayerPlan, Merge, PruningPlan
+from moe_spec.layer_plan import ALIAS, MEAN, NEW, ROWS, LayerPlan, Merge
+from moe_spec.plan import PruningPlan
 from pruning import apply
 from pruning.apply import apply_plan, prune
 from tests.families.configs import tiny

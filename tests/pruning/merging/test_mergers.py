@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import laplacian
 
-from moe_spec.plan import MEAN, NEW, ROWS
+from moe_spec.layer_plan import MEAN, NEW, ROWS
 from pruning.merging.mergers import CENTROID_CAPACITY, MERGERS, make_groups
 from pruning.merging.similarity import cosine, logit_cosine
 from tests.pruning.merging.observed import observed

@@ -5,7 +5,7 @@ import pytest
 
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
-from moe_spec.plan import LayerPlan, Merge
+from moe_spec.layer_plan import LayerPlan, Merge
 from pruning.merging.mergers import MERGERS
 from pruning.merging.plan import check_merging, merge_instead
 from tests.pruning.merging.observed import observed

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from models.checkpoints import load_model, save_model
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.plan import MEAN
+from moe_spec.layer_plan import MEAN
 from pruning import apply
 from pruning.apply import apply_plan, prune
 from tests.families.configs import tiny
