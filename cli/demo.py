@@ -1,8 +1,8 @@
 """Go the whole way with a small model that is in the package.
 
 It is a V-MoE trained on Fashion-MNIST, with 8 experts a layer: calibrate, plan, export, optimize, build, verify, bench
-and report, for 8, 4, 2 and 1 of them, and once more trained down to one. Every artifact stays in the directory, with
-report.html. No GPU is needed; it takes about a minute.
+and report, for 8, 6, 4, 2 and 1 of them, and once more for 2 that are trained again. Every artifact stays in the
+directory, with report.html, which says which of them may ship. No GPU is needed; it takes about a minute.
 
 Example: moe-edge demo
 Example: moe-edge demo --no-engines -o quick-demo/
@@ -27,7 +27,9 @@ REPORT = "report.html"
 
 def demo(
     output: Output = Path("demo-output"),
-    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Build TensorRT-RTX engines too.")] = True,
+    engines: Annotated[
+        bool, typer.Option("--engines/--no-engines", help="Build a TensorRT-RTX engine of each, for RTX 30, 40 and 50.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Go the whole way, and print a table."""
@@ -38,13 +40,14 @@ def demo(
 
     with new_directory(output) as staging:
         rows = Journey(staging, TARGETS if engines else (), console.step).run()
-        payload = {"rows": [dataclasses.asdict(row) for row in rows], "output": str(output)}
-        (staging / "demo.json").write_text(dump(payload) + "\n", encoding="utf-8")
         console.step("report")
-        report(staging, staging / REPORT, name=output.resolve().name)
+        verdict = report(staging, staging / REPORT, name=output.resolve().name)
+        told = {"rows": [dataclasses.asdict(row) for row in rows], "verdict": dataclasses.asdict(verdict)}
+        (staging / "demo.json").write_text(dump(told) + "\n", encoding="utf-8")
     if not as_json:
         console.out.print(_table(rows))
-    console.result(f"every artifact is in {output}, and {output / REPORT} shows them", payload, as_json)
+    said = f"{verdict.headline}: {output / REPORT} says why, and every artifact is in {output}"
+    console.result(said, told | {"output": str(output)}, as_json)
 
 
 def _table(rows: "list[Row]") -> Table:
@@ -69,7 +72,7 @@ def _table(rows: "list[Row]") -> Table:
             row.parity,
             "-" if row.flips is None else f"{row.flips}",
             _megabytes(row.onnx_bytes),
-            _megabytes(max(row.engine_bytes.values(), default=None)),
+            _megabytes(row.engine_bytes),
             *(f"{row.latency_ms[str(size)]:.2f}" for size in BATCHES),
         )
     return table

@@ -44,12 +44,16 @@ class Finetuning:
     Attributes:
         method: name of the method.
         model_sha256: identity of the checkpoint that was trained.
+        data_sha256: of what it was trained on.
+        teacher_sha256: identity of the checkpoint that was imitated, if one was.
         options: of the method.
         recipe: optimizer and schedule.
     """
 
     method: str
     model_sha256: str
+    data_sha256: str
+    teacher_sha256: str | None
     options: Mapping[str, Any]
     recipe: Mapping[str, Any]
 
@@ -87,6 +91,13 @@ class Artifacts:
         """What is known of the training of checkpoints, by their identity."""
         records = {folder_of(record.path): record.value for record in self.finetunings}
         return {found.sha256: records[found.path] for found in self.checkpoints if found.path in records}
+
+    @property
+    def pruned(self) -> Mapping[str, PruningPlan]:
+        """The plans of checkpoints that `prune` wrote, by the identity of these."""
+        plans = {folder_of(found.path): found.value for found in self.plans}
+        there = {found.sha256: plans[found.path] for found in self.checkpoints if found.path in plans}
+        return {sha256: plan for sha256, plan in there.items() if sha256 not in self.trained}
 
 
 def folder_of(path: str) -> str:
@@ -150,6 +161,8 @@ def _finetuning(path: Path) -> Finetuning:
     return Finetuning(
         method=record.take("method", str),
         model_sha256=record.take("model_sha256", str),
+        data_sha256=record.take("data_sha256", str),
+        teacher_sha256=record.take("teacher_sha256", str, default=None),
         options=record.take("options", dict),
         recipe=record.take("recipe", dict),
     )

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
-from report.artifacts import Artifacts, Finetuning, Found
-from report.variants import OPTIMIZED, model_bytes
+from report.artifacts import Artifacts, Finetuning, Found, folder_of
+from report.variants import OPTIMIZED, model_bytes, targets_of
 from report.words import plural, size
 
 CHECKPOINT, STATISTICS, PLAN = "checkpoint", "statistics", "plan"
@@ -43,8 +43,10 @@ def chain(artifacts: Artifacts) -> tuple[Node, ...]:
     roots += [found.value.model_sha256 for found in artifacts.plans]
     roots += [record.model_sha256 for record in trained.values()]
     roots += [found.sha256 for found in artifacts.checkpoints]
+    roots += [plan.model_sha256 for plan in artifacts.pruned.values()]
     forest = _Forest(artifacts, {found.sha256: found.path for found in artifacts.checkpoints}, trained)
-    return tuple(forest.root(sha256) for sha256 in dict.fromkeys(roots) if sha256 not in trained)
+    made = {*trained, *artifacts.pruned}
+    return tuple(forest.root(sha256) for sha256 in dict.fromkeys(roots) if sha256 not in made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,13 @@ class _Forest:
     def root(self, sha256: str) -> Node:
         """A checkpoint or a foreign ONNX file, and all that came of it."""
         path, record = self.checkpoints.get(sha256, ""), self.trained.get(sha256)
-        about = f"fine-tuned: {record.method}" if record else "" if path else "not in this directory"
-        grown = [self.root(child) for child, its in self.trained.items() if its.model_sha256 == sha256]
+        about = "" if path else "not in this directory"
+        if sha256 in self.artifacts.pruned:
+            about = f"pruned by {self.artifacts.pruned[sha256].criterion}"
+        if record is not None:
+            about = f"fine-tuned: {record.method}"
+        of_parent = (*self.artifacts.pruned.items(), *self.trained.items())
+        grown = [self.root(child) for child, its in of_parent if its.model_sha256 == sha256]
         children = (*self._calibrations(sha256), *self._plans(sha256), *self._models(sha256), *grown)
         return Node(CHECKPOINT, path, sha256, about, children=children)
 
@@ -66,16 +73,22 @@ class _Forest:
         for found in self.artifacts.statistics:
             if found.value.model_sha256 == sha256:
                 tokens = max((layer.token_count for layer in found.value.layers), default=0)
+                copies = set(self.checkpoints.values())
                 plans = tuple(
-                    _plan(plan) for plan in self.artifacts.plans if plan.value.statistics_sha256 == found.sha256
+                    _plan(plan)
+                    for plan in self.artifacts.plans
+                    if plan.value.statistics_sha256 == found.sha256 and folder_of(plan.path) not in copies
                 )
                 yield Node(STATISTICS, found.path, found.sha256, plural(tokens, "token"), children=plans)
 
     def _plans(self, sha256: str) -> Iterable[Node]:
         """Those that no statistics of the directory ranked."""
         ranked = {found.sha256 for found in self.artifacts.statistics}
+        copies = set(self.checkpoints.values())
         for found in self.artifacts.plans:
-            if found.value.model_sha256 == sha256 and found.value.statistics_sha256 not in ranked:
+            if found.value.statistics_sha256 in ranked or folder_of(found.path) in copies:
+                continue
+            if found.value.model_sha256 == sha256:
                 yield _plan(found)
 
     def _models(self, parent_sha256: str) -> Iterable[Node]:
@@ -86,8 +99,7 @@ class _Forest:
                 yield Node(model.value.kind, model.path, model.sha256, self._about(model.value), damage, children)
 
     def _about(self, manifest: Manifest) -> str:
-        target = manifest.details.get("target")
-        said: Sequence[str] = [str(target)] if isinstance(target, str) else []
+        said: Sequence[str] = targets_of(manifest)
         plan = next((found.path for found in self.artifacts.plans if found.value == manifest.plan), None)
         if plan is not None and manifest.kind in (OPTIMIZED, REFERENCE):
             said = [*said, f"with {plan}"]

@@ -1,34 +1,97 @@
 """The commands that make a run again, read out of what the artifacts say of themselves."""
 
+import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_spec.manifest import Manifest
-from report.artifacts import Artifacts, Found, folder_of
+from moe_spec.plan import PruningPlan
+from moe_spec.statistics import KEYS
+from report.artifacts import Artifacts, Finetuning, Found, folder_of
+from report.chain import REFERENCE
+from report.names import Names
 from report.variants import EXPORTED, OPTIMIZED
-from report.words import short
 from runtime.backend import ENGINE
 from runtime.bundle.bundle import KIND as BUNDLE
+from runtime.report import ParityReport
+from runtime.tolerances import TOLERANCES
 
-DATA, CHECKPOINT = "DATA.npz", "CHECKPOINT"
-"""What lies outside the directory; their hashes stand beside them."""
-
-_DEFAULTS: Mapping[str, Any] = {"scope": "layer", "seed": 0, "floor": 1, "rounds": 1}
+_DEFAULTS: Mapping[str, Any] = {
+    "scope": "layer",
+    "seed": 0,
+    "floor": 1,
+    "rounds": 1,
+    "percentile": 100.0,
+    "threads": 1,
+    "opset": 20,
+    "dtype": "fp32",
+    "greedy_tokens": 16,
+}
+"""What options are if they are not given."""
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _PRECISION: Mapping[str, str] = {"experts": "precision", "rest": "rest_precision", "block_size": "block_size"}
 """What an option is called that a manifest has under another name."""
-_STAGES = ("calibrate", "plan", "finetune", "export", "optimize", "build", "bundle", "verify", "bench")
+_BUDGETS = {"bytes": "max_size", "milliseconds": "max_latency"}
+"""Options for the units of a budget in plan.json."""
+_BY_HAND = "by hand"
+_STAGES = (
+    "calibrate",
+    "merge",
+    "plan",
+    "prune",
+    "finetune",
+    "export",
+    "optimize",
+    "build",
+    "bundle",
+    "verify",
+    "bench",
+)
 
-Step = tuple[str, str, str]
-"""Verb, command, and what to know of it."""
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        words: behind ``moe-edge``, the verb first.
+        makes: path of what it writes, its ``-o``.
+        note: what to know of it.
+    """
+
+    words: tuple[str, ...]
+    makes: str
+    note: str = ""
+
+    @property
+    def verb(self) -> str:
+        """Of the command line."""
+        return self.words[0]
+
+    @property
+    def command(self) -> str:
+        """The line for a shell."""
+        return shlex.join(["moe-edge", *self.words, "-o", self.makes])
 
 
 def commands(artifacts: Artifacts) -> list[Step]:
-    """In the order of the way through; run from within the directory's parent they take other names for -o."""
-    names = _Names(artifacts)
-    makers = (_calibrate, _plan, _finetune, _models, _verify, _bench)
+    """What makes the artifacts again in an empty directory that has ``Names.outside``, in an order that works."""
+    names = Names(artifacts)
+    makers = (_calibrate, _plan, _prune, _finetune, _models, _verify, _bench)
     steps = [step for make in makers for step in make(artifacts, names)]
-    return sorted(steps, key=lambda step: _STAGES.index(step[0]))
+    return _in_order(sorted(steps, key=lambda step: _STAGES.index(step.verb)))
+
+
+def _in_order(steps: Sequence[Step]) -> list[Step]:
+    """Each behind those that make what it reads, and otherwise as they come."""
+    left, ordered = list(steps), []
+    while left:
+        unmade = {step.makes for step in left}
+        ready = next((step for step in left if not unmade & {*step.words} - {step.makes}), left[0])
+        left.remove(ready)
+        ordered.append(ready)
+    return ordered
 
 
 def missing(artifacts: Artifacts) -> list[tuple[str, str]]:
@@ -47,122 +110,177 @@ def missing(artifacts: Artifacts) -> list[tuple[str, str]]:
     return [(command.split()[1], command) for command, is_there in there.items() if not is_there]
 
 
-class _Names:
-    """What artifacts are called in a command, by their hash."""
-
-    def __init__(self, artifacts: Artifacts) -> None:
-        finds: tuple[Found[Any], ...] = (*artifacts.models, *artifacts.checkpoints, *artifacts.statistics)
-        self._paths = {found.sha256: found.path for found in finds}
-        self._plans = artifacts.plans
-
-    def path(self, sha256: str | None, otherwise: str) -> str:
-        return self._paths.get(sha256 or "", otherwise)
-
-    def plan(self, manifest: Manifest) -> list[str]:
-        if manifest.plan is None:
-            return []
-        found = next((plan.path for plan in self._plans if plan.value == manifest.plan), "plan.json")
-        return ["--plan", found]
-
-
-def _line(*words: object) -> str:
-    return shlex.join(["moe-edge", *map(str, words)])
+def _step(makes: str, *words: object, note: str = "") -> Step:
+    return Step(tuple(map(str, words)), makes, note)
 
 
 def _options(values: Mapping[str, Any]) -> list[str]:
-    """As options of the command line; those that are what they are by default are left out."""
+    """As options of the command line; those that are what they are by default are left out.
+
+    >>> _options({"block_size": 32, "seed": 0, "dense": True, "lower_at": (3, 5), "pretrained": None})
+    ['--block-size', '32', '--dense', '--lower-at', '3', '--lower-at', '5']
+    """
     said: list[str] = []
     for name, value in values.items():
-        if value in (None, False) or (name in _DEFAULTS and _DEFAULTS[name] == value):
+        if value is None or value is False or (name in _DEFAULTS and _DEFAULTS[name] == value):
             continue
         option = "--" + name.replace("_", "-")
-        said += [option] if value is True else [option, str(value)]
+        several: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+        said += [option] if value is True else [word for one in several for word in (option, str(one))]
     return said
 
 
-def _calibrate(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
+def _calibrate(artifacts: Artifacts, names: Names) -> Iterator[Step]:
     for found in artifacts.statistics:
-        model = names.path(found.value.model_sha256, CHECKPOINT)
-        data = ", ".join(short(sha256) for sha256 in found.value.data_sha256)
-        yield "calibrate", _line("calibrate", model, "--data", DATA, "-o", found.path), f"data {data}"
+        statistics = found.value
+        model = names.path(statistics.model_sha256)
+        dense = _options({"dense": any(KEYS[key].dense for layer in statistics.layers for key in layer.sums)})
+        shards = [names.data[sha256] for sha256 in statistics.data_sha256]
+        parts = [f"{found.path}.{number}.safetensors" for number in range(len(shards))] if shards[1:] else [found.path]
+        for data, part in zip(shards, parts, strict=True):
+            yield _step(part, "calibrate", model, "--data", data, *dense)
+        if len(parts) > 1:
+            yield _step(found.path, "merge", *parts)
 
 
-def _plan(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
-    trained = {folder_of(record.path) for record in artifacts.finetunings}
-    for found in artifacts.plans:
+def _plan(artifacts: Artifacts, names: Names) -> Iterator[Step]:
+    for found in names.plans:
         plan = found.value
-        if folder_of(found.path) in trained:
-            continue  # `finetune` left it
-        source = names.path(plan.statistics_sha256, names.path(plan.model_sha256, CHECKPOINT))
-        said = _options({**plan.options, "pretrained": plan.options.get("pretrained") and "PRETRAINED"})
-        yield "plan", _line("plan", source, "--criterion", plan.criterion, *said, "-o", found.path), ""
+        source = names.path(plan.statistics_sha256, names.path(plan.model_sha256))
+        said = _by_hand(plan) if plan.criterion == _BY_HAND else _ranked(plan, names)
+        yield _step(found.path, "plan", source, *said)
 
 
-def _finetune(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
+def _by_hand(plan: PruningPlan) -> list[str]:
+    named = [f"{layer.name}={','.join(map(str, layer.keep))}" for layer in plan.layers if layer.dropped]
+    clamped = any(len(layer.keep) == layer.top_k for layer in plan.layers)
+    return _options({"experts": named, "clamp_top_k": clamped, "router": plan.layers[0].router})
+
+
+def _ranked(plan: PruningPlan, names: Names) -> list[str]:
+    said = dict(plan.options)
+    data, budget, search = (said.pop(key, None) for key in ("data_sha256", "budget", "search"))
+    if data:
+        said = {"data": names.data[data], **said}
+    if isinstance(budget, dict) and budget.get("unit") in _BUDGETS:
+        said = {key: value for key, value in said.items() if key != "keep"}
+        said[_BUDGETS[budget["unit"]]] = budget.get("written")
+    if isinstance(search, dict):
+        said["trials"] = search.get("trials")
+    if said.get("pretrained"):
+        said["pretrained"] = names.path(str(said["pretrained"]), "PRETRAINED")
+    return ["--criterion", plan.criterion, *_options(said)]
+
+
+def _prune(artifacts: Artifacts, names: Names) -> Iterator[Step]:
+    for sha256, plan in artifacts.pruned.items():
+        model = names.path(plan.model_sha256)
+        yield _step(names.path(sha256), "prune", model, "--plan", names.plan(plan))
+
+
+def _finetune(artifacts: Artifacts, names: Names) -> Iterator[Step]:
     for found in artifacts.finetunings:
         record, out = found.value, folder_of(found.path)
-        model = names.path(record.model_sha256, CHECKPOINT)
-        wanted = ("steps", "batch_size", "learning_rate")
-        said = _options({key: record.recipe[key] for key in wanted if key in record.recipe})
-        line = _line("finetune", model, "--data", DATA, "--method", record.method, *said, "-o", out)
-        yield "finetune", line, "finetuning.json has every option"
+        said = ["--data", names.data[record.data_sha256], "--method", record.method, *_options(_training(record))]
+        if record.teacher_sha256 is not None:
+            said += ["--teacher", names.path(record.teacher_sha256)]
+        if record.method == "full-router":
+            layers = next((plan.value.layers for plan in artifacts.plans if folder_of(plan.path) == out), ())
+            said += ["--plan", next((plan.path for plan in names.plans if plan.value.layers == layers), "plan.json")]
+        yield _step(out, "finetune", names.path(record.model_sha256), *said)
 
 
-def _models(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
+def _training(record: Finetuning) -> dict[str, Any]:
+    """What a training was told; a recipe's decay has no option, it goes with the optimizer."""
+    is_sgd = record.recipe.get("optimizer") == "sgd"
+    left_out = {"optimizer", "weight_decay"} | (set() if is_sgd else {"momentum"})
+    recipe = {key: value for key, value in record.recipe.items() if key not in left_out}
+    return {**record.options, "recipe": "router-norm-cifar" if is_sgd else None, **recipe}
+
+
+def _models(artifacts: Artifacts, names: Names) -> Iterator[Step]:
+    there = {model.sha256: model for model in artifacts.models}
     for model in artifacts.models:
         make = _BY_KIND.get(model.value.kind)
         if make is not None:
-            yield make(model, names)
+            yield make(model, there.get(model.value.parent_sha256), names)
 
 
-def _export(model: Found[Manifest], names: _Names) -> Step:
-    parent = names.path(model.value.parent_sha256, CHECKPOINT)
-    return "export", _line("export", parent, *names.plan(model.value), "-o", model.path), ""
+def _plan_of(manifest: Manifest, parent: Found[Manifest] | None, names: Names) -> list[str]:
+    """``--plan``, where it was not carried out before."""
+    is_new = manifest.plan is not None and (parent is None or parent.value.plan != manifest.plan)
+    return ["--plan", names.plan(manifest.plan)] if is_new and manifest.plan is not None else []
 
 
-def _optimize(model: Found[Manifest], names: _Names) -> Step:
+def _export(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:
     manifest = model.value
+    dtype = _DTYPES.get(str(manifest.details.get("dtype")))
+    said = _options({"opset": manifest.details.get("opset"), "dtype": dtype})
+    source = names.path(manifest.parent_sha256)
+    return _step(model.path, "export", source, *_plan_of(manifest, parent, names), *said)
+
+
+def _optimize(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:
+    manifest, details = model.value, model.value.details
     forms = {block.form for block in manifest.blocks}
-    form = ["--form", forms.pop()] if len(forms) == 1 and manifest.modified else []
-    asked = manifest.details.get("precision")
-    said = (
-        _options({_PRECISION[key]: asked[key] for key in _PRECISION if key in asked}) if isinstance(asked, dict) else []
-    )
-    parent = names.path(manifest.parent_sha256, "EXPORTED")
-    return "optimize", _line("optimize", parent, *names.plan(manifest), *form, *said, "-o", model.path), ""
+    said: dict[str, Any] = {"form": forms.pop() if len(forms) == 1 and manifest.modified else None}
+    asked = details.get("precision")
+    said |= {_PRECISION[key]: asked.get(key) for key in _PRECISION} if isinstance(asked, dict) else {}
+    rounded = details.get("activations")
+    if isinstance(rounded, dict):
+        data = names.data.get(str(rounded.get("data_sha256")), "DATA.npz")
+        said |= {"activations": rounded.get("format"), "calibration": data, "percentile": rounded.get("percentile")}
+    said |= {"forced": bool(details.get("forced")), "observe_experts": bool(details.get("experts"))}
+    said |= {"allow_partial": bool(details.get("left_alone"))}
+    unproven = ["--no-prove"] if manifest.modified and not details.get("oracle", ["unknown"]) else []
+    source = names.path(manifest.parent_sha256, "EXPORTED")
+    note = "layers have several forms: give the --target that they were chosen for" if len(forms) > 1 else ""
+    said_plan = _plan_of(manifest, parent, names)
+    return _step(model.path, "optimize", source, *said_plan, *_options(said), *unproven, note=note)
 
 
-def _build(model: Found[Manifest], names: _Names) -> Step:
-    manifest = model.value
-    parent, target = names.path(manifest.parent_sha256, "OPTIMIZED"), manifest.details.get("target", "TARGET")
-    given: Sequence[Any] = manifest.details.get("arguments", ())
+def _build(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:  # noqa: ARG001
+    details = model.value.details
+    given: Sequence[Any] = details.get("arguments", ())
     arguments = [word for argument in given if isinstance(argument, str) for word in argument.split()]
-    return "build", _line("build", parent, "--target", target, *arguments, "-o", model.path), ""
+    source = names.path(model.value.parent_sha256, "OPTIMIZED")
+    return _step(model.path, "build", source, "--target", details.get("target", "TARGET"), *arguments)
 
 
-def _bundle(model: Found[Manifest], names: _Names) -> Step:
-    parent, target = names.path(model.value.parent_sha256, "OPTIMIZED"), model.value.details.get("target", "TARGET")
-    return "bundle", _line("bundle", parent, "--target", target, "-o", model.path), ""
+def _bundle(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:  # noqa: ARG001
+    source, target = names.path(model.value.parent_sha256, "OPTIMIZED"), model.value.details.get("target", "TARGET")
+    return _step(model.path, "bundle", source, "--target", target)
 
 
 _BY_KIND = {EXPORTED: _export, OPTIMIZED: _optimize, ENGINE: _build, BUNDLE: _bundle}
 
 
-def _verify(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
-    parents = {model.sha256: model.value.parent_sha256 for model in artifacts.models}
+def _verify(artifacts: Artifacts, names: Names) -> Iterator[Step]:
+    models = {model.sha256: model for model in artifacts.models}
     for found in artifacts.parities:
         report = found.value
-        candidate = names.path(report.candidate_sha256, "CANDIDATE")
-        parent = names.path(parents.get(report.candidate_sha256), "EXPORTED")
-        reference = names.path(report.reference_sha256, parent)
-        data = ["--data", DATA] if report.data_sha256 else []
-        note = f"data {short(report.data_sha256)}" if report.data_sha256 else report.data
-        yield "verify", _line("verify", candidate, "--reference", reference, *data, "-o", found.path), note
+        candidate, reference = (models.get(sha256) for sha256 in (report.candidate_sha256, report.reference_sha256))
+        against = report.reference_sha256
+        if reference is not None and reference.value.kind == REFERENCE:
+            against = reference.value.parent_sha256  # `verify` masks the parent itself
+        otherwise = names.path(candidate.value.parent_sha256, "EXPORTED") if candidate else "EXPORTED"
+        words = (names.path(report.candidate_sha256, "CANDIDATE"), "--reference", names.path(against, otherwise))
+        said = {"data": names.data[report.data_sha256]} if report.data_sha256 else {}
+        yield _step(found.path, "verify", *words, *_options({**said, **_judging(report)}))
 
 
-def _bench(artifacts: Artifacts, names: _Names) -> Iterator[Step]:
+def _judging(report: ParityReport) -> dict[str, Any]:
+    """What a verification was told of how to judge."""
+    rows = (name for name, tolerance in TOLERANCES.items() if tolerance == report.tolerance)
+    as_given = next(rows, None) if report.precision not in TOLERANCES else None
+    tokens = None if report.greedy is None else report.greedy.tokens
+    return {"precision": as_given, "greedy_tokens": tokens, "cost": bool(report.cost)}
+
+
+def _bench(artifacts: Artifacts, names: Names) -> Iterator[Step]:
     for found in artifacts.benches:
         rows, hashes = found.value.rows, found.value.models
         models = [names.path(hashes[row.model], row.model) for row in rows if row.model in hashes]
-        sizes = [word for size in dict.fromkeys(row.batch_size for row in rows) for word in ("--batch-size", str(size))]
-        yield "bench", _line("bench", *dict.fromkeys(models), *sizes, "-o", found.path), found.value.machine
+        said = {"batch_size": list(dict.fromkeys(row.batch_size for row in rows)), "threads": found.value.threads}
+        said |= {"no_pin": found.value.threads > 0 and not found.value.cores}
+        yield _step(found.path, "bench", *dict.fromkeys(models), *_options(said), note=found.value.machine)

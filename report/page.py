@@ -18,7 +18,8 @@ from report.artifacts import Artifacts, Found
 from report.chain import Node, chain
 from report.commands import commands, missing
 from report.expert_map import MOST_CELLS, ExpertMap, LayerMap, expert_maps, shown
-from report.variants import Variant, cost_keys, pareto
+from report.names import Names
+from report.variants import Variant, cost_keys, pareto, targets_of
 from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, Verdict, is_pruned
 from report.words import NONE, milliseconds, number, percent, plural, points, short, size, span
 from runtime.backend import ENGINE
@@ -123,14 +124,9 @@ def _tiles(variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
         yield {"name": "Best pruned", "value": percent(value), "note": f"{best.label}{lost}"}
     whole = [variant.file_bytes for variant in variants if not is_pruned(variant, variants)]
     if pruned:
-        least = min(pruned, key=_smallest_and_best)
+        least = min(pruned, key=lambda variant: variant.rank)
         note = f", {percent(least.file_bytes / min(whole), 0)} of the unpruned" if whole else ""
         yield {"name": "Smallest proven", "value": size(least.file_bytes), "note": f"{least.label}{note}"}
-
-
-def _smallest_and_best(variant: Variant) -> tuple[float, float]:
-    """Of those that are as large to two digits, the most accurate comes first."""
-    return float(f"{variant.file_bytes:.2g}"), -(variant.accuracy.value if variant.accuracy else 0.0)
 
 
 def _variants(artifacts: Artifacts, variants: Sequence[Variant], verdict: Verdict) -> Row:
@@ -200,8 +196,8 @@ def _row(variant: Variant, keys: Sequence[tuple[str, int]], verdict: Verdict, fr
         "flips": "flips not seen" if report is None or report.flips is None else plural(report.flips, "flip"),
         "proof": number(max(errors, default=None)),
         "memory": size(max(memory, default=None)),
-        "engines": ", ".join(str(engine.value.details.get("target", engine.path)) for engine in variant.engines),
-        "engine_count": len(variant.engines),
+        "engines": len(variant.engines),
+        "engine_targets": [name for engine in variant.engines for name in targets_of(engine.value)],
         "costs": [(text, variant.model.path in front) for text, front in zip(costs, fronts, strict=True)],
     }
 
@@ -365,9 +361,10 @@ def _provenance(artifacts: Artifacts) -> Row:
         "nodes": nodes,
         "chain_says": says,
         "steps": [
-            (note, [command for _, command, _ in group])
-            for note, group in itertools.groupby(commands(artifacts), key=lambda step: step[2])
+            (note, [step.command for step in group])
+            for note, group in itertools.groupby(commands(artifacts), key=lambda step: step.note)
         ],
+        "outside": Names(artifacts).outside,
         "missing": missing(artifacts),
     }
 

@@ -1,11 +1,13 @@
 """The variants of a run: each graph or engine, with what was measured of it."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from moe_spec.manifest import MODEL, BlockEntry, Manifest
+from moe_spec.plan import PruningPlan
 from report.artifacts import Artifacts, Found
 from runtime.backend import ENGINE, ENGINE_FILE
 from runtime.bench import BenchRow
@@ -14,6 +16,8 @@ from runtime.verification.report import ParityReport
 T = TypeVar("T")
 
 UNPRUNED = "unpruned"
+PLAIN = "plain"
+"""The method of fine-tuning that does nothing but train."""
 EXPORTED, OPTIMIZED = "exported", "optimized"
 """``Manifest.kind`` of graphs."""
 
@@ -96,6 +100,11 @@ class Variant:
         return model_bytes(self.model.value)
 
     @property
+    def rank(self) -> tuple[float, float]:
+        """Smallest first; of those as large to two digits, the most accurate."""
+        return float(f"{self.file_bytes:.2g}"), -(self.accuracy.value if self.accuracy else 0.0)
+
+    @property
     def parity(self) -> ParityReport | None:
         """The report that counts: one that failed, else the one on labelled data."""
         failed = (report.value for report in self.parities if not report.value.passed)
@@ -119,6 +128,15 @@ def model_bytes(manifest: Manifest) -> int:
     return sum(entry.bytes for entry in manifest.files if entry.name.startswith(stem))
 
 
+def targets_of(manifest: Manifest) -> list[str]:
+    """What a model was made for; a TensorRT-RTX engine may run on several."""
+    first, given = manifest.details.get("target"), manifest.details.get("arguments")
+    if not isinstance(first, str):
+        return []
+    words = [word for argument in given if isinstance(argument, str) for word in argument.split()] if given else []
+    return [first, *(name for option, name in itertools.pairwise(words) if option == "--also")]
+
+
 def _has(manifest: Manifest, name: str) -> bool:
     return any(entry.name == name for entry in manifest.files)
 
@@ -133,7 +151,7 @@ def variants_of(artifacts: Artifacts) -> tuple[Variant, ...]:
         if row.model in bench.value.models
     )
     parents = {model.value.parent_sha256 for model in artifacts.models if model.value.kind in (OPTIMIZED, EXPORTED)}
-    methods = {sha256: record.method for sha256, record in artifacts.trained.items()}
+    sources = _criteria(artifacts)
     shown = [
         model
         for model in artifacts.models
@@ -147,7 +165,7 @@ def variants_of(artifacts: Artifacts) -> tuple[Variant, ...]:
         Variant(
             label=label,
             model=model,
-            criterion=_criterion(model.value, methods),
+            criterion=_criterion(model.value, sources),
             parities=tuple(sorted(parities.get(model.sha256, ()), key=lambda report: report.value.accuracy is None)),
             cost=tuple(cost.get(model.sha256, ())),
             engines=tuple(
@@ -168,11 +186,24 @@ def _by_model(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
     return grouped
 
 
-def _criterion(manifest: Manifest, methods: Mapping[str, str]) -> str:
-    if manifest.plan is not None:
-        keeps_all = all(len(layer.keep) == layer.experts for layer in manifest.plan.layers)
-        return UNPRUNED if keeps_all else manifest.plan.criterion
-    return methods.get(manifest.source_sha256, UNPRUNED)
+def _criteria(artifacts: Artifacts) -> dict[str, str]:
+    """Of checkpoints, by identity: what ranked the experts that went, and how what is left was trained."""
+    found = {sha256: _ranked_by(plan) for sha256, plan in artifacts.pruned.items()}
+    for sha256, record in artifacts.trained.items():
+        how = "fine-tuned" if record.method == PLAIN else record.method
+        before = found.get(record.model_sha256, UNPRUNED)
+        found[sha256] = how if before == UNPRUNED else f"{before}, {how}"
+    return found
+
+
+def _ranked_by(plan: PruningPlan) -> str:
+    return plan.criterion if any(len(layer.keep) < layer.experts for layer in plan.layers) else UNPRUNED
+
+
+def _criterion(manifest: Manifest, sources: Mapping[str, str]) -> str:
+    before = sources.get(manifest.source_sha256, UNPRUNED)
+    here = UNPRUNED if manifest.plan is None else _ranked_by(manifest.plan)
+    return before if here == UNPRUNED else here
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ def judge(artifacts: Artifacts, variants: Sequence[Variant], max_loss: float) ->
     )
     fit = [variant for variant in variants if may_ship(artifacts, variant, baseline, max_loss)]
     pruned = [variant for variant in fit if is_pruned(variant, variants)]
-    chosen = min(pruned, key=lambda variant: variant.file_bytes, default=None)
+    chosen = min(pruned, key=lambda variant: variant.rank, default=None)
     state, headline = _state(artifacts, variants, chosen, baseline, max_loss)
     reasons = tuple(_reasons(artifacts, variants, chosen, baseline))
     return Verdict(state, headline, reasons, rule, baseline, None if chosen is None else chosen.label)

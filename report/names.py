@@ -1,0 +1,71 @@
+"""What artifacts are called in a command, and what has to be brought along to run it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_spec.plan import PruningPlan
+from report.artifacts import Artifacts, Found, folder_of
+from report.variants import EXPORTED
+
+DATA, CHECKPOINT = "DATA", "CHECKPOINT"
+_LETTERS = 8
+"""Of a hash, where there are several of a kind."""
+
+
+class Names:
+    """By hash: a path within the run, or the name of what lies outside of it."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        finds: tuple[Found[Any], ...] = (*artifacts.models, *artifacts.checkpoints, *artifacts.statistics)
+        pruned = [model for model in artifacts.models if model.value.model_sha256 != model.value.source_sha256]
+        self._paths = {model.value.model_sha256: model.path for model in reversed(pruned)}
+        self._paths |= {found.sha256: found.path for found in finds}
+        checkpoints = {found.path for found in artifacts.checkpoints}
+        self._plans = [found for found in artifacts.plans if folder_of(found.path) not in checkpoints]
+        self.data: Mapping[str, str] = _named(dict.fromkeys(_data(artifacts)), DATA, ".npz")
+        self.checkpoints: Mapping[str, str] = _named(dict.fromkeys(_sources(artifacts, self._paths)), CHECKPOINT)
+
+    @property
+    def outside(self) -> Mapping[str, str]:
+        """Hashes of what the commands read and the run does not hold, by name."""
+        return {name: sha256 for named in (self.checkpoints, self.data) for sha256, name in named.items()}
+
+    def path(self, sha256: str | None, otherwise: str = CHECKPOINT) -> str:
+        """Of a model, checkpoint or statistics."""
+        return self._paths.get(sha256 or "") or self.checkpoints.get(sha256 or "", otherwise)
+
+    def plan(self, plan: PruningPlan) -> str:
+        """Where a plan lies that says the same."""
+        return next((found.path for found in self._plans if found.value == plan), "plan.json")
+
+    @property
+    def plans(self) -> list[Found[PruningPlan]]:
+        """Those that `plan` wrote: a checkpoint has a copy of its own."""
+        return self._plans
+
+
+def _named(hashes: Mapping[str, None], name: str, suffix: str = "") -> dict[str, str]:
+    """A name for each, which is short where there is but one."""
+    return {sha256: (f"{name}-{sha256[:_LETTERS]}" if len(hashes) > 1 else name) + suffix for sha256 in hashes}
+
+
+def _data(artifacts: Artifacts) -> Iterator[str]:
+    for statistics in artifacts.statistics:
+        yield from statistics.value.data_sha256
+    for plan in artifacts.plans:
+        yield from filter(None, [plan.value.options.get("data_sha256")])
+    yield from (record.value.data_sha256 for record in artifacts.finetunings)
+    for model in artifacts.models:
+        activations = model.value.details.get("activations")
+        yield from filter(None, [isinstance(activations, dict) and activations.get("data_sha256")])
+    yield from filter(None, (parity.value.data_sha256 for parity in artifacts.parities))
+
+
+def _sources(artifacts: Artifacts, there: Mapping[str, str]) -> Iterator[str]:
+    """Identities of checkpoints that are named and not there."""
+    named = [found.value.model_sha256 for found in artifacts.statistics]
+    named += [found.value.model_sha256 for found in artifacts.plans if found.value.statistics_sha256 not in there]
+    named += [model.value.parent_sha256 for model in artifacts.models if model.value.kind == EXPORTED]
+    for record in (found.value for found in artifacts.finetunings):
+        named += [record.model_sha256, *filter(None, [record.teacher_sha256])]
+    yield from (sha256 for sha256 in named if sha256 not in there)
