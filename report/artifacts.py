@@ -99,6 +99,12 @@ class Artifacts:
         there = {found.sha256: plans[found.path] for found in self.checkpoints if found.path in plans}
         return {sha256: plan for sha256, plan in there.items() if sha256 not in self.trained}
 
+    @property
+    def own_plans(self) -> tuple[Found[PruningPlan], ...]:
+        """Without the copies that `prune` puts into its checkpoints."""
+        copies = {found.path for found in self.checkpoints if found.sha256 in self.pruned}
+        return tuple(found for found in self.plans if folder_of(found.path) not in copies)
+
 
 def folder_of(path: str) -> str:
     """The folder of a file, as `Found.path` names it.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
-from report.artifacts import Artifacts, Finetuning, Found, folder_of
+from report.artifacts import Artifacts, Finetuning, Found
 from report.variants import OPTIMIZED, model_bytes, targets_of
 from report.words import plural, size
 
@@ -73,22 +73,16 @@ class _Forest:
         for found in self.artifacts.statistics:
             if found.value.model_sha256 == sha256:
                 tokens = max((layer.token_count for layer in found.value.layers), default=0)
-                copies = set(self.checkpoints.values())
                 plans = tuple(
-                    _plan(plan)
-                    for plan in self.artifacts.plans
-                    if plan.value.statistics_sha256 == found.sha256 and folder_of(plan.path) not in copies
+                    _plan(plan) for plan in self.artifacts.own_plans if plan.value.statistics_sha256 == found.sha256
                 )
                 yield Node(STATISTICS, found.path, found.sha256, plural(tokens, "token"), children=plans)
 
     def _plans(self, sha256: str) -> Iterable[Node]:
         """Those that no statistics of the directory ranked."""
         ranked = {found.sha256 for found in self.artifacts.statistics}
-        copies = set(self.checkpoints.values())
-        for found in self.artifacts.plans:
-            if found.value.statistics_sha256 in ranked or folder_of(found.path) in copies:
-                continue
-            if found.value.model_sha256 == sha256:
+        for found in self.artifacts.own_plans:
+            if found.value.model_sha256 == sha256 and found.value.statistics_sha256 not in ranked:
                 yield _plan(found)
 
     def _models(self, parent_sha256: str) -> Iterable[Node]:
@@ -100,7 +94,7 @@ class _Forest:
 
     def _about(self, manifest: Manifest) -> str:
         said: Sequence[str] = targets_of(manifest)
-        plan = next((found.path for found in self.artifacts.plans if found.value == manifest.plan), None)
+        plan = next((found.path for found in self.artifacts.own_plans if found.value == manifest.plan), None)
         if plan is not None and manifest.kind in (OPTIMIZED, REFERENCE):
             said = [*said, f"with {plan}"]
         return ", ".join([*said, size(model_bytes(manifest))])

@@ -23,6 +23,11 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 Spec = Mapping[str, Any]
 
+POINT: Spec = {"type": "point", "filled": True, "size": 110, "opacity": 1}
+SILENT: Spec = {"aria": False}
+"""A mark that a screen reader need not hear of: the points say it."""
+SAYS: Spec = {"field": "says", "type": "nominal"}
+
 _CONFIG: Spec = {
     "font": FONT,
     "view": {"stroke": None},
@@ -46,6 +51,7 @@ _CONFIG: Spec = {
         "labelFontSize": 12,
         "title": None,
         "symbolSize": 90,
+        "symbolOpacity": 1,
         "columnPadding": 18,
         "offset": 12,
     },
@@ -59,6 +65,13 @@ def draw(spec: Spec, title: str, width: int) -> Markup:
     svg = vl_convert.vegalite_to_svg(json.dumps(_plain(whole), allow_nan=False), vl_version=VEGA_LITE)
     head = f'role="graphics-document" aria-label="{Markup.escape(title)}"'
     return Markup(svg.replace("<svg ", f"<svg {head} ", 1))  # noqa: S704 - Vega escapes what it is given
+
+
+def both(spec: Spec, title: str, wide: int = WIDE, narrow: int = NARROW) -> Markup:
+    """Drawn for a wide page and for a narrow one; the style sheet shows one of them."""
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+        draw(spec, title, wide), draw(spec, title, narrow)
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -143,7 +143,7 @@ def _calibrate(artifacts: Artifacts, names: Names) -> Iterator[Step]:
             yield _step(found.path, "merge", *parts)
 
 
-def _plan(artifacts: Artifacts, names: Names) -> Iterator[Step]:
+def _plan(artifacts: Artifacts, names: Names) -> Iterator[Step]:  # noqa: ARG001
     for found in names.plans:
         plan = found.value
         source = names.path(plan.statistics_sha256, names.path(plan.model_sha256))

@@ -13,17 +13,23 @@ _LETTERS = 8
 
 
 class Names:
-    """By hash: a path within the run, or the name of what lies outside of it."""
+    """By hash: a path within the run, or the name of what lies outside of it.
+
+    Attributes:
+        plans: those that `plan` wrote, not `prune` or `finetune`.
+        data: names of data by hash.
+        checkpoints: names of checkpoints that are not in the run, by identity.
+    """
 
     def __init__(self, artifacts: Artifacts) -> None:
         finds: tuple[Found[Any], ...] = (*artifacts.models, *artifacts.checkpoints, *artifacts.statistics)
         pruned = [model for model in artifacts.models if model.value.model_sha256 != model.value.source_sha256]
         self._paths = {model.value.model_sha256: model.path for model in reversed(pruned)}
         self._paths |= {found.sha256: found.path for found in finds}
-        checkpoints = {found.path for found in artifacts.checkpoints}
-        self._plans = [found for found in artifacts.plans if folder_of(found.path) not in checkpoints]
-        self.data: Mapping[str, str] = _named(dict.fromkeys(_data(artifacts)), DATA, ".npz")
-        self.checkpoints: Mapping[str, str] = _named(dict.fromkeys(_sources(artifacts, self._paths)), CHECKPOINT)
+        trained = {folder_of(found.path) for found in artifacts.finetunings}
+        self.plans = [found for found in artifacts.own_plans if folder_of(found.path) not in trained]
+        self.data = _named(dict.fromkeys(_data(artifacts)), DATA, ".npz")
+        self.checkpoints = _named(dict.fromkeys(_sources(artifacts, self._paths)), CHECKPOINT)
 
     @property
     def outside(self) -> Mapping[str, str]:
@@ -36,12 +42,7 @@ class Names:
 
     def plan(self, plan: PruningPlan) -> str:
         """Where a plan lies that says the same."""
-        return next((found.path for found in self._plans if found.value == plan), "plan.json")
-
-    @property
-    def plans(self) -> list[Found[PruningPlan]]:
-        """Those that `plan` wrote: a checkpoint has a copy of its own."""
-        return self._plans
+        return next((found.path for found in self.plans if found.value == plan), "plan.json")
 
 
 def _named(hashes: Mapping[str, None], name: str, suffix: str = "") -> dict[str, str]:

@@ -18,9 +18,10 @@ from report.artifacts import Artifacts, Found
 from report.chain import Node, chain
 from report.commands import commands, missing
 from report.expert_map import MOST_CELLS, ExpertMap, LayerMap, expert_maps, shown
+from report.loss_plot import loss_plot
 from report.names import Names
-from report.variants import Variant, cost_keys, pareto, targets_of
-from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, Verdict, is_pruned
+from report.variants import Variant, cost_keys, distinct, pareto, targets_of
+from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, WHOLE, Verdict, is_pruned
 from report.words import NONE, milliseconds, number, percent, plural, points, short, size, span
 from runtime.backend import ENGINE
 from runtime.bench_report import BenchReport
@@ -44,6 +45,15 @@ SECTIONS = (
 """Of the page, by the ``id`` of each."""
 
 _MARKS = {SHIP: "✓", PROVEN: "✓", COSTS: "!", FAILS: "✗", UNVERIFIED: "?"}
+_DECISIONS = {
+    SHIP: ("pass", "✓ may ship"),
+    COSTS: ("over", "✗ loses too much"),
+    FAILS: ("fail", "✗ is wrong"),
+    PROVEN: ("none", "loss unknown"),
+    UNVERIFIED: ("none", "not verified"),
+    WHOLE: ("kind", "baseline"),
+}
+"""Class and words of a variant's state."""
 _MEASURES = {"score": "score", "before": "share before", "after": "share after"}
 _TEMPLATES = Path(__file__).parent / "templates"
 _FITS = {
@@ -75,6 +85,7 @@ def render(directory: Path, artifacts: Artifacts, variants: Sequence[Variant], v
         verdict=verdict,
         marks=_MARKS,
         tiles=list(_tiles(variants, verdict)),
+        loss_chart=loss_plot(variants, verdict),
         style=Markup(style),  # noqa: S704 - our own files
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
@@ -113,6 +124,10 @@ def _tiles(variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
     flips = sum(variant.parity.flips or 0 for variant in verified if variant.parity is not None)
     note = "verified variants, " + (plural(flips, "flip") if flips else "no flips")
     yield {"name": "Proven", "value": f"{len(passed)} of {len(verified)}", "note": note}
+    chosen = next((variant for variant in variants if variant.label == verdict.chosen), None)
+    if chosen is not None:
+        yield from _chosen(chosen, variants, verdict)
+        return
     if verdict.baseline is not None:
         low, high = percent(verdict.baseline.low), percent(verdict.baseline.high)
         yield {"name": "Unpruned accuracy", "value": percent(verdict.baseline.value), "note": f"{low} to {high}"}
@@ -129,17 +144,35 @@ def _tiles(variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
         yield {"name": "Smallest proven", "value": size(least.file_bytes), "note": f"{least.label}{note}"}
 
 
+def _chosen(chosen: Variant, variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
+    """What the one that may ship gains over the unpruned model, and what it gives for that."""
+    accuracy, baseline = chosen.accuracy, verdict.baseline
+    if accuracy is not None and baseline is not None:
+        lost = f"{points(accuracy.value - baseline.value)} points, unpruned {percent(baseline.value)}"
+        yield {"name": "Accuracy", "value": percent(accuracy.value), "note": lost}
+    whole = [variant for variant in variants if not is_pruned(variant, variants)]
+    least = min((variant.file_bytes for variant in whole), default=None)
+    note = "of graph and weights" if not least else f"{percent(chosen.file_bytes / least, 0)} of the unpruned"
+    yield {"name": "Size", "value": size(chosen.file_bytes), "note": note}
+    for key in cost_keys([chosen])[:1]:
+        took = chosen.latency(key)
+        before = min(filter(None, (variant.latency(key) for variant in whole)), default=None)
+        note = "" if not before or not took else f"{percent(took / before, 0)} of the unpruned"
+        yield {"name": f"Latency, {_latency_title(key)}", "value": milliseconds(took), "note": note}
+
+
 def _variants(artifacts: Artifacts, variants: Sequence[Variant], verdict: Verdict) -> Row:
     keys = cost_keys(variants)
     by_size = _front(variants, [variant.file_bytes for variant in variants])
     by_latency = [_front(variants, [variant.latency(key) for variant in variants]) for key in keys]
+    first = distinct(variants)
     charts = [(plots.size_plot(variants), "Bytes of graph and weights.")]
     charts += [
         (plots.latency_plot(variants, key), f"Median latency, {_latency_title(key)}, as bench.json says.")
         for key in keys
     ]
     return {
-        "variants": [_row(variant, keys, verdict, [by_size, *by_latency]) for variant in variants],
+        "variants": [_row(variant, keys, verdict, [by_size, *by_latency], variant in first) for variant in variants],
         "latency_columns": [f"#{_latency_title(key)}" for key in keys],
         "rivals": _rivals(artifacts, keys),
         "machines": list(dict.fromkeys(_machine(bench.value) for bench in artifacts.benches if bench.value.machine)),
@@ -177,7 +210,9 @@ def _front(variants: Sequence[Variant], costs: Sequence[float | None]) -> set[st
     )
 
 
-def _row(variant: Variant, keys: Sequence[tuple[str, int]], verdict: Verdict, fronts: Sequence[set[str]]) -> Row:
+def _row(
+    variant: Variant, keys: Sequence[tuple[str, int]], verdict: Verdict, fronts: Sequence[set[str]], is_first: bool
+) -> Row:
     accuracy, report, baseline = variant.accuracy, variant.parity, verdict.baseline
     oracle = variant.model.value.details.get("oracle")
     errors = [entry["max_rel"] for entry in oracle if isinstance(entry, dict)] if isinstance(oracle, list) else []
@@ -185,6 +220,8 @@ def _row(variant: Variant, keys: Sequence[tuple[str, int]], verdict: Verdict, fr
     memory = [row.memory_bytes for row in variant.cost if row.memory_bytes is not None]
     return {
         "label": variant.label,
+        "first": is_first,
+        "decision": _DECISIONS[verdict.decisions[variant.label]],
         "criterion": variant.criterion,
         "experts": span([block.experts for block in variant.blocks]),
         "top_k": span([block.top_k for block in variant.blocks]),

@@ -6,24 +6,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from report.charts import NARROW, WIDE, Spec, draw, log_ticks, series
+from report.charts import POINT, SAYS, SILENT, Spec, both, log_ticks, series
 from report.variants import UNPRUNED, Accuracy, Variant, pareto
 from report.words import milliseconds, number, percent, plural, size
 from runtime.fit import Fit
 from runtime.verification.report import MARGIN_EDGES, LayerParity, OutputParity
 
-_POINT: Spec = {"type": "point", "filled": True, "size": 110, "opacity": 1}
-_SILENT: Spec = {"aria": False}
-"""A mark that a screen reader need not hear of: the points say it."""
-_SAYS: Spec = {"field": "says", "type": "nominal"}
 _MOST_LABELS = 8
-
-
-def _both(spec: Spec, title: str, wide: int = WIDE) -> Markup:
-    """Drawn for a wide page and for a narrow one; the style sheet shows one of them."""
-    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-        draw(spec, title, wide), draw(spec, title, NARROW)
-    )
 
 
 _ACCURACY: Spec = {
@@ -79,15 +68,15 @@ def accuracy_plot(variants: Sequence[Variant]) -> Markup | None:
             "color": encoding["color"],
         },
         "layer": [
-            {"data": {"values": lines}, "mark": {"type": "line", "strokeWidth": 2, "opacity": 0.55, **_SILENT}},
+            {"data": {"values": lines}, "mark": {"type": "line", "strokeWidth": 2, "opacity": 0.55, **SILENT}},
             {
-                "mark": {"type": "rule", "strokeWidth": 2, **_SILENT},
+                "mark": {"type": "rule", "strokeWidth": 2, **SILENT},
                 "encoding": {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}},
             },
-            {"mark": _POINT, "encoding": {"shape": encoding["shape"], "description": _SAYS}},
+            {"mark": POINT, "encoding": {"shape": encoding["shape"], "description": SAYS}},
         ],
     }
-    return _both(spec, "Accuracy by experts a layer")
+    return both(spec, "Accuracy by experts a layer")
 
 
 def cost_plot(
@@ -128,7 +117,7 @@ def cost_plot(
     labels = [
         {
             "data": {"values": [row for row in front if row["side"] == side] if len(front) <= _MOST_LABELS else []},
-            "mark": {"type": "text", "align": align, "dx": dx, "dy": -12, "limit": 150, **_SILENT},
+            "mark": {"type": "text", "align": align, "dx": dx, "dy": -12, "limit": 150, **SILENT},
             "encoding": {"text": {"field": "label"}},
         }
         for side, align, dx in (("left", "right", 4), ("right", "left", -4))
@@ -149,11 +138,11 @@ def cost_plot(
                     "color": "var(--blue)",
                     "strokeWidth": 2,
                     "opacity": 0.45,
-                    **_SILENT,
+                    **SILENT,
                 },
             },
             {
-                "mark": _POINT,
+                "mark": POINT,
                 "encoding": {
                     "color": {"field": "front", "type": "nominal", "scale": states},
                     "shape": {
@@ -161,13 +150,13 @@ def cost_plot(
                         "type": "nominal",
                         "scale": {"domain": states["domain"], "range": ["circle", "cross"]},
                     },
-                    "description": _SAYS,
+                    "description": SAYS,
                 },
             },
             *labels,
         ],
     }
-    return _both(spec, f"Accuracy by {title}", wide=430)
+    return both(spec, f"Accuracy by {title}", wide=430)
 
 
 def size_plot(variants: Sequence[Variant]) -> Markup | None:
@@ -232,17 +221,17 @@ def margin_plot(layers: Sequence[LayerParity], tolerance: float, label: str) -> 
                 "mark": {"type": "rect", "stroke": "var(--card)", "strokeWidth": 2, "cornerRadius": 3},
                 "encoding": {
                     "color": {"field": "shade", "type": "nominal", "scale": None},
-                    "description": _SAYS,
+                    "description": SAYS,
                 },
             },
             {
                 "transform": [{"filter": "datum.flips > 0"}],
                 "mark": {
-                    **_POINT,
+                    **POINT,
                     "shape": "diamond",
                     "color": "var(--vermillion)",
                     "stroke": "var(--card)",
-                    **_SILENT,
+                    **SILENT,
                 },
                 "encoding": {
                     "size": {"field": "flips", "type": "quantitative", "legend": None, "scale": {"range": [60, 420]}}
@@ -250,7 +239,7 @@ def margin_plot(layers: Sequence[LayerParity], tolerance: float, label: str) -> 
             },
             {
                 "data": {"values": [{"margin": name} for name in excused[-1:]]},
-                "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 2, "color": "var(--ink)", **_SILENT},
+                "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 2, "color": "var(--ink)", **SILENT},
                 "encoding": {
                     "x": {"field": "margin", "type": "ordinal", "sort": list(BINS), "bandPosition": 1},
                     "y": {"value": 0},
@@ -259,7 +248,7 @@ def margin_plot(layers: Sequence[LayerParity], tolerance: float, label: str) -> 
             },
         ],
     }
-    return _both(spec, f"Flips of {label} by layer and margin", wide=820)
+    return both(spec, f"Flips of {label} by layer and margin", wide=820)
 
 
 def _shade(tokens: int, total: int) -> str:
@@ -320,12 +309,12 @@ def error_plot(variants: Sequence[Variant]) -> Markup | None:
         "layer": [
             {
                 "data": {"values": allowed},
-                "mark": {"type": "tick", "thickness": 4, "size": 20, "color": "var(--ink)", **_SILENT},
+                "mark": {"type": "tick", "thickness": 4, "size": 20, "color": "var(--ink)", **SILENT},
             },
-            {"mark": _POINT, "encoding": {**encoding, "description": _SAYS}},
+            {"mark": POINT, "encoding": {**encoding, "description": SAYS}},
         ],
     }
-    return _both(spec, "Errors on examples without flips", wide=820)
+    return both(spec, "Errors on examples without flips", wide=820)
 
 
 def memory_plot(fits: Mapping[str, Fit], devices: Mapping[str, tuple[int, int]]) -> Markup | None:
@@ -375,13 +364,13 @@ def memory_plot(fits: Mapping[str, Fit], devices: Mapping[str, tuple[int, int]])
             {
                 "data": {"values": has},
                 "mark": {"type": "bar", "height": 10, "cornerRadius": 5},
-                "encoding": {"x2": {"field": "high"}, "color": color, "description": _SAYS},
+                "encoding": {"x2": {"field": "high"}, "color": color, "description": SAYS},
             },
             {
                 "data": {"values": needs},
-                "mark": _POINT,
-                "encoding": {"color": color, "description": _SAYS},
+                "mark": POINT,
+                "encoding": {"color": color, "description": SAYS},
             },
         ],
     }
-    return _both(spec, "Memory that models need and that devices have", wide=820)
+    return both(spec, "Memory that models need and that devices have", wide=820)

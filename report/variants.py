@@ -179,6 +179,14 @@ def variants_of(artifacts: Artifacts) -> tuple[Variant, ...]:
     return tuple(sorted(found, key=lambda variant: -(variant.experts or 0.0)))
 
 
+def distinct(variants: Sequence[Variant]) -> list[Variant]:
+    """The first of those that are one model in several forms: as large to two digits, and right as often."""
+    first: dict[tuple[str, tuple[float, float]], Variant] = {}
+    for variant in variants:
+        first.setdefault((variant.model.value.model_sha256, variant.rank), variant)
+    return list(first.values())
+
+
 def _by_model(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
     grouped: dict[str, list[T]] = {}
     for sha256, value in pairs:

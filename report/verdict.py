@@ -1,7 +1,7 @@
 """May it ship? A rule that stands on the page, applied to what was measured."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from report.artifacts import Artifacts
 from report.variants import Accuracy, Variant
@@ -9,7 +9,9 @@ from report.words import number, percent, plural, points, size
 
 SHIP, COSTS, PROVEN, FAILS, UNVERIFIED = "ship", "costs", "proven", "fails", "unverified"
 """States of a verdict: a pruned variant may ship; all lose too much; what they lose is unknown; something is wrong;
-nothing was verified."""
+nothing was verified. Likewise of a variant."""
+WHOLE = "unpruned"
+"""A proven variant that has all experts: what others are measured by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Verdict:
         rule: what had to hold.
         baseline: accuracy of the unpruned model; None where it was not measured.
         chosen: label of the variant that may ship, the smallest; else None.
+        decisions: on each variant, by its label: one of those states, or `WHOLE`.
+        max_loss: of 1 in accuracy, what a variant may lose and still ship.
     """
 
     state: str
@@ -31,6 +35,8 @@ class Verdict:
     rule: str
     baseline: Accuracy | None
     chosen: str | None
+    decisions: Mapping[str, str]
+    max_loss: float
 
 
 def judge(artifacts: Artifacts, variants: Sequence[Variant], max_loss: float) -> Verdict:
@@ -38,14 +44,15 @@ def judge(artifacts: Artifacts, variants: Sequence[Variant], max_loss: float) ->
     baseline = baseline_of(variants)
     rule = (
         "A variant may ship if verify passed it, no file of it changed since, and it loses at most "
-        f"{_points(max_loss)} of the unpruned model's accuracy (--max-loss)."
+        f"{_points(max_loss)} of the unpruned model's accuracy, as measured (--max-loss)."
     )
-    fit = [variant for variant in variants if may_ship(artifacts, variant, baseline, max_loss)]
-    pruned = [variant for variant in fit if is_pruned(variant, variants)]
-    chosen = min(pruned, key=lambda variant: variant.rank, default=None)
+    decisions = {variant.label: _decide(artifacts, variant, variants, baseline, max_loss) for variant in variants}
+    fit = [variant for variant in variants if decisions[variant.label] == SHIP]
+    chosen = min(fit, key=lambda variant: variant.rank, default=None)
     state, headline = _state(artifacts, variants, chosen, baseline, max_loss)
     reasons = tuple(_reasons(artifacts, variants, chosen, baseline))
-    return Verdict(state, headline, reasons, rule, baseline, None if chosen is None else chosen.label)
+    label = None if chosen is None else chosen.label
+    return Verdict(state, headline, reasons, rule, baseline, label, decisions, max_loss)
 
 
 def _points(share: float) -> str:
@@ -66,12 +73,19 @@ def is_pruned(variant: Variant, variants: Sequence[Variant]) -> bool:
     return variant.drops or (variant.experts or 0.0) < max(other.experts or 0.0 for other in variants)
 
 
-def may_ship(artifacts: Artifacts, variant: Variant, baseline: Accuracy | None, max_loss: float) -> bool:
-    """Whether the rule holds."""
-    if variant.parity is None or not variant.parity.passed or variant.model.path in artifacts.damages:
-        return False
-    accuracy = variant.accuracy
-    return accuracy is not None and baseline is not None and accuracy.value >= baseline.value - max_loss - 1e-9
+def _decide(
+    artifacts: Artifacts, variant: Variant, variants: Sequence[Variant], baseline: Accuracy | None, max_loss: float
+) -> str:
+    """The rule, for one variant."""
+    if variant.model.path in artifacts.damages or (variant.parity is not None and not variant.parity.passed):
+        return FAILS
+    if variant.parity is None:
+        return UNVERIFIED
+    if not is_pruned(variant, variants):
+        return WHOLE
+    if variant.accuracy is None or baseline is None:
+        return PROVEN
+    return SHIP if variant.accuracy.value >= baseline.value - max_loss - 1e-9 else COSTS
 
 
 def _state(
@@ -119,6 +133,8 @@ def _reasons(
             f"{name} answers {percent(best.accuracy.value)} of {best.accuracy.examples:,} examples right "
             f"({loss} points) in {size(best.file_bytes)}{share}."
         )
+        if chosen is not None:
+            yield from _smaller(variants, chosen, baseline)
     if verified and baseline is None:
         yield (
             "The accuracy of the unpruned model is not in this directory: moe-edge verify EXPORTED --reference "
@@ -126,6 +142,22 @@ def _reasons(
         )
     if not verified:
         yield "moe-edge verify MODEL --reference EXPORTED --data TEST.npz -o parity.json"
+
+
+def _smaller(variants: Sequence[Variant], chosen: Variant, baseline: Accuracy) -> Iterator[str]:
+    """What the best of those would cost that are proven, smaller than the chosen one, and lose too much."""
+    rest = [
+        (variant.accuracy.value, variant)
+        for variant in variants
+        if variant.accuracy is not None
+        and variant.parity is not None
+        and variant.parity.passed
+        and variant.rank[0] < chosen.rank[0]
+    ]
+    if rest:
+        value, best = max(rest, key=lambda pair: pair[0])
+        loss = points(baseline.value - value).lstrip("+")
+        yield f"Smaller, {size(best.file_bytes)}, is {best.label}, which loses {loss} points."
 
 
 def _how_many_passed(passed: int, verified: int) -> str:

@@ -87,7 +87,8 @@
   if (copy && navigator.clipboard) {
     copy.hidden = false;
     copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(copy.parentElement.querySelector("code").textContent);
+      const lines = copy.parentElement.querySelector("code").children;
+      await navigator.clipboard.writeText([...lines].map((line) => `${line.textContent}\n`).join(""));
       copy.textContent = "Copied";
     });
   }
