@@ -233,7 +233,7 @@ def _optimize(model: Found[Manifest], parent: Found[Manifest] | None, names: Nam
     said |= {"forced": bool(details.get("forced")), "observe_experts": bool(details.get("experts"))}
     said |= {"allow_partial": bool(details.get("left_alone"))}
     unproven = ["--no-prove"] if manifest.modified and not details.get("oracle", ["unknown"]) else []
-    source = names.path(manifest.parent_sha256, "EXPORTED")
+    source = names.path(manifest.parent_sha256)
     note = "layers have several forms: give the --target that they were chosen for" if len(forms) > 1 else ""
     said_plan = _plan_of(manifest, parent, names)
     return _step(model.path, "optimize", source, *said_plan, *_options(said), *unproven, note=note)
@@ -243,12 +243,12 @@ def _build(model: Found[Manifest], parent: Found[Manifest] | None, names: Names)
     details = model.value.details
     given: Sequence[Any] = details.get("arguments", ())
     arguments = [word for argument in given if isinstance(argument, str) for word in argument.split()]
-    source = names.path(model.value.parent_sha256, "OPTIMIZED")
+    source = names.path(model.value.parent_sha256)
     return _step(model.path, "build", source, "--target", details.get("target", "TARGET"), *arguments)
 
 
 def _bundle(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:  # noqa: ARG001
-    source, target = names.path(model.value.parent_sha256, "OPTIMIZED"), model.value.details.get("target", "TARGET")
+    source, target = names.path(model.value.parent_sha256), model.value.details.get("target", "TARGET")
     return _step(model.path, "bundle", source, "--target", target)
 
 
@@ -256,15 +256,13 @@ _BY_KIND = {EXPORTED: _export, OPTIMIZED: _optimize, ENGINE: _build, BUNDLE: _bu
 
 
 def _verify(artifacts: Artifacts, names: Names) -> Iterator[Step]:
-    models = {model.sha256: model for model in artifacts.models}
+    masked = {model.sha256: model.value for model in artifacts.models if model.value.kind == REFERENCE}
     for found in artifacts.parities:
         report = found.value
-        candidate, reference = (models.get(sha256) for sha256 in (report.candidate_sha256, report.reference_sha256))
         against = report.reference_sha256
-        if reference is not None and reference.value.kind == REFERENCE:
-            against = reference.value.parent_sha256  # `verify` masks the parent itself
-        otherwise = names.path(candidate.value.parent_sha256, "EXPORTED") if candidate else "EXPORTED"
-        words = (names.path(report.candidate_sha256, "CANDIDATE"), "--reference", names.path(against, otherwise))
+        if against in masked:
+            against = masked[against].parent_sha256  # `verify` masks the parent itself
+        words = (names.path(report.candidate_sha256), "--reference", names.path(against))
         said = {"data": names.data[report.data_sha256]} if report.data_sha256 else {}
         yield _step(found.path, "verify", *words, *_options({**said, **_judging(report)}))
 

@@ -1,13 +1,13 @@
 """What artifacts are called in a command, and what has to be brought along to run it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_spec.plan import PruningPlan
 from report.artifacts import Artifacts, Found, folder_of
 from report.variants import EXPORTED
 
-DATA, CHECKPOINT = "DATA", "CHECKPOINT"
+DATA, CHECKPOINT, MODEL = "DATA", "CHECKPOINT", "MODEL"
 _LETTERS = 8
 """Of a hash, where there are several of a kind."""
 
@@ -19,6 +19,7 @@ class Names:
         plans: those that `plan` wrote, not `prune` or `finetune`.
         data: names of data by hash.
         checkpoints: names of checkpoints that are not in the run, by identity.
+        models: names of graphs that are not in the run, by the hash of their manifest or file.
     """
 
     def __init__(self, artifacts: Artifacts) -> None:
@@ -28,21 +29,28 @@ class Names:
         self._paths |= {found.sha256: found.path for found in finds}
         trained = {folder_of(found.path) for found in artifacts.finetunings}
         self.plans = [found for found in artifacts.own_plans if folder_of(found.path) not in trained]
-        self.data = _named(dict.fromkeys(_data(artifacts)), DATA, ".npz")
-        self.checkpoints = _named(dict.fromkeys(_sources(artifacts, self._paths)), CHECKPOINT)
+        self.data = _named(_new(_data(artifacts), {}), DATA, ".npz")
+        self.models = _named(_new(_graphs(artifacts), self._paths), MODEL)
+        self.checkpoints = _named(_new(_sources(artifacts), {**self._paths, **self.models}), CHECKPOINT)
 
     @property
     def outside(self) -> Mapping[str, str]:
         """Hashes of what the commands read and the run does not hold, by name."""
-        return {name: sha256 for named in (self.checkpoints, self.data) for sha256, name in named.items()}
+        return {name: sha256 for named in (self.checkpoints, self.models, self.data) for sha256, name in named.items()}
 
-    def path(self, sha256: str | None, otherwise: str = CHECKPOINT) -> str:
+    def path(self, sha256: str | None, otherwise: str = MODEL) -> str:
         """Of a model, checkpoint or statistics."""
-        return self._paths.get(sha256 or "") or self.checkpoints.get(sha256 or "", otherwise)
+        known = (named.get(sha256 or "") for named in (self._paths, self.checkpoints, self.models))
+        return next(filter(None, known), otherwise)
 
     def plan(self, plan: PruningPlan) -> str:
         """Where a plan lies that says the same."""
         return next((found.path for found in self.plans if found.value == plan), "plan.json")
+
+
+def _new(hashes: Iterable[str], known: Mapping[str, str]) -> dict[str, None]:
+    """Each once, without those that have a name."""
+    return dict.fromkeys(sha256 for sha256 in hashes if sha256 not in known)
 
 
 def _named(hashes: Mapping[str, None], name: str, suffix: str = "") -> dict[str, str]:
@@ -62,11 +70,16 @@ def _data(artifacts: Artifacts) -> Iterator[str]:
     yield from filter(None, (parity.value.data_sha256 for parity in artifacts.parities))
 
 
-def _sources(artifacts: Artifacts, there: Mapping[str, str]) -> Iterator[str]:
-    """Identities of checkpoints that are named and not there."""
-    named = [found.value.model_sha256 for found in artifacts.statistics]
-    named += [found.value.model_sha256 for found in artifacts.plans if found.value.statistics_sha256 not in there]
-    named += [model.value.parent_sha256 for model in artifacts.models if model.value.kind == EXPORTED]
+def _sources(artifacts: Artifacts) -> Iterator[str]:
+    """Identities of what was looked at, planned for, exported and trained."""
+    yield from (found.value.model_sha256 for found in (*artifacts.statistics, *artifacts.plans))
+    yield from (model.value.parent_sha256 for model in artifacts.models if model.value.kind == EXPORTED)
     for record in (found.value for found in artifacts.finetunings):
-        named += [record.model_sha256, *filter(None, [record.teacher_sha256])]
-    yield from (sha256 for sha256 in named if sha256 not in there)
+        yield from filter(None, (record.model_sha256, record.teacher_sha256))
+
+
+def _graphs(artifacts: Artifacts) -> Iterator[str]:
+    """Hashes of what models were made from, and of what they were compared with."""
+    yield from (model.value.parent_sha256 for model in artifacts.models if model.value.kind != EXPORTED)
+    for report in (found.value for found in artifacts.parities):
+        yield from (report.candidate_sha256, report.reference_sha256)

@@ -5,7 +5,9 @@ import html
 import json
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_spec.errors import UserError
@@ -25,6 +27,7 @@ from tests.report import runs
 from tests.runtime.tiny import SOURCE
 
 SIX_MEGABYTES = 6_000_000
+IMAGES = (4, 1, 12, 12)
 
 
 def text_of(path):
@@ -174,13 +177,38 @@ def test_variants_have_the_names_of_their_folders(run_directory):
 
 
 def test_the_commands_name_every_artifact(run_directory):
-    lines = [command for _, command, _ in commands(collect(run_directory))]
-    assert lines[0] == "moe-edge calibrate CHECKPOINT --data DATA.npz -o statistics.safetensors"
-    assert "moe-edge plan CHECKPOINT --criterion gate-mass --keep 3 -o three/plan.json" in lines
-    assert "moe-edge optimize EXPORTED --plan three/plan.json -o three/optimized" in lines
+    lines = [step.command for step in commands(collect(run_directory))]
+    assert lines[0] == "moe-edge calibrate MODEL --data DATA-data.npz -o statistics.safetensors"
+    assert "moe-edge plan MODEL --criterion gate-mass --keep 3 -o three/plan.json" in lines
+    assert "moe-edge optimize MODEL --plan three/plan.json -o three/optimized" in lines
     assert "moe-edge build one/optimized --target onnxruntime-cpu -o one/engine" in lines
-    assert "moe-edge verify one/optimized --reference one/reference --data DATA.npz -o one/parity.json" in lines
-    assert lines[-1].startswith("moe-edge bench whole/optimized three/optimized one/optimized --batch-size 1 -o")
+    assert "moe-edge verify one/optimized --reference MODEL --data DATA-data-has.npz -o one/parity.json" in lines
+    bench = "moe-edge bench whole/optimized three/optimized one/optimized --batch-size 1 --threads 0 -o bench.json"
+    assert lines[-1] == bench
+
+
+OPTIONS = {
+    "w8a8": "--precision int8 --activations int8 --calibration DATA.npz --percentile 99.5",
+    "halves": "--precision int4 --rest-precision fp16 --form gather --forced --observe-experts --no-prove",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_commands_make_the_same_bytes_whatever_a_graph_was_asked_for(options, zoo, tmp_path, monkeypatch):
+    np.savez(tmp_path / "DATA.npz", pixel_values=np.random.default_rng(0).normal(size=IMAGES).astype(np.float32))
+    outside = {"CHECKPOINT": zoo.checkpoint("vmoe"), "MODEL": zoo.exported("vmoe"), "DATA.npz": tmp_path / "DATA.npz"}
+    made = ["plan MODEL --experts 0,2,5 -o plan.json", f"optimize MODEL --plan plan.json {options} -o small"]
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for name, path in outside.items():
+            Path(name).symlink_to(path)
+        for line in made:
+            code, _, err = invoke(*line.removeprefix("moe-edge ").split())
+            assert code == 0, (line, err)
+        made = [step.command for step in commands(collect(folder))]
+    for name in ("plan.json", "small/manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 def test_the_command_says_what_the_page_does(run_directory, tmp_path):
