@@ -64,8 +64,9 @@ class _Forest:
             about = f"pruned by {self.artifacts.pruned[sha256].criterion}"
         if record is not None:
             about = f"fine-tuned: {record.method}"
-        of_parent = (*self.artifacts.pruned.items(), *self.trained.items())
-        grown = [self.root(child) for child, its in of_parent if its.model_sha256 == sha256]
+        parents = {child: plan.model_sha256 for child, plan in self.artifacts.pruned.items()}
+        parents |= {child: its.model_sha256 for child, its in self.trained.items()}
+        grown = [self.root(child) for child, parent in parents.items() if parent == sha256]
         children = (*self._calibrations(sha256), *self._plans(sha256), *self._models(sha256), *grown)
         return Node(CHECKPOINT, path, sha256, about, children=children)
 

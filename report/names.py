@@ -72,7 +72,8 @@ def _data(artifacts: Artifacts) -> Iterator[str]:
 
 def _sources(artifacts: Artifacts) -> Iterator[str]:
     """Identities of what was looked at, planned for, exported and trained."""
-    yield from (found.value.model_sha256 for found in (*artifacts.statistics, *artifacts.plans))
+    yield from (found.value.model_sha256 for found in artifacts.statistics)
+    yield from (found.value.model_sha256 for found in artifacts.plans)
     yield from (model.value.parent_sha256 for model in artifacts.models if model.value.kind == EXPORTED)
     for record in (found.value for found in artifacts.finetunings):
         yield from filter(None, (record.model_sha256, record.teacher_sha256))
