@@ -14,7 +14,6 @@ import torch
 from cli.judge import judge
 from exporter.export import export
 from graph_passes.optimize import optimize
-from graph_passes.proof.mask import mask_model
 from graph_passes.writers import WRITERS
 from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
@@ -42,8 +41,8 @@ from runtime.measuring.memory import measure_alone
 from runtime.measuring.pinning import pinned
 from runtime.model_dir import model_bytes, why_not_buildable
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
-from runtime.verification.report import ParityReport
 from runtime.targets import find_target
+from runtime.verification.report import ParityReport
 
 KEEPS = (8, 6, 4, 2, 1)
 CRITERION = "gate-mass"

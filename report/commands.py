@@ -14,8 +14,8 @@ from report.names import Names
 from report.variants import EXPORTED, OPTIMIZED
 from runtime.backend import ENGINE
 from runtime.bundle.bundle import KIND as BUNDLE
-from runtime.report import ParityReport
-from runtime.tolerances import TOLERANCES
+from runtime.verification.report import ParityReport
+from runtime.verification.tolerances import TOLERANCES
 
 _DEFAULTS: Mapping[str, Any] = {
     "scope": "layer",
