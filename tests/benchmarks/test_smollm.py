@@ -14,7 +14,7 @@ from benchmarks.tasks.training import Phase
 from models.checkpoints import load_model, save_model
 from models.upcycle import mix
 from moe_spec.errors import UserError
-from tests.models.test_upcycle import llama
+from tests.models.dense import llama
 
 SHORT = Phase(steps=2, batch_size=2, learning_rate=1e-2)
 CORPUS = dataclasses.replace(QUICK.corpus, block=16, held_out=4)

@@ -13,7 +13,7 @@ from models.checkpoints import save_model
 from models.vmoe.assets import fashion_mnist
 from tests.cli.helpers import done, invoke
 from tests.cli.test_help import COMMAND
-from tests.models.test_upcycle import llama
+from tests.models.dense import llama
 
 EXAMPLES = {
     verb: [line.removeprefix(EXAMPLE) for line in COMMAND.commands[verb].help.splitlines() if line.startswith(EXAMPLE)]

@@ -5,7 +5,7 @@ import pytest
 from models.checkpoints import save_model
 from moe_spec.identity import checkpoint_sha256
 from tests.cli.helpers import done, invoke, leftovers
-from tests.models.test_upcycle import llama
+from tests.models.dense import llama
 from tests.models_table import TINY
 
 

@@ -22,22 +22,14 @@ from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.engines import FORMS, built
-from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, save, spec_of, why_not, why_not_run
+from tests.graph_passes.block_files import ALL, assert_clean, saved
+from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, spec_of
 from tests.graph_passes.block_models.spec import layer_name
 from tests.zoo import RUNNER
 
-ALL = tuple(range(8))
 KEEPS = {"3 of 8": ((1, 4, 5), (1, 4, 5)), "1 of 8": ((5,), (5,)), "uneven": ((0, 1, 4, 5, 6), ALL)}
 ONLY_TENSORRT = ("trt_moe",)
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
-
-
-def written(spec: Spec, folder: Path) -> Path:
-    reason = why_not(spec) or why_not_run(spec)
-    if reason is not None:
-        pytest.skip(f"no such model, or ONNX Runtime cannot run it: {reason}")
-    save(spec, folder / "block.onnx")
-    return folder / "block.onnx"
 
 
 def plan_of(spec: Spec, source: Path, keeps) -> PruningPlan:
@@ -59,16 +51,6 @@ def assert_computes(spec: Spec, model: Path, keeps) -> None:
         assert error_between(compute(spec, x_TH, *keeps), got["out"])[1] <= TOLERANCE[spec.dtype]
 
 
-def assert_clean(directory: Path) -> None:
-    """A valid file in which every initialiser is used, and every function and operator set."""
-    model = onnx.load(directory / MODEL)
-    onnx.checker.check_model(str(directory / MODEL))
-    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    assert {tensor.name for tensor in model.graph.initializer} <= used
-    domains = {node.domain for node in model.graph.node}
-    assert {entry.domain for entry in model.opset_import} - {""} <= domains
-
-
 def weight_count(path: Path) -> int:
     tensors = onnx.load(path).graph.initializer
     return sum(int(np.prod(tensor.dims)) for tensor in tensors if tensor.data_type != onnx.TensorProto.INT64)
@@ -78,7 +60,7 @@ def weight_count(path: Path) -> int:
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_every_form_with_every_router_is_pruned_exactly(form, router, tmp_path):
     spec = spec_of(form, router, layers=2)
-    source = written(spec, tmp_path)
+    source = saved(spec, tmp_path)
     for label, keeps in KEEPS.items():
         out = tmp_path / label
         try:
@@ -109,7 +91,7 @@ def assert_done_once(first: Path, second: Path, manifest: Manifest) -> None:
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_keeping_all_changes_no_byte(form, router, tmp_path):
     spec = spec_of(form, router, layers=2)
-    source = written(spec, tmp_path)
+    source = saved(spec, tmp_path)
     for name, plan in (("without a plan", None), ("with one", plan_of(spec, source, (ALL, ALL)))):
         manifest = optimize(source, tmp_path / name, RUNNER, plan=plan)
         assert not manifest.modified
@@ -120,7 +102,7 @@ def test_keeping_all_changes_no_byte(form, router, tmp_path):
 @pytest.mark.parametrize("form", ["experts", "masked_loop"])
 def test_every_router_is_written_in_every_form_that_can_express_it(form, router, tmp_path):
     spec = spec_of(form, router)
-    source = written(spec, tmp_path)
+    source = saved(spec, tmp_path)
     done = []
     for writer in WRITERS:
         (block,) = read_model(source).blocks
@@ -137,6 +119,6 @@ def test_every_router_is_written_in_every_form_that_can_express_it(form, router,
 def test_tensorrt_rtx_builds_every_router(router, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'moe-edge[tensorrt-rtx]'")
     spec = spec_of("masked_loop", router)
-    source = written(spec, tmp_path)
+    source = saved(spec, tmp_path)
     optimize(source, tmp_path / "out", RUNNER, plan=plan_of(spec, source, ((1, 4, 5),)), accepted=FORMS)
     built(tmp_path / "out")

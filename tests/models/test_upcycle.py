@@ -6,24 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from models.checkpoints import load_model, save_model
 from models.families import DENSE
 from models.moe_layers import find_moe_layers
 from models.upcycle import mix, upcycle
 from moe_spec.errors import UserError
-from tests.models_table import DENSE_DECODER, HIDDEN, TINY, WIDTH
+from tests.models.dense import SIZES, llama
+from tests.models_table import HIDDEN, TINY, WIDTH
 
-SIZES: dict[str, Any] = {**DENSE_DECODER, "initializer_range": 0.2}
 IDS = torch.arange(3, 27).reshape(2, 12)
-
-
-def llama(seed=0, dtype=torch.float32, **changes) -> Any:
-    torch.manual_seed(seed)
-    rope = {"rope_type": "default", "rope_theta": 777.0}
-    config = LlamaConfig(**SIZES | {"rope_parameters": rope} | changes)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def mistral(seed=0, **changes) -> Any:

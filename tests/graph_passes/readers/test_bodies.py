@@ -10,7 +10,7 @@ from graph_passes.optimize import optimize
 from graph_passes.record.block import Refusal
 from moe_spec.errors import UserError
 from tests.graph_passes.block_models import Spec, save
-from tests.graph_passes.simplify.test_simplify import written
+from tests.graph_passes.text_files import written
 from tests.zoo import RUNNER
 
 

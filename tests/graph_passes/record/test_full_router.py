@@ -19,40 +19,18 @@ from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.engines import FORMS, built
 from tests.foreign.table import FOREIGN
-from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, save, spec_of, why_not, why_not_run
+from tests.graph_passes.block_files import ALL, ONE, THREE, assert_clean, plan, run, saved, tokens
+from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, spec_of
 from tests.graph_passes.block_models.spec import layer_name
-from tests.graph_passes.test_matrix import ALL, assert_clean
 from tests.zoo import RUNNER
 
 BEHIND = ("dense", "sorted", "gather")
-THREE, ONE = (1, 4, 5), (5,)
 
 
 def layer(spec: Spec, index: int, keep, router: str = FULL) -> LayerPlan:
     top_k = spec.top_k if router == FULL else min(spec.top_k, len(keep))
     groups = None if router == FULL else spec.groups
     return LayerPlan(layer_name(index), spec.experts, top_k, keep, groups=groups, router=router)
-
-
-def saved(spec: Spec, folder):
-    reason = why_not(spec) or why_not_run(spec)
-    if reason is not None:
-        pytest.skip(f"no such model, or ONNX Runtime cannot run it: {reason}")
-    save(spec, folder / "block.onnx")
-    return folder / "block.onnx"
-
-
-def plan(source, *layers: LayerPlan) -> PruningPlan:
-    return PruningPlan(onnx_sha256(source), "by hand", layers)
-
-
-def tokens(spec: Spec, count: int = 37) -> np.ndarray:
-    return np.random.default_rng(spec.seed).standard_normal((count, spec.hidden)).astype(spec.dtype)
-
-
-def run(model, x, name: str = MODEL):
-    path = model / name if model.is_dir() else model
-    return RUNNER.run(path, [{"x": x}])[0]
 
 
 def assert_computes(spec: Spec, model, *keeps, full) -> None:

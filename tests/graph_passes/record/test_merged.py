@@ -19,11 +19,10 @@ from graph_passes.record import merge
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.layer_plan import ALIAS, MEAN, ROWS, LayerPlan, Merge
 from moe_spec.runner import error_between
+from tests.graph_passes.block_files import assert_clean, plan, run, saved, tokens
 from tests.graph_passes.block_models import FORM_NAMES, Spec, spec_of
 from tests.graph_passes.block_models.limits import WITH_MATRICES_OF_ONE
 from tests.graph_passes.block_models.spec import layer_name
-from tests.graph_passes.record.test_full_router import plan, run, saved, tokens
-from tests.graph_passes.test_matrix import assert_clean
 from tests.zoo import RUNNER
 
 MERGED: Mapping[int, tuple[tuple[int, ...], tuple[float, ...]]] = {

@@ -23,10 +23,9 @@ from moe_spec.manifest import MODEL, OBSERVED, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
 from tests.foreign.table import FOREIGN
+from tests.graph_passes.block_files import ALL, ONE, THREE, assert_clean, run, saved, tokens
 from tests.graph_passes.block_models import FORM_NAMES, ROUTERS, Spec, compute, spec_of
 from tests.graph_passes.block_models.spec import layer_name
-from tests.graph_passes.record.test_full_router import ONE, THREE, run, saved, tokens
-from tests.graph_passes.test_matrix import ALL, assert_clean
 from tests.oracle import with_any_means
 from tests.zoo import RUNNER
 

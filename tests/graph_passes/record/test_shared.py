@@ -20,10 +20,9 @@ from moe_spec.layer_plan import ALIAS, FULL, LayerPlan, Merge
 from moe_spec.manifest import MODEL
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
+from tests.graph_passes.block_files import assert_clean, run, saved, tokens
 from tests.graph_passes.block_models import ROUTERS, Spec, spec_of
 from tests.graph_passes.block_models.spec import layer_name
-from tests.graph_passes.record.test_full_router import run, saved, tokens
-from tests.graph_passes.test_matrix import assert_clean
 from tests.oracle import with_any_means
 from tests.zoo import RUNNER
 

@@ -14,17 +14,10 @@ from moe_spec.errors import UserError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import MODEL
 from tests.graph_passes.block_models import NAME, Spec, compute, plan, save
+from tests.graph_passes.text_files import written
 from tests.zoo import RUNNER
 
 X = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-
-
-def written(text: str, path, **weights):
-    """The model ``text`` as a file, with ``weights``."""
-    model = onnx.parser.parse_model(text)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
-    onnx.save(model, path)
-    return path
 
 
 def ops(graph) -> list[str]:

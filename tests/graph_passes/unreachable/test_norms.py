@@ -5,7 +5,7 @@ import pytest
 
 from graph_passes.model_file import load_graph
 from graph_passes.unreachable.norms import read_norm
-from tests.graph_passes.simplify.test_simplify import written
+from tests.graph_passes.text_files import written
 from tests.zoo import RUNNER
 
 WIDTH = 4

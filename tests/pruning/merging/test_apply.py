@@ -21,24 +21,10 @@ from pruning.apply import apply_plan, prune
 from tests.families.configs import tiny
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
-
-GROUPS = ((0, 2), (1, 3), (4, 7), (5, 6))
-"""Who becomes one, inside routing groups where there are any; the second of each survives."""
+from tests.pruning.merging.plans import merging
 
 RENORMALISED = [name for name in TINY if name not in ("olmoe", "vmoe")]
 """Families whose gates add up to the same number whoever is selected."""
-
-
-def merging(model, groups=GROUPS, weights=(1.0, 3.0), router=ROWS, align=True, survivor=-1, **options):
-    """A plan that merges ``groups`` in every layer."""
-    groups = sorted(groups, key=lambda group: group[survivor])
-    merges = tuple(Merge(tuple(group), tuple(weights)) for group in groups)
-    keep = tuple(group[survivor] for group in groups)
-    layers = tuple(
-        LayerPlan(layer.name, 8, layer.top_k, keep, (), layer.groups, router, merges, align)
-        for layer in find_moe_layers(model)
-    )
-    return PruningPlan("", "by hand", layers, options)
 
 
 def logits(model):

@@ -13,7 +13,7 @@ from pruning import apply
 from pruning.apply import apply_plan, prune
 from tests.families.configs import tiny
 from tests.models_table import TINY
-from tests.pruning.merging.test_apply import merging
+from tests.pruning.merging.plans import merging
 
 
 def assert_merged_as_in_memory(model, checkpoint, out) -> None:
