@@ -39,7 +39,7 @@ def build_package(folder: Path) -> None:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in BESIDE:
         shutil.copy(ROOT / name, folder)
-    subprocess.run([sys.executable, "-P", "-c", BUILD], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-c", BUILD], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def install_extra(base: Environment, extra: str, directory: Path) -> Environment
 def pip(environment: Environment, *arguments: object) -> str:
     """What the pip of the tests prints when it works on another environment."""
     command = [sys.executable, "-m", "pip", "--python", environment.python, "--disable-pip-version-check", *arguments]
-    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+    return subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def needed(wheel: Distribution, extra: str = "") -> list[Distribution]:
@@ -119,7 +119,8 @@ def needed(wheel: Distribution, extra: str = "") -> list[Distribution]:
         if step in seen:
             continue
         seen.add(step)
-        found.setdefault(name, importlib.metadata.distribution(name))
+        if name not in found:
+            found[name] = importlib.metadata.distribution(name)
         for requirement in map(Requirement, found[name].requires or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
                 waiting += [(canonicalize_name(requirement.name), more) for more in ("", *requirement.extras)]
