@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = "docs"
 
 SECTIONS = {
-    "Samples": ("samples/*/README.md", "models/vmoe/fashion_mnist/README.md"),
+    "Samples": ("samples/README.md", "samples/*/README.md", "models/vmoe/fashion_mnist/README.md"),
     "Benchmarks": ("benchmarks/README.md", "benchmarks/*.md", "benchmarks/tasks/README.md"),
     "Project": ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 }
