@@ -87,6 +87,8 @@ def drop_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+    with out.capture():  # a line that could not be written is still in rich's buffer, in front of the next
+        pass
 
 
 class _Warnings(logging.Handler):
