@@ -225,8 +225,8 @@ def family(model_type: str) -> Family:
         nearest = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"model_type {model_type!r} is no MoE family that moe-edge knows",
-            hint=f"{nearest}`moe-edge families` lists them; a module of any other is adapted in three lines of Python, "
-            "see models/plain.py; CONTRIBUTING.md says how to add a family",
+            hint=f"{nearest}`moe-edge families` lists them; any other module is adapted in a few lines of Python: "
+            "docs/howto/any-torch-module.md; CONTRIBUTING.md says how to add a family",
         )
     return _BY_TYPE[model_type]
 

@@ -21,6 +21,7 @@ RUN = sorted(PAGES, key=lambda page: (page != FIRST, page.parent.name != "howto"
 
 FILES = [ROOT / "README.md", *PAGES, *(ROOT / path for paths in repository.pages().values() for path in paths)]
 _LINK = re.compile(r"\]\(([^()\s#]+)(?:#[^()\s]*)?\)")
+_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?)`")
 _MAKE = re.compile(r"(make .*\n)+")
 """What CI runs, and this suite is a part of."""
 _FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["'](?:https?:)?//[^"']*""")
@@ -54,6 +55,14 @@ def test_links_between_files_lead_to_files(path):
     targets = [path.parent / link[1] for link in _LINK.finditer(path.read_text("utf-8")) if ":" not in link[1]]
     missing = [target for target in targets if not target.exists() and target.resolve() not in made]
     assert missing == []
+
+
+def test_files_that_are_named_are_there():
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    named = {(path, found[1]) for path in FILES for found in _PATH.finditer(path.read_text("utf-8"))}
+    of_ours = [(path, name) for path, name in named if name.partition("/")[0] in tops]
+    assert of_ours
+    assert [(path, name) for path, name in of_ours if path.name != "CHANGELOG.md" and not (ROOT / name).exists()] == []
 
 
 @pytest.fixture(scope="module")

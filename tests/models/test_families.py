@@ -87,8 +87,8 @@ def test_the_layers_come_in_model_order_without_the_dense_ones():
 def test_an_unknown_family_is_refused_with_the_nearest(word, nearest):
     message = (
         f"model_type {word!r} is no MoE family that moe-edge knows\n"
-        f"hint: {nearest}`moe-edge families` lists them; a module of any other is adapted in three lines of Python, "
-        "see models/plain.py; CONTRIBUTING.md says how to add a family"
+        f"hint: {nearest}`moe-edge families` lists them; any other module is adapted in a few lines of Python: "
+        "docs/howto/any-torch-module.md; CONTRIBUTING.md says how to add a family"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         family(word)
