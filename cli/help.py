@@ -1,13 +1,13 @@
 """How ``--help`` is laid out: paragraphs that wrap, an example a line, options in panels, in the order of a reader."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from cli.completion import complete
+from cli.help_page import EXAMPLE, Row, is_argument, row, show, usage, verb_row
 
 _ONNX_RUNTIME = ("threads", "provider", "provider_option", "cpu_fallback", "parallel", "spinning", "cache")
 _SHAPES = ("min_shapes", "opt_shapes", "max_shapes", "profile")
@@ -58,7 +58,7 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Options by panel by verb, in the order in which they are shown; those of no panel come first."""
 
-EXAMPLE = "Example: "
+_PANEL = {True: "Arguments", False: "Options"}
 
 _SHOWN = {"bool": "", "int": "INT", "float": "FLOAT", "path": "PATH", "str": "TEXT"}
 """What a value is called, by the name of its type; a switch has none."""
@@ -70,6 +70,13 @@ class Verbs(TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         """Its own options and typer's, `--help` too."""
         return [_named(one) for one in super().get_params(ctx)]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - it is printed, not formatted
+        """Print it: options, then verbs by group."""
+        commands: Mapping[str, Any] = self.commands  # of ours, which have panels
+        verbs = [(command.rich_help_panel, verb_row(name, command)) for name, command in commands.items()]
+        panels = _by_panel([("Options", row(one)) for one in self.get_params(ctx)] + verbs)
+        show(f"{usage(ctx.command_path, ())} VERB ...", self.help or "", panels)
 
 
 class Verb(TyperCommand):
@@ -91,14 +98,27 @@ class Verb(TyperCommand):
         """What it takes, `--help` too."""
         return [_named(one) for one in super().get_params(ctx)]
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - it is printed, not formatted
+        """Print it: arguments, options, options by panel."""
+        named = [(one.rich_help_panel or _PANEL[is_argument(one)], row(one)) for one in self.get_params(ctx)]
+        panels = _by_panel(sorted(named, key=lambda found: found[0] in PANELS.get(self.name or "", {})))
+        show(usage(ctx.command_path, self.params), self.help or "", panels)
+
+
+def _by_panel(rows: Iterable[tuple[str, Row]]) -> Mapping[str, Sequence[Row]]:
+    panels: dict[str, list[Row]] = {}
+    for panel, found in rows:
+        panels.setdefault(panel, []).append(found)
+    return panels
+
 
 def _named(parameter: Any) -> Any:
     """``parameter``, whose value is shown as people call it: PATH, not <path>; nothing for a switch."""
     if parameter.param_type_name == "argument":
         shown, parameter.metavar = "", parameter.metavar or parameter.name.upper()
     else:
-        (kind,) = re.findall("|".join(_SHOWN), str(parameter.type_descriptor.annotation).lower())[:1]
-        shown = _SHOWN[kind]
+        kind = re.search("|".join(_SHOWN), str(parameter.type_descriptor.annotation).lower())
+        shown = _SHOWN[kind[0]] if kind else "NAME"
     parameter.display_type = lambda _context: shown
     return parameter
 
@@ -106,4 +126,4 @@ def _named(parameter: Any) -> Any:
 def help_text(docstring: str) -> str:
     """A docstring as typer shows it: lines of a paragraph are joined, so that they wrap; examples are not."""
     paragraphs = docstring.strip().split("\n\n")
-    return escape("\n\n".join(re.sub(rf"\n(?!{EXAMPLE})", " ", paragraph) for paragraph in paragraphs))
+    return "\n\n".join(re.sub(rf"\n(?!{EXAMPLE})", " ", paragraph) for paragraph in paragraphs)

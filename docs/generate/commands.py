@@ -9,6 +9,7 @@ import typer.main
 
 from benchmarks.markdown import table
 from cli.exits import EXITS
+from cli.help_page import argument, default, is_argument, usage
 from cli.main import build_app
 
 _EXAMPLE = re.compile(r"^Example: (.*)$", re.MULTILINE)
@@ -25,19 +26,14 @@ def page() -> str:
     parts = ["# Commands", intro, exits, "## moe-edge", _options(app.params)]
     for name, command in app.commands.items():
         prose, *examples = _help(command.help)
-        parts += [f"## {name}", f"`{usage(name, command.params)}`", prose, _options(command.params), *examples]
+        parts += [
+            f"## {name}",
+            f"`{usage(f'moe-edge {name}', command.params)}`",
+            prose,
+            _options(command.params),
+            *examples,
+        ]
     return "\n\n".join(parts) + "\n"
-
-
-def usage(name: str, parameters: list[Any]) -> str:
-    """How the verb is called, with what it cannot do without.
-
-    >>> usage("demo", [])
-    'moe-edge demo [OPTIONS]'
-    """
-    words = [_argument(one) for one in parameters if _is_argument(one)]
-    words += [f"{max(one.opts, key=len)} {one.name.upper()}" for one in parameters if _is_needed_option(one)]
-    return " ".join(["moe-edge", name, *words, "[OPTIONS]"])
 
 
 def _help(text: str) -> Iterator[str]:
@@ -66,30 +62,12 @@ def _panel(name: str | None, parameters: list[Any]) -> Iterator[str]:
 
 
 def _row(one: Any) -> tuple[str, str, str]:
-    if _is_argument(one):
-        return f"`{_argument(one)}`", _cell(one.help), "needed" if one.required else ""
+    if is_argument(one):
+        return f"`{argument(one)}`", _cell(one.help), "needed" if one.required else ""
     names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
-    return names, _cell(one.help), "needed" if one.required else _default(one.default)
-
-
-def _default(value: object) -> str:
-    if value is None or value is False or value in ([], ()):
-        return ""
-    return "on" if value is True else f"`{value}`"
+    value = default(one)
+    return names, _cell(one.help), "needed" if one.required else value and f"`{value}`"
 
 
 def _cell(text: str | None) -> str:
     return (text or "").replace("|", r"\|").replace("\n", " ")
-
-
-def _is_argument(one: Any) -> bool:
-    return bool(one.opts == [one.name])
-
-
-def _is_needed_option(one: Any) -> bool:
-    return bool(one.required) and not _is_argument(one)
-
-
-def _argument(one: Any) -> str:
-    name = f"{one.metavar}{'...' if one.nargs == -1 else ''}"
-    return name if one.required else f"[{name}]"

@@ -1,6 +1,7 @@
 """The three shells complete verbs, options, and values that come out of the tables."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,27 @@ def test_each_shell_has_a_script(name, sign):
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
 def test_each_shell_completes_values(name):
     assert "seer-soft" in shell(name, "moe-edge plan --criterion seer-s")
+
+
+SHELLS = {
+    "bash": "{script}\nCOMP_WORDS=(moe-edge {words}); COMP_CWORD={last}\n"
+    "_moe_edge_completion moe-edge; echo ${{COMPREPLY[@]}}",
+    "fish": "{script}\ncomplete -C 'moe-edge {words}'",
+}
+"""What lets a shell itself complete ``words``."""
+
+
+@pytest.mark.parametrize(("words", "found"), [("finet", "finetune"), ("build --target jetson-o", "jetson-orin")])
+@pytest.mark.parametrize("name", SHELLS)
+def test_the_shell_itself_completes(name, words, found):
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    code = SHELLS[name].format(script=shell(name, "", "source"), words=words, last=len(words.split()))
+    path = os.pathsep.join((str(INSTALLED.parent), os.environ["PATH"]))
+    done = subprocess.run(
+        [name, "-c", code], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[:1] == [found]
 
 
 def test_every_table_is_completed_and_narrowed():

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cli.help import EXAMPLE
+from cli.help_page import EXAMPLE
 from cli.main import VERBS
 from models.checkpoints import save_model
 from models.vmoe.assets import fashion_mnist

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import typer.main
 
+from cli import console
 from cli.exits import READER_GONE
-from cli.help import EXAMPLE, PANELS, help_text
+from cli.help import PANELS, help_text
+from cli.help_page import EXAMPLE
 from cli.main import GROUPS, VERBS, build_app, main
 from tests.cli.helpers import invoke
 
@@ -27,7 +29,7 @@ def options_of(verb):
 
 @pytest.fixture(params=[40, 80, 120])
 def width(request, monkeypatch):
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", request.param)
+    monkeypatch.setattr(console, "out", type(console.out)(width=request.param, highlight=False))
     return request.param
 
 
@@ -37,6 +39,8 @@ def test_the_help_of_a_verb_fits_the_terminal(verb, width):
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= width
     assert ANSI not in out
+    for parameter in options_of(verb).values():
+        assert [name for name in (*parameter.opts, *parameter.secondary_opts) if name not in out] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,9 +1,12 @@
 """What every verb shares: exit codes, errors on stderr, missing packages."""
 
+import errno
 import importlib
 
 import pytest
+import typer
 
+from cli import exits
 from moe_spec.errors import UserError, VerificationError
 from tests.cli.helpers import invoke
 
@@ -61,3 +64,16 @@ def test_a_file_that_may_not_be_read_is_an_error(failing):
 def test_what_is_no_mistake_of_the_user_is_not_hidden(failing):
     with pytest.raises(OSError, match="out of luck"):
         failing(OSError("out of luck"))
+
+
+def test_every_exit_code_of_the_table_is_one_that_commands_end_with(failing):
+    endings = {
+        exits.DONE: SystemExit(0),
+        exits.MISTAKE: UserError("no", hint="yes"),
+        exits.USAGE: typer.BadParameter("no"),
+        exits.NOT_PROVEN: VerificationError("no"),
+        exits.INTERRUPTED: KeyboardInterrupt(),
+        exits.READER_GONE: BrokenPipeError(errno.EPIPE, "nobody reads"),
+    }
+    assert list(endings) == list(exits.EXITS)
+    assert [failing(ending)[0] for ending in endings.values()] == list(exits.EXITS)
