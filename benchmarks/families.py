@@ -40,8 +40,8 @@ from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Arrays, Feeds, error_between
-from pruning.apply import prune
 from pruning.collect import collect
+from pruning.prune import prune
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.onnxruntime.backend import OnnxRuntimeRunner

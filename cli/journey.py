@@ -24,13 +24,13 @@ from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import FILE_NAME, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Feeds
-from pruning.apply import prune
 from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import finetune
 from pruning.finetuning.options import Plain
 from pruning.finetuning.recipe import RECIPES
 from pruning.options import PlanOptions
 from pruning.plan import plan
+from pruning.prune import prune
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.bench import BenchRow, row_of, time_in_turns

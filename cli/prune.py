@@ -29,8 +29,8 @@ def prune(
     from moe_spec.identity import checkpoint_sha256, checkpoint_weights
 
     with console.progress(f"reading {checkpoint}") as tell:
-        from pruning.apply import prune as run
-        from pruning.apply import unloaded_experts
+        from pruning.prune import prune as run
+        from pruning.prune import unloaded_experts
 
         warn_of_code(checkpoint, trusted=trust_remote_code)
         run(checkpoint, plan, output, trust_remote_code=trust_remote_code, on_progress=tell)

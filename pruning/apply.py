@@ -1,113 +1,20 @@
-"""Apply: a plan turns a model into a smaller one, in memory or as a checkpoint."""
-
-import tempfile
-from pathlib import Path
+"""Apply: a plan turns a model in memory into a smaller one."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.checkpoints import load_model, load_skeleton, save_model, stored_tensors
 from models.families import GROUP_COUNTS, Family, family_of
 from models.moe_layers import MoELayer, axis_of_experts, find_moe_layers, require_gated_outputs, set_top_k
-from models.own_code import copy_code
-from models.stored_merges import StoredMerges, fill_routers
-from models.stored_names import is_cut, parameter_names
-from models.stored_parameters import StoredParameters
-from models.tensor_files import SHARD_BYTES, write_tensors
-from moe_spec.companions import copy_companions
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import Groups, check_expert_choice, check_keep
-from moe_spec.files import new_directory, refuse_existing
-from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import ALIAS, NEW, REPLACE, UNTOUCHED, LayerPlan
-from moe_spec.plan import PLAN, PruningPlan
-from moe_spec.progress import Progress, silent
+from moe_spec.plan import PruningPlan
 from pruning.behind_router import is_led, lead_to
 from pruning.merging.apply import merge_layers
-from pruning.merging.stored import are_saved_as_stored, merged_tensors
-from pruning.stream import lie_by_layer, pruned_parameters, without_dropped
 
-_ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
-_MERGE_WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"
-
-
-def prune(
-    checkpoint: Path,
-    plan_path: Path,
-    out: Path,
-    shard_bytes: int = SHARD_BYTES,
-    *,
-    trust_remote_code: bool = False,
-    on_progress: Progress = silent,
-) -> Path:
-    """Write a checkpoint without the experts that a plan drops; ``AutoModel.from_pretrained`` loads it.
-
-    Weights keep their dtype. The plan stands in the new directory as plan.json. It is carried out from file to file, so
-    memory does not grow with the model. The model is in memory for experts of several layers that the files have as one
-    list (ERNIE 4.5 VL), and to merge experts that transformers would not save as they are stored, such as stacked ones
-    where it saves one tensor an expert.
-
-    Args:
-        checkpoint: config.json and safetensors weights.
-        plan_path: plan.json for it.
-        out: a directory that does not exist.
-        shard_bytes: of the weights in one file.
-        trust_remote_code: run the Python files that config.json names (`models.own_code`).
-        on_progress: told of the bytes that are hashed and written.
-
-    Raises:
-        UserError: ``out`` exists; checkpoint or plan cannot be read; the plan is for another model, or keeps what a
-            torch router or the one count in config.json cannot say, such as a full router.
-    """
-    refuse_existing(out)
-    plan = PruningPlan.load(plan_path)
-    plan.require_model(checkpoint_sha256(checkpoint, on_progress), str(checkpoint))
-    plan.require_narrow_routers("a checkpoint")
-    plan.require_no_aliases()
-    skeleton, tensors = load_skeleton(checkpoint, trust_remote_code=trust_remote_code), stored_tensors(checkpoint)
-    names = parameter_names(skeleton, tensors, checkpoint)
-    pruned = pruned_parameters(skeleton, plan)
-    merges = None
-    if plan.merges and not is_cut(skeleton):
-        stored = StoredParameters(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
-        fill_routers(skeleton, stored)
-        merges = StoredMerges(skeleton, stored, plan)
-    apply_plan(skeleton, plan)  # refusals come before a weight of an expert is read
-    _require_config_counts(skeleton, plan, checkpoint)
-    in_memory = not lie_by_layer(pruned, names) or (plan.merges and merges is None)
-    in_memory |= merges is not None and not are_saved_as_stored(skeleton, merges, tensors, names)
-    in_runs = family_of(skeleton.config).in_runs
-    kept = {} if in_memory else without_dropped(tensors, names, pruned, checkpoint, in_runs=in_runs)
-    with new_directory(out) as staging, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        if in_memory:
-            on_progress("pruning in memory")
-            model = load_model(checkpoint, dtype=None, trust_remote_code=trust_remote_code)
-            apply_plan(model, plan)
-            save_model(model, staging)
-        else:
-            if merges is not None:
-                on_progress("merging experts")
-                kept |= merged_tensors(skeleton, merges, tensors, names, Path(scratch))
-            skeleton.config.save_pretrained(staging)
-            write_tensors(kept, staging, shard_bytes, on_progress)
-        copy_companions(checkpoint, staging)
-        copy_code(checkpoint, staging)
-        plan.save(staging / PLAN)
-    return out
-
-
-def unloaded_experts(checkpoint: Path, *, trust_remote_code: bool = False) -> list[str]:
-    """Stored tensors of experts that no plan reaches, because transformers loads no layer for them.
-
-    DeepSeek-V3's are those of the layers that predict further tokens. ``prune`` copies them as they are, all E experts.
-
-    Raises:
-        UserError: no checkpoint of a known family, or files that are not complete.
-    """
-    tensors = stored_tensors(checkpoint)
-    loaded = parameter_names(load_skeleton(checkpoint, trust_remote_code=trust_remote_code), tensors, checkpoint)
-    return sorted(name for name in tensors if ".experts." in name and name not in loaded)
+ONNX_WAY = "prune the ONNX graph, which has no such limit: moe-edge optimize exported/ --plan plan.json"
+MERGE_WAY = "merge into as many experts in every layer and every group: moe-edge plan --scope layer, and more --keep"
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -141,7 +48,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
         elif layer_plan.router != ALIAS and layer_plan.dropped:
             _slice_experts(layer, layer_plan, row)
             lead_to(layer, layer_plan)
-    shapes = _shapes(model)
+    shapes = distinct_shapes(model)
     untouched = any(layer_plan.router in UNTOUCHED for layer_plan in plan.layers)
     if len(shapes) == 1 and not untouched and not row.attention_experts:
         experts, top_k, one_group = shapes.pop()
@@ -185,7 +92,7 @@ def _groups_after(layer: MoELayer, plan: LayerPlan) -> Groups | None:
         raise UserError(
             f"layer {layer.name} keeps {survivors} experts in its {layer.groups.count} routing groups, but a torch "
             f"router needs the same number in each, at least {layer.groups.scored_by}",
-            hint=_MERGE_WAY if plan.router == NEW else _ONNX_WAY,
+            hint=MERGE_WAY if plan.router == NEW else ONNX_WAY,
         )
     return Groups(len(filled), min(layer.groups.selected, len(filled)), layer.groups.scored_by)
 
@@ -239,22 +146,6 @@ def _set_counts(model: PreTrainedModel, layer: MoELayer, plan: LayerPlan, groups
             setattr(layer.router, name, value)
 
 
-def _shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
+def distinct_shapes(model: PreTrainedModel) -> set[tuple[int, int, Groups | None]]:
+    """E, K and groups of the layers of ``model``; one where all layers agree, as a config wants it."""
     return {(layer.num_experts, layer.top_k, layer.groups) for layer in find_moe_layers(model)}
-
-
-def _require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
-    row = family_of(pruned.config)
-    if row.attention_experts and any(layer.dropped for layer in plan.layers):
-        raise UserError(
-            f"the attention of {row.model_type} has as many experts as its MLPs, and the config.json of {checkpoint} "
-            "one count for both",
-            hint="export with the plan instead: moe-edge export CHECKPOINT --plan plan.json",
-        )
-    if len(_shapes(pruned)) > 1:
-        counts = ", ".join(f"{layer.name}: {layer.num_experts} (K={layer.top_k})" for layer in find_moe_layers(pruned))
-        raise UserError(
-            f"the plan leaves different counts in the layers of {checkpoint} ({counts}), "
-            "but a checkpoint's config.json has one for all of them",
-            hint=_MERGE_WAY if any(layer.router == NEW for layer in plan.layers) else _ONNX_WAY,
-        )

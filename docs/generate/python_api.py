@@ -14,7 +14,7 @@ FUNCTIONS: Mapping[str, str] = {
     "calibrate": "pruning.calibrate",
     "merge": "moe_spec.statistics",
     "plan": "pruning.plan",
-    "prune": "pruning.apply",
+    "prune": "pruning.prune",
     "finetune": "pruning.finetuning.finetune",
     "export": "exporter.export",
     "optimize": "graph_passes.optimize",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pruning.apply
+import pruning.prune
 from models.checkpoints import load_model, save_model
 from models.moe_layers import find_moe_layers
 from moe_spec.identity import checkpoint_sha256
@@ -160,7 +160,7 @@ def test_ctrl_c_while_writing_leaves_nothing(checkpoint, plan, tmp_path, monkeyp
         (directory / "model.safetensors").write_bytes(b"")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning.apply, "write_tensors", half)
+    monkeypatch.setattr(pruning.prune, "write_tensors", half)
     arguments = ("prune", checkpoint, "--plan", plan, "-o", tmp_path / "out")
     assert invoke(*arguments) == (130, "", "interrupted; nothing half-written is left\n")
     assert leftovers(tmp_path) == {"plan.json"}

@@ -10,7 +10,7 @@ from benchmarks.planted import FAULTS, plant
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
-from pruning.apply import prune
+from pruning.prune import prune
 from tests.cli.helpers import invoke
 
 

@@ -14,7 +14,8 @@ from moe_spec.feasibility import Groups
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import FULL, REPLACE, LayerPlan
 from moe_spec.plan import PruningPlan
-from pruning.apply import apply_plan, prune
+from pruning.apply import apply_plan
+from pruning.prune import prune
 from tests.models_table import TINY, auto_class, example_inputs
 from tests.oracle import masked, plan_for, with_any_means
 

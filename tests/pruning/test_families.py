@@ -12,9 +12,10 @@ from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import MEAN, REPLACE, LayerPlan, Merge
 from moe_spec.plan import PruningPlan
-from pruning.apply import apply_plan, prune
+from pruning.apply import apply_plan
 from pruning.collect import collect
 from pruning.finetuning.mask import ExpertMask
+from pruning.prune import prune
 from pruning.reconstruction import search_model
 from tests.families.configs import tiny
 from tests.models_table import EXPERTS, TOP_K, example_inputs

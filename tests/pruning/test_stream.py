@@ -17,7 +17,8 @@ from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.plan import PruningPlan
-from pruning.apply import apply_plan, prune
+from pruning.apply import apply_plan
+from pruning.prune import prune
 from pruning.stream import without_dropped
 from tests.models_table import TINY, example_inputs
 from tests.oracle import plan_for

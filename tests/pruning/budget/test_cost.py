@@ -5,12 +5,12 @@ import pytest
 
 from models.checkpoints import save_model, stored_tensors
 from moe_spec.errors import UserError
-from pruning.apply import prune
 from pruning.budget.cost import BYTES, MILLISECONDS, Costs, by_latency, by_number, by_size
 from pruning.budget.limit import AtMost, Limit
 from pruning.budget.ranked import RankedLayer
 from pruning.options import PlanOptions
 from pruning.plan import plan
+from pruning.prune import prune
 from pruning.stored_weights import StoredWeights
 from tests.families.configs import tiny
 from tests.models_table import TINY

@@ -23,12 +23,12 @@ from moe_spec.identity import checkpoint_sha256
 from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL
 from moe_spec.plan import PruningPlan
-from pruning.apply import prune
 from pruning.calibrate import calibrate
 from pruning.finetuning.finetune import RECORD, finetune
 from pruning.finetuning.options import Plain, RouterKD, Seer, TaskSpecific
 from pruning.options import PlanOptions
 from pruning.plan import plan
+from pruning.prune import prune
 from tests.models_table import EXPERTS, HIDDEN, TINY
 from tests.oracle import plan_for
 from tests.pruning.finetuning.examples import quick, saved

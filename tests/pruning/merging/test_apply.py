@@ -16,8 +16,8 @@ from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import ALIAS, MEAN, NEW, ROWS, LayerPlan, Merge
 from moe_spec.plan import PruningPlan
-from pruning import apply
-from pruning.apply import apply_plan, prune
+from pruning.apply import apply_plan
+from pruning.prune import prune
 from tests.families.configs import tiny
 from tests.models_table import TINY, WIDTH, auto_class, example_inputs
 from tests.oracle import plan_for
@@ -218,7 +218,7 @@ def test_a_merged_checkpoint_loads_with_auto_classes(name, router, tmp_path, mon
     plan = dataclasses.replace(merging(model, router=router), model_sha256=checkpoint_sha256(checkpoint))
     plan.save(tmp_path / "plan.json")
     with monkeypatch.context() as patched:
-        patched.setattr(apply, "load_model", None)  # the model is never in memory
+        patched.setattr("pruning.prune.load_model", None)  # the model is never in memory
         prune(checkpoint, tmp_path / "plan.json", out)
     apply_plan(model, plan)
     merged = auto_class(model).from_pretrained(out, local_files_only=True)

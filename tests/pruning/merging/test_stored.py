@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from models.checkpoints import load_model, save_model
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.layer_plan import MEAN
-from pruning import apply
-from pruning.apply import apply_plan, prune
+from pruning.apply import apply_plan
+from pruning.prune import prune
 from tests.families.configs import tiny
 from tests.models_table import TINY
 from tests.pruning.merging.plans import merging
@@ -33,7 +33,7 @@ def test_experts_stay_in_the_layout_of_published_checkpoints(name, tmp_path, mon
     """One tensor for all, its rows in runs; or experts that are called by names of their own."""
     save_model(tiny(name), tmp_path / name)
     model = load_model(tmp_path / name)
-    monkeypatch.setattr(apply, "load_model", None)  # the model is never in memory
+    monkeypatch.setattr("pruning.prune.load_model", None)  # the model is never in memory
     assert_merged_as_in_memory(model, tmp_path / name, tmp_path / "merged")
 
 
