@@ -36,7 +36,7 @@ from moe_spec.manifest import Manifest
 from moe_spec.runner import LOGITS, error_between
 from runtime.backends import open_session
 from runtime.bench import DECODE, PREFILL, BenchRow, Contestant, bench
-from runtime.inputs.feeds import RandomFeeds
+from runtime.inputs.random_feeds import RandomFeeds
 from runtime.measuring.machine import describe_machine
 from runtime.measuring.pinning import pinned
 from runtime.model_dir import model_file

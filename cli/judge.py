@@ -15,7 +15,7 @@ from moe_spec.manifest import FILE_NAME
 from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from runtime.bench import BenchRow, bench
-from runtime.providers import BY_DEFAULT, Execution
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.verification.bisect import find_fault
 from runtime.verification.cut_run import CutPair
 from runtime.verification.report import ParityReport

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from runtime.providers import Execution
+    from runtime.execution import Execution
 
 
 class Against(StrEnum):
@@ -84,6 +84,6 @@ def execution_of(
     Raises:
         UserError: an unknown provider, or an option that it does not take.
     """
-    from runtime.providers import Execution, parse_options
+    from runtime.execution import Execution, parse_options
 
     return Execution(provider, parse_options(options or ()), cpu_fallback, parallel, spinning, cache)

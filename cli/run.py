@@ -36,7 +36,7 @@ from moe_spec.errors import UserError
 from moe_spec.progress import silent
 
 if TYPE_CHECKING:
-    from runtime.providers import Execution
+    from runtime.execution import Execution
     from runtime.run import Predictions
 
 _SHOWN = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.manifest import FILE_NAME, Manifest
 from runtime.backend import ENGINE, Backend, Session
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.providers import BY_DEFAULT, Execution
 from runtime.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from runtime.tensorrt.backend import TensorRTBackend
 

@@ -17,10 +17,10 @@ from moe_spec.errors import UserError
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
 from runtime.backends import open_session
-from runtime.inputs.feeds import RandomFeeds
+from runtime.execution import BY_DEFAULT, Execution
+from runtime.inputs.random_feeds import RandomFeeds
 from runtime.measuring.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
-from runtime.providers import BY_DEFAULT, Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def bench(
         execution: how ONNX Runtime is to run the models.
         length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
         past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
-        data: examples to feed; by default random ones (``feeds.RandomFeeds``).
+        data: examples to feed; by default random ones (`RandomFeeds`).
         rivals: what else takes turns with the models, on the same feeds.
         on_progress: told of every turn, not while a run is timed, and of every process that measures memory.
 

@@ -19,10 +19,11 @@ from moe_spec.manifest import MODEL
 from moe_spec.progress import Progress, silent
 from runtime.backend import ENGINE_FILE
 from runtime.backends import BACKENDS
+from runtime.execution import Execution
 from runtime.extras import MODULES
 from runtime.measuring.machine import describe_machine
 from runtime.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.providers import PROVIDERS, Execution
+from runtime.providers import PROVIDERS
 from runtime.targets import ONNXRUNTIME, TARGETS, TENSORRT, TENSORRT_RTX, Target
 from runtime.tensorrt.driver import Driver, compute_capability_here
 from runtime.tensorrt.library import load_library

@@ -21,11 +21,11 @@ from moe_spec.manifest import TensorSpec
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.image_files import SUFFIXES, find_images, read_images
 from runtime.inputs.json_lines import SUFFIX as JSON_LINES
 from runtime.inputs.json_lines import read_json_lines
 from runtime.parity import softmax
-from runtime.providers import BY_DEFAULT, Execution
 
 INPUT = "an .npz, .jsonl or image file, or a folder of images"
 

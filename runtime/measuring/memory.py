@@ -17,8 +17,8 @@ from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
-from runtime.inputs.feeds import RandomFeeds
-from runtime.providers import BY_DEFAULT, Execution
+from runtime.execution import BY_DEFAULT, Execution
+from runtime.inputs.random_feeds import RandomFeeds
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

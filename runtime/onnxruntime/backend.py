@@ -16,6 +16,7 @@ from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import ENGINE, BuildOptions
 from runtime.engine import check_engine, finish_engine, rebuild
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.model_dir import model_bytes, model_file, why_not_buildable
 from runtime.onnx_file import check_external_data, float_types, read_tensors
 from runtime.onnxruntime.graph_cache import directory_for_provider, kept_graph
@@ -28,7 +29,7 @@ from runtime.onnxruntime.library import (
     write_optimized,
 )
 from runtime.onnxruntime.session import OnnxRuntimeSession
-from runtime.providers import BY_DEFAULT, Execution, find_provider
+from runtime.providers import find_provider
 from runtime.targets import ONNXRUNTIME, Target
 
 BFLOAT16, FLOAT4 = "bfloat16", "float4e2m1"

@@ -17,8 +17,8 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import inside, new_directory, sha256_file, sha256_text
 from moe_spec.manifest import MODEL
+from runtime.execution import Execution
 from runtime.onnx_file import check_external_data
-from runtime.providers import Execution
 
 LOGGER = logging.getLogger("moe_edge.cache")
 

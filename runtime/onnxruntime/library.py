@@ -18,7 +18,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from onnxruntime.capi.build_and_package_info import package_name
 
 from moe_spec.errors import UserError
-from runtime.providers import CPU, PROVIDERS, Execution, Provider
+from runtime.execution import Execution
+from runtime.providers import CPU, PROVIDERS, Provider
 
 LOGGER = logging.getLogger("moe_edge.onnxruntime")
 

@@ -10,9 +10,10 @@ import numpy as np
 from moe_spec.decoder import PRESENT, as_past, complete
 from moe_spec.manifest import TensorSpec
 from moe_spec.runner import Arrays, Feeds, Kept
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.feeds import check_feeds, select_outputs
 from runtime.onnxruntime.library import as_user_error
-from runtime.providers import BY_DEFAULT, CPU, Execution
+from runtime.providers import CPU
 
 _NUMPY = {"float": "float32", "double": "float64"}
 _HINT = "check the lengths of the inputs"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moe_spec.progress import Progress, counted, silent
 from runtime.backends import open_session
-from runtime.providers import BY_DEFAULT, Execution
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.text.generate import Sampling, Tokens, generate
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.writing import Writing

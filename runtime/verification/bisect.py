@@ -16,8 +16,8 @@ import numpy.typing as npt
 from moe_spec.dataset import Dataset
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Arrays, Feeds, error_between
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.parity import Flags, Floats, Routing, compare_routing
-from runtime.providers import BY_DEFAULT, Execution
 from runtime.verification.cut_run import CutPair, CutRun, LayerPair
 from runtime.verification.diagnosis import what_experts_do, what_router_does
 from runtime.verification.fault import EXPERTS, REST, ROUTER, Fault

@@ -15,8 +15,8 @@ from moe_spec.cut import CutLayer, CutModel, WatchedLayer, WatchedModel
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import open_session
+from runtime.execution import BY_DEFAULT, Execution
 from runtime.parity import Floats, slots_of
-from runtime.providers import BY_DEFAULT, Execution
 from runtime.verification.sides import run_cast
 
 

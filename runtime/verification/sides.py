@@ -18,11 +18,11 @@ from moe_spec.progress import Progress, silent
 from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
-from runtime.inputs.feeds import RANDOM_SHAPES, RandomFeeds
+from runtime.execution import BY_DEFAULT, Execution
+from runtime.inputs.random_feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
-from runtime.providers import BY_DEFAULT, Execution
 from runtime.verification.tolerances import TOLERANCES, coarsest
 
 

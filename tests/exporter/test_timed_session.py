@@ -12,7 +12,7 @@ from moe_spec.errors import UserError
 from moe_spec.manifest import Manifest
 from moe_spec.runner import error_between
 from runtime.backends import open_session
-from runtime.inputs.feeds import RandomFeeds
+from runtime.inputs.random_feeds import RandomFeeds
 
 WARNS = "ignore:`torch.jit.script:DeprecationWarning"
 """Of itself, where torch 2.13 imports what it compiles with."""

@@ -15,8 +15,9 @@ from moe_spec.errors import UserError
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.build import build
+from runtime.execution import Execution, parse_options
 from runtime.onnxruntime.library import check_placement, session_options, version
-from runtime.providers import PROVIDERS, Execution, find_provider, parse_options
+from runtime.providers import PROVIDERS, find_provider
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here
 from tests.runtime import tiny

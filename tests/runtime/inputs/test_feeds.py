@@ -5,7 +5,8 @@ import pytest
 
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
-from runtime.inputs.feeds import RandomFeeds, check_feeds
+from runtime.inputs.feeds import check_feeds
+from runtime.inputs.random_feeds import RandomFeeds
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "length"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "length"))

@@ -10,8 +10,8 @@ import pytest
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from runtime.backends import open_session
+from runtime.execution import Execution
 from runtime.onnxruntime.graph_cache import SUMS, kept_graph
-from runtime.providers import Execution
 from tests.runtime import tiny
 from tests.runtime.tiny import Tiny
 
