@@ -28,18 +28,23 @@ REPORT = "report.html"
 def demo(
     output: Output = Path("demo-output"),
     engines: Annotated[
-        bool, typer.Option("--engines/--no-engines", help="Build a TensorRT-RTX engine of each, for RTX 30, 40 and 50.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--engines/--no-engines",
+            help="Build a TensorRT-RTX engine of each, for RTX 30, 40 and 50. Not given: where that is installed.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Go the whole way, and print a table."""
-    from cli.journey import TARGETS, Journey
+    from cli.journey import Journey
     from moe_spec.files import new_directory
     from moe_spec.record import dump
     from report.report import report
 
+    targets = () if engines is False else _targets(asked=engines is True)
     with new_directory(output) as staging:
-        rows = Journey(staging, TARGETS if engines else (), console.step).run()
+        rows = Journey(staging, targets, console.step).run()
         console.step("report")
         verdict = report(staging, staging / REPORT, name=output.resolve().name)
         told = {"rows": [dataclasses.asdict(row) for row in rows], "verdict": dataclasses.asdict(verdict)}
@@ -48,6 +53,26 @@ def demo(
         console.out.print(_table(rows))
     said = f"{verdict.headline}: {output / REPORT} says why, and every artifact is in {output}"
     console.result(said, told | {"output": str(output)}, as_json)
+
+
+def _targets(*, asked: bool) -> tuple[str, ...]:
+    """What engines are built for; nothing where they cannot be built, unless they were ``asked`` for.
+
+    Raises:
+        UserError: they were.
+    """
+    from cli.journey import TARGETS
+    from moe_spec.errors import UserError
+    from runtime.backends import BACKENDS
+    from runtime.targets import TENSORRT_RTX, find_target
+
+    why_not = BACKENDS[TENSORRT_RTX].why_not_here(find_target(TARGETS[0]))
+    if not why_not:
+        return TARGETS
+    if asked:
+        raise UserError(f"no engine can be built here: {why_not[0]}", hint="leave them out: moe-edge demo --no-engines")
+    console.step(f"no engines: {why_not[0]}")
+    return ()
 
 
 def _table(rows: "list[Row]") -> Table:

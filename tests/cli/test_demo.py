@@ -14,9 +14,10 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from cli.demo import _table
+from cli.demo import _table, _targets
 from cli.journey import BATCHES, KEEPS, RECIPE, RECOVERED, TARGETS, TRAINED, Row
 from models.vmoe.assets import fashion_mnist
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import Manifest
@@ -62,6 +63,14 @@ def run_demo(out):
     assert torch.get_num_threads() == threads
     assert list(out.parent.glob(".demo.*")) == []
     return stdout
+
+
+def test_without_tensorrt_rtx_there_are_no_engines_unless_they_were_asked_for(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert _targets(asked=False) == ()
+    assert capsys.readouterr().err.startswith("· no engines: tensorrt_rtx cannot be imported: ")
+    with pytest.raises(UserError, match=r"^no engine can be built here: .*\nhint: leave them out: .* --no-engines$"):
+        _targets(asked=True)
 
 
 def test_each_row_says_what_ran(demo):
