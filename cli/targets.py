@@ -15,16 +15,18 @@ Example: moe-edge targets optimized/ --target jetson-orin --memory 8 --maxShapes
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.box
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cli import console
 from cli.options import AsJson
+from moe_spec.errors import UserError
 from moe_spec.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ def targets(
 ) -> None:
     """Print the table of targets, or what they say to a model."""
     if model is None:
+        if memory is not None or max_shapes is not None:
+            asked = "--memory" if max_shapes is None else "--maxShapes"
+            raise UserError(f"{asked} is about a model, but there is none", hint=f"moe-edge targets MODEL {asked} ...")
         _show_table(target or [], as_json)
         return
     from runtime.fit import GIGABYTE
@@ -85,42 +90,45 @@ def _show_table(names: Sequence[str], as_json: bool) -> None:
         f"{len(rows)} targets of graphs, {len(plugins)} of checkpoints (TensorRT-Edge-LLM's plugins)", payload, as_json
     )
     if not as_json:
+        console.out.print()
         console.out.print(_table(rows))
         if plugins:
+            console.out.print("Targets of `moe-edge plan`:\n")
             console.out.print(_plugins(plugins))
 
 
 def _table(rows: Sequence["Target"]) -> Table:
-    table = Table(box=rich.box.SIMPLE)
-    for column in ("target", "builds with", "GPU", "formats", "forms", "experts", "GB", ""):
-        table.add_column(column, no_wrap=column in ("target", "GPU", "GB"))
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.backend} {row.versions}",
-            row.compute_capability or "-",
-            " ".join(short for short, name in FORMATS.items() if name in row.precisions),
-            " ".join(row.forms),
-            "any",
-            _span(row.gigabytes),
-            row.note,
-        )
-    return table
+    return _listed((row.name, _about(row)) for row in rows)
+
+
+def _about(row: "Target") -> Iterator[str]:
+    """What builds for it and what it is, then what it takes."""
+    on = () if row.compute_capability is None else (f"compute capability {row.compute_capability}",)
+    has = () if row.gigabytes is None else (f"{_span(row.gigabytes)} GB",)
+    yield ", ".join((f"{row.backend} {row.versions}", *on, *has))
+    yield row.note
+    yield f"formats: {' '.join(short for short, name in FORMATS.items() if name in row.precisions)}"
+    yield f"forms: {' '.join(row.forms)}"
 
 
 def _plugins(rows: Sequence["Plugin"]) -> Table:
-    table = Table(box=rich.box.SIMPLE)
-    for column in ("target of `plan`", "plugin", "GPU", "experts", "K", ""):
-        table.add_column(column, no_wrap=column.startswith("target"))
-    for row in rows:
-        table.add_row(
-            row.kernels.target,
-            row.name,
-            " ".join(row.capabilities) or "not stated",
-            " ".join(map(str, row.kernels.counts)) or "any",
-            "any" if row.kernels.max_top_k is None else f"to {row.kernels.max_top_k}",
-            row.note,
-        )
+    return _listed((row.kernels.target, _about_plugin(row)) for row in rows)
+
+
+def _about_plugin(row: "Plugin") -> Iterator[str]:
+    yield f"{row.name}, compute capability {' '.join(row.capabilities) or 'not stated'}"
+    yield row.note
+    counts, top_k = " or ".join(map(str, row.kernels.counts)), row.kernels.max_top_k
+    yield f"experts: {counts or 'any number'}; K: {'any' if top_k is None else f'to {top_k}'}"
+
+
+def _listed(rows: Iterable[tuple[str, Iterable[str]]]) -> Table:
+    """A name and lines about it, on terminals of any width."""
+    table = Table.grid(padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, lines in rows:
+        table.add_row(Text(name, "bold"), Text("\n".join(filter(None, lines))))
     return table
 
 

@@ -31,7 +31,10 @@ def checkpoint_weights(directory: Path) -> list[Path]:
     if not directory.exists():
         raise not_there(directory, "a checkpoint directory")
     if not directory.is_dir():
-        raise UserError(f"{directory} is a file, expected a checkpoint directory", hint="give the directory it lies in")
+        raise UserError(
+            f"{directory} is a file, expected a checkpoint directory",
+            hint="give a directory with config.json and *.safetensors",
+        )
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} is no checkpoint: it has no config.json",

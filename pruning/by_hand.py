@@ -68,6 +68,12 @@ def plan_by_hand(
             hint=f"its MoE layers are: {', '.join(known)}",
         )
     kept = [(layer, named.get(layer.name, named.get(EVERY_LAYER))) for layer in model.layers]
+    for layer, ids in kept:
+        if ids is not None and ids[-1] >= layer.experts:
+            raise UserError(
+                f"--experts names expert {ids[-1]}, but layer {layer.name} has {layer.experts}",
+                hint=f"its ids are 0 to {layer.experts - 1}",
+            )
     layers = tuple(_keep(layer, ids, clamp_top_k, router) for layer, ids in kept if ids is not None)
     for layer, ids in kept:
         kernels.check(layer.name, layer.experts if ids is None else len(ids), layer.top_k)

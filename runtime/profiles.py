@@ -53,7 +53,8 @@ def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None)
     if minimum is None and optimum is None and maximum is None:
         return None
     if optimum is not None and minimum is None and maximum is None:
-        given = dict.fromkeys(given, optimum)
+        shapes = _parse("--optShapes", optimum)
+        return {name: ShapeRange(shape, shape, shape) for name, shape in shapes.items()}
     missing = [option for option, text in given.items() if text is None]
     if missing:
         raise UserError(

@@ -79,8 +79,10 @@ class Activations:
             raise UserError(f"activations cannot be {name}", hint="--activations int8")
         if name is not None and calibration is None:
             raise UserError("int8 activations need data that show their ranges", hint="--calibration DATA.npz")
-        if calibration is None:
+        if calibration is None and percentile == 100:
             return None
+        if calibration is None:
+            raise UserError("--percentile is for activations that become int8", hint="--activations int8")
         if name is None:
             raise UserError("--calibration is for activations that become int8", hint="--activations int8")
         data = load_dataset(calibration, ImagePreprocessor.load(model_path(model).parent))

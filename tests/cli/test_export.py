@@ -55,7 +55,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (bare / "config.json").write_text("{}")
     for source, what, hint in (
         (nothing, "does not exist, expected a checkpoint directory", "check the path"),
-        (file, "is a file, expected a checkpoint directory", "give the directory it lies in"),
+        (file, "is a file, expected a checkpoint directory", "give a directory with config.json and *.safetensors"),
         (
             empty,
             "is no checkpoint: it has no config.json",

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from cli import console
 from runtime.targets import PLUGINS, TARGETS
 from tests.cli.helpers import done, invoke
 from tests.runtime import tiny
@@ -49,3 +50,19 @@ def test_an_unknown_target_is_answered_with_the_closest():
 def test_a_build_that_the_device_cannot_hold_without_swap_is_told(model):
     shown = done("targets", model, "--target", "jetson-orin", "--memory", 0.00001)
     assert shown.split()[-1] == "swap"  # "needs swap", in two lines
+
+
+def test_a_table_fits_the_terminal(monkeypatch):
+    monkeypatch.setattr(console, "out", type(console.out)(width=40, highlight=False))
+    shown = done("targets")
+    assert max(map(len, shown.splitlines()[1:])) <= 40
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(("option", "value"), [("--memory", "8"), ("--maxShapes", "x:1x8")])
+def test_what_is_asked_of_a_model_needs_one(option, value):
+    assert invoke("targets", option, value) == (
+        1,
+        "",
+        f"error: {option} is about a model, but there is none\nhint: moe-edge targets MODEL {option} ...\n",
+    )

@@ -43,8 +43,8 @@ def test_k_shrinks_only_when_asked():
         ),
         (
             ["layers.0.mlp=1,9"],
-            "layer layers.0.mlp keeps [1, 9], expected ascending, distinct ids from 0 to 7",
-            "make the plan anew with `moe-edge plan`",
+            "--experts names expert 9, but layer layers.0.mlp has 8",
+            "its ids are 0 to 7",
         ),
     ],
 )

@@ -63,12 +63,12 @@ def test_the_default_profile_of_a_decoder_begins_with_an_empty_cache():
         ),
         (
             (None, "x:1xax8", None),
-            "--minShapes=x:1xax8: cannot read 'x:1xax8'\n"
+            "--optShapes=x:1xax8: cannot read 'x:1xax8'\n"
             "hint: give NAME:DIMxDIM,... as trtexec does, e.g. --minShapes=x:1x3x8,y:1",
         ),
         (
             (None, "x:1,x:2", None),
-            "--minShapes=x:1,x:2: cannot read 'x:2'\n"
+            "--optShapes=x:1,x:2: cannot read 'x:2'\n"
             "hint: give NAME:DIMxDIM,... as trtexec does, e.g. --minShapes=x:1x3x8,y:1",
         ),
         (

@@ -186,6 +186,13 @@ def test_half_a_wish_is_refused(source, name, data, what, hint):
     assert (error.value.what, error.value.hint) == (what, hint)
 
 
+def test_a_percentile_of_nothing_is_refused(source):
+    with pytest.raises(
+        UserError, match=r"^--percentile is for activations that become int8\nhint: --activations int8$"
+    ):
+        Activations.load(None, None, source, 99.9)
+
+
 def test_data_and_percentile_come_from_the_command_line(tmp_path, source):
     np.savez(tmp_path / "many.npz", x=X_TH)
     line = (
