@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from exporter.export import OPSET, Opened, write
 from exporter.sources import Prepare, pieces_of
 from exporter.tasks import Feeds, Task
 from exporter.trace import TRACED
+from exporter.write import OPSET, How, Opened, write
 from models.plain import Example, PlainModel
 from moe_spec.decoder import BATCH, SEQUENCE
 from moe_spec.files import refuse_existing
@@ -53,8 +53,9 @@ def export_module(
         plan.require_model(identity, "the module")
     if prepare is not None:
         prepare(model)
-    opened = Opened(model, task_of_example(model.example, model.outputs), pieces_of(model), identity, lambda: model)
-    return write(opened, out, runner, opset=opset, plan=plan, on_progress=on_progress)
+    called = task_of_example(model.example, model.outputs)
+    opened = Opened(model, called, pieces_of(model), identity, lambda: model, plan=plan)
+    return write(opened, out, runner, How(opset), on_progress)
 
 
 def task_of_example(example: Example, outputs: tuple[str, ...]) -> Task:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from exporter.export import block_of, memory_to_compare
 from exporter.sources import Prepare
+from exporter.write import block_of, memory_to_compare
 from models.checkpoints import load_empty, stored_tensors
 from models.moe_layers import find_moe_layers, tensors_of_routers
 from models.spread import memory_for_weights

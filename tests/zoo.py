@@ -7,9 +7,10 @@ from pathlib import Path
 import onnx
 from filelock import FileLock
 
-from exporter.export import OPSET, export
+from exporter.export import export
 from exporter.tasks import task_of
 from exporter.trace import to_onnx
+from exporter.write import OPSET
 from models.checkpoints import load_model
 from runtime.onnxruntime.backend import OnnxRuntimeRunner
 from tests.decoders import DECODERS, save_tokenizer

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from exporter.experts_function import function_of
-from exporter.export import OPSET
+from exporter.write import OPSET
 from moe_spec.experts_op import ACTIVATIONS, DOMAIN, NO_LIMIT, VERSION, Activation, ExpertsOp
 from tests.zoo import RUNNER
 

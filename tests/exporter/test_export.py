@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.export import OPSET, TOOLS, export
+from exporter.export import export
 from exporter.tasks import task_of
 from exporter.trace import run_torch, trace
+from exporter.write import OPSET, TOOLS
 from graph_passes.describe import inspect_model
 from models.checkpoints import load_model
 from models.families import family
