@@ -15,7 +15,7 @@ from exporter.cache import cache_of, tensors_in
 from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
 from exporter.tasks import Task
-from exporter.upstream import translatable
+from exporter.upstream import registered_quickly, translatable
 from exporter.weightless import Traced, weightless, without_values
 from models.moe_layers import MoELayer
 from moe_spec.decoder import TOTAL_LENGTH
@@ -111,7 +111,7 @@ def _export(model: PreTrainedModel, task: Task, opset: int, *, optimize: bool) -
         tensor.to(dtypes.get(name, model.dtype)) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     )
-    with _quiet(), translatable(), _explained(type(model).__name__):
+    with _quiet(), translatable(), registered_quickly(), _explained(type(model).__name__):
         program = torch.onnx.export(
             _Call(model, task).eval(),
             inputs,

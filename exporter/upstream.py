@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from onnxscript.rewriter import MatchResult
 from onnxscript.rewriter._matcher import SimplePatternMatcher
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
@@ -91,6 +93,22 @@ def _turned(heads: int, queries: Tensor, keys: Tensor, turns: Tensor) -> tuple[T
         return pairs.flatten(-2).type_as(x)
 
     return turned(queries), turned(keys)
+
+
+@contextlib.contextmanager
+def registered_quickly() -> Iterator[None]:
+    """Within the block torch.onnx does not parse its 500 translations to learn their domain, which they know.
+
+    It does so in every export, and of what it parsed takes nothing else: on a tiny model a twelfth of the time.
+    https://github.com/microsoft/onnxscript/blob/main/onnxscript/_framework_apis/torch_2_5.py
+    """
+    function: Any = TracedOnnxFunction
+    parsed = function.function_ir
+    function.function_ir = property(lambda self: types.SimpleNamespace(domain=self.opset.domain))
+    try:
+        yield
+    finally:
+        function.function_ir = parsed
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 import onnx_ir
 import pytest
 import torch
+from onnxscript._framework_apis.torch_2_5 import get_torchlib_ops
+from onnxscript._internal import ast_utils
 from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter._matcher import SimplePatternMatcher
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextIndexer
 
-from exporter.upstream import HEADS, rewritten_quickly, translatable
+from exporter.upstream import HEADS, registered_quickly, rewritten_quickly, translatable
 from tests.families.configs import tiny
 from tests.models_table import HIDDEN
 
@@ -51,6 +53,15 @@ def test_the_optimizer_does_the_same_when_it_is_quick(monkeypatch):
     with pytest.raises(RuntimeError), rewritten_quickly():
         raise RuntimeError
     assert vars(SimplePatternMatcher)["match"] is match
+
+
+def test_translations_are_the_same_without_parsing_them(monkeypatch):
+    expected = get_torchlib_ops()
+    monkeypatch.delattr(ast_utils, "get_src_and_ast")
+    with registered_quickly():
+        assert get_torchlib_ops() == expected
+    with pytest.raises(AttributeError, match="get_src_and_ast"):
+        get_torchlib_ops()
 
 
 def test_what_is_masked_is_filled_instead_of_searched_for():
