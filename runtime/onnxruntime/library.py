@@ -56,7 +56,7 @@ def session_options(threads: int, execution: Execution, *, optimize: bool = True
     entries = {
         "session.intra_op.allow_spinning": spinning,
         "session.inter_op.allow_spinning": spinning,
-        "session.record_ep_graph_assignment_info": "1",
+        "session.record_ep_graph_assignment_info": "0" if execution.asked.name == CPU else "1",
         # a graph that dequantises weights asks for a product in float; by default activations become int8 for it
         "session.qdq_matmulnbits_accuracy_level": _FLOAT_ACTIVATIONS,
     }
@@ -105,7 +105,8 @@ def load(path: Path, options: Any, execution: Execution) -> Any:
             raise _not_started(provider, str(error)) from error
     if provider.official not in session.get_providers():
         raise _not_started(provider, "it finds no device that it can use, or refuses an option")
-    check_placement(path, provider, placement(session), cpu_fallback=execution.cpu_fallback)
+    if provider.name != CPU:  # the last one of all, which leaves nothing to others
+        check_placement(path, provider, placement(session), cpu_fallback=execution.cpu_fallback)
     return session
 
 
@@ -139,7 +140,7 @@ def check_placement(
         UserError: there are some, and ``cpu_fallback`` does not allow it.
     """
     left = placed.get(CPU, collections.Counter())
-    if provider.name == CPU or not left:
+    if not left:
         return
     ops = ", ".join(f"{op} {count}" for op, count in sorted(left.items()))
     everything = sum(count for found in placed.values() for count in found.values())

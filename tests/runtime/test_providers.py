@@ -157,7 +157,6 @@ def test_nodes_that_fall_to_the_cpu_are_refused_or_told(caplog):
     check_placement(Path("a.onnx"), openvino, placed, cpu_fallback=True)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.WARNING, what)]
     check_placement(Path("a.onnx"), openvino, {"openvino": placed["cpu"]}, cpu_fallback=False)
-    check_placement(Path("a.onnx"), find_provider("cpu"), placed, cpu_fallback=False)
 
 
 def test_the_cpu_runs_everything_by_both_of_its_names(model, caplog):
