@@ -13,6 +13,7 @@ from tests.warm import warm_commands
 from tests.zoo import Zoo
 
 torch.set_num_threads(1)  # two workers on two cores; tiny models gain nothing from more
+torch._dynamo.config.fake_tensor_cache_enabled = False  # in a trace of two layers it takes more time than it saves
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from exporter.upstream import registered_quickly
 from tests.foreign.inputs import Inputs
 
 OUTPUT = "y"
@@ -89,7 +90,7 @@ fused: Export = partial(transformers, ort_fusions="cuda")
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters print, log and warn.
+    """Without what exporters print, log, warn and parse for nothing.
 
     They warn about their own age and internals and, always, that ``index_add`` and masks may go wrong; the tests
     compare what the graph computes instead.
@@ -99,7 +100,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with registered_quickly(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
