@@ -115,9 +115,9 @@ main(["calibrate", *sys.argv[1:]], verbs=["calibrate"])
 """
 
 
-def test_a_real_interrupt_in_the_middle_of_a_pass_leaves_nothing(checkpoint, data, tmp_path):
+def test_a_real_interrupt_in_the_middle_of_a_pass_leaves_nothing(checkpoint, data, tmp_path, commands):
     arguments = [
-        sys.executable,
+        commands / "python",
         "-c",
         INTERRUPTIBLE + INTERRUPTED,
         checkpoint,

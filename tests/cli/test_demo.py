@@ -3,7 +3,6 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -222,8 +221,8 @@ def test_engines_are_built_for_three_generations():
 COMMAND = INTERRUPTIBLE + "from cli.main import main; main()"
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
-    arguments = [sys.executable, "-c", COMMAND, "demo", "--no-engines", "-o", str(tmp_path / "out")]
+def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path, commands):
+    arguments = [commands / "python", "-c", COMMAND, "demo", "--no-engines", "-o", str(tmp_path / "out")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.*/statistics.safetensors")):
             time.sleep(0.01)

@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LIBRARIES = (
+    "exporter.export",
+    "graph_passes.optimize",
     "networkx",
     "onnx.reference.ops",
     "onnx_graphsurgeon",
     "onnxscript.function_libs.torch_lib.ops",
     "onnxscript.rewriter",
+    "pruning.apply",
+    "pruning.calibrate",
     "pydantic",
     "torch._export",
     "torch._functorch.aot_autograd",
@@ -37,7 +41,7 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.trainer",
 )
-"""What commands import, and what that imports when it is first used."""
+"""What commands import, and what that imports when it is first used; not `cli`, which looks at its terminal."""
 
 
 def main(listener: socket.socket) -> None:
