@@ -1,8 +1,8 @@
 """Prove that a model computes what it was made from; exit with 3 when it does not.
 
-Both run on the same examples, and their routers are compared first: rounding makes a token select another expert where
-two score almost the same. Such a flip is excused by the reference's margin between the two, and outputs are compared
-where nothing flipped. With labels the accuracies are compared too.
+Both run on the same examples, and their routers are compared first. Rounding makes a token select another expert where
+two score almost the same: such a flip is excused where the reference's margin between the two is within rounding.
+Outputs are compared where nothing flipped, and with labels the accuracies too.
 
 If a plan was applied to the candidate, its reference is the model before, in which dropped experts cannot be selected;
 verify makes that graph itself. Checkpoints are run by torch. The reference is run on the CPU, the candidate on
