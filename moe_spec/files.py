@@ -71,9 +71,9 @@ def not_there(path: Path, what: str) -> UserError:
     """The error of a ``path`` that leads nowhere, where ``what`` was expected; it names what is called almost so."""
     around = path.parent
     beside = around.iterdir() if around.is_dir() and os.access(around, os.R_OK) else ()
-    names = [other.name for other in beside if other.suffix == path.suffix]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"did you mean {around / close[0]}?" if close else "check the path"
+    stems = [other.stem for other in beside if other.suffix == path.suffix]
+    close = difflib.get_close_matches(path.stem, stems, n=1)
+    hint = f"did you mean {around / close[0]}{path.suffix}?" if close else "check the path"
     return UserError(f"{path} does not exist, expected {what}", hint=hint)
 
 
