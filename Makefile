@@ -25,7 +25,8 @@ $(VENV)/pip-works:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/pip-works
 	@echo "installing moe-edge, torch and TensorRT-RTX into $(VENV): some minutes, 2 GB"
-	@$(PIP) --editable ".[all]"
+	@$(PIP) --editable ".[all]" || \
+	  { echo "hint: pip says above what it misses. Is there a network? Then run the same command again"; exit 1; } >&2
 	@touch $@
 
 $(VENV)/tools-installed: $(VENV)/installed
