@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 import shlex
 import signal
 import subprocess
