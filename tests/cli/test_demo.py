@@ -1,9 +1,9 @@
 import io
 import json
-import sys
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
