@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.claims.flops import Flops, count_flops
 from models.moe_layers import find_moe_layers
 from moe_spec.manifest import TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 from pruning.finetuning.examples import Inputs
 from runtime.measuring.memory import Alone
 
@@ -122,6 +122,10 @@ class Probe:
         """Do the work."""
         PROBES[self.name]()
         return {}
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:  # noqa: ARG002 - likewise
+        """It has no cache."""
+        return self.run(feeds), {}
 
     def __enter__(self) -> Self:
         return self

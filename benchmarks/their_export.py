@@ -16,9 +16,9 @@ from typing import Any, Self
 import onnxruntime as ort
 
 from benchmarks.command import Usage, python
-from moe_spec.decoder import PAST
+from moe_spec.decoder import PAST, complete
 from moe_spec.manifest import Manifest, TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import LOGITS, Arrays, Feeds, Kept
 from runtime.measuring.memory import Alone, measure_alone, measure_here
 
 EXPORT = """
@@ -48,7 +48,7 @@ exported.save_pretrained(target)
 """https://huggingface.co/docs/transformers/exporters: with the cache that `generate` makes, for any lengths."""
 
 DECODE = "decode.onnx"
-_THEIRS = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+_THEIRS = re.compile(r"^(?:(?:in|out)put\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
 
 
 def export_theirs(checkpoint: Path, target: Path, experts: str, fusions: str) -> Usage:
@@ -79,17 +79,40 @@ class TheirSession:
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by transformers' names, those asked for or all."""
-        has_past = any(name.startswith(PAST) and array.size for name, array in feeds.items())
-        graph = self._graphs[DECODE] if has_past else self._first
-        given = {value.name: feeds[_THEIRS.sub(rf"{PAST}\1.\2", value.name)] for value in graph.get_inputs()}
+        graph = self._graph(any(name.startswith(PAST) and array.size for name, array in feeds.items()))
+        given = {value.name: feeds[_ours(value.name)] for value in graph.get_inputs()}
         names = outputs or [value.name for value in graph.get_outputs()]
         return dict(zip(names, graph.run(names, given), strict=True))
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        """A step whose cache goes on into the next one as ONNX Runtime's values, without a copy."""
+        given: dict[str, Any] = complete(self.inputs, {**feeds, **(kept or {})})
+        graph = self._graph(bool(kept) or any(name.startswith(PAST) and array.size for name, array in given.items()))
+        values = {
+            name: array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(array)
+            for name, array in ((value.name, given[_ours(value.name)]) for value in graph.get_inputs())
+        }
+        names = [value.name for value in graph.get_outputs()]
+        found = dict(zip(map(_ours, names), graph.run_with_ort_values(names, values), strict=True))
+        return {LOGITS: found.pop(LOGITS).numpy()}, found
+
+    def _graph(self, decodes: bool) -> Any:
+        return self._graphs[DECODE] if decodes else self._first
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._graphs.clear()
+
+
+def _ours(name: str) -> str:
+    """What we call an input or output of theirs.
+
+    >>> _ours("output.past_key_values.layers.3.values"), _ours("past_key_values.layers.0.keys"), _ours("logits")
+    ('past_key_values.3.value', 'past_key_values.0.key', 'logits')
+    """
+    return _THEIRS.sub(rf"{PAST}\1.\2", name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from moe_spec.runner import Feeds
 from runtime.backends import open_session
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.random_feeds import RandomFeeds
+from runtime.measuring.generation import Generation
 from runtime.measuring.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 
@@ -145,8 +146,9 @@ def bench(
         on_progress: told of every turn, not while a run is timed, and of every process that measures memory.
 
     Returns:
-        A row for each model and batch size, models together, as given, rivals last. Decoders with a cache have two:
-        ``prefill``, a prompt of ``length`` tokens (or of ``data``), and ``decode``, one token more.
+        A row for each model and batch size, models together, as given, rivals last. Decoders with a cache have two, and
+        are run as generation runs them, the cache left where it is: ``prefill``, a prompt of ``length`` tokens (or of
+        ``data``), and ``decode``, one token behind a prompt of ``past``.
 
     Raises:
         UserError: a model cannot be opened or does not take the batch size, or ``data`` holds too few examples.
@@ -157,42 +159,55 @@ def bench(
     with _opened(contestants, threads) as sessions:
         for size in batch_sizes:
             runs = [
-                (_Run(contestant, size, *phase), session)
+                run
                 for contestant, session in zip(contestants, sessions, strict=True)
-                for phase in _phases(session, length, length if past is None else past)
+                for run in _runs(contestant, session, size, length, length if past is None else past, data)
             ]
-            feeds = [run.feeds(session, data) for run, session in runs]
             what = f"timing {size} examples a run"
-            times = _times([session for _, session in runs], feeds, repeats, warmup, what, on_progress)
-            timed += [(run, _tokens(fed), taken) for (run, _), fed, taken in zip(runs, feeds, times, strict=True)]
+            times = _times([run.call for run in runs], repeats, warmup, what, on_progress)
+            timed += [(run, taken) for run, taken in zip(runs, times, strict=True) if run.phase is not None]
     timed.sort(key=lambda row: contestants.index(row[0].contestant))
     each = counted(timed, "measuring memory", len(timed), on_progress)
-    return [_row(run, tokens, taken, threads) for run, tokens, taken in each]
+    return [_row(run, taken, threads) for run, taken in each]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What is timed: a contestant, how many examples, and how many tokens are new and in a cache."""
+    """What is timed: a call of a contestant.
+
+    Attributes:
+        contestant: whose call it is.
+        call: what is done.
+        size: examples.
+        phase: as in a row; None where no row tells of it.
+        length: new tokens of an example.
+        past: tokens of it in the cache.
+        tokens: new ones of all examples; None where the model takes no ids.
+    """
 
     contestant: Contestant
+    call: Callable[[], object]
     size: int
-    phase: str
+    phase: str | None
     length: int
     past: int
-
-    def feeds(self, session: Timed, data: Dataset | None) -> Feeds:
-        """Of ``data``, which knows no cache, or random ones."""
-        fed = None if self.phase == DECODE else data
-        return _feeds(self.contestant, session, self.size, self.length, self.past, fed)
+    tokens: int | None
 
 
-def _phases(session: Timed, length: int, past: int) -> tuple[tuple[str, int, int], ...]:
-    """Name, new tokens and tokens in the cache of each."""
-    return ((PREFILL, length, 0), (DECODE, 1, past)) if has_cache(session.inputs) else (("", length, 0),)
-
-
-def _tokens(feeds: Feeds) -> int | None:
-    return feeds[IDS].size if IDS in feeds else None
+def _runs(who: Contestant, session: Timed, size: int, length: int, past: int, data: Dataset | None) -> Iterator[_Run]:
+    """A run of any model; of a decoder with a cache a prompt, and a token behind one."""
+    feeds = _feeds(who, session, size, length, 0, data)
+    tokens = feeds[IDS].size if IDS in feeds else None
+    if not has_cache(session.inputs):
+        yield _Run(who, functools.partial(session.run, feeds), size, "", length, 0, tokens)
+        return
+    token = _feeds(who, session, size, 1, past, None)
+    generation = Generation(session, feeds, token)
+    yield _Run(who, generation.read, size, PREFILL, length, 0, tokens)
+    if past != length or data is not None:  # else the token comes behind the prompt that was just timed
+        generation = Generation(session, _feeds(who, session, size, past, 0, None) if past else None, token)
+        yield _Run(who, generation.read, size, None, past, 0, None)
+    yield _Run(who, generation.write, size, DECODE, 1, past, size)
 
 
 def median_latencies(
@@ -209,7 +224,8 @@ def median_latencies(
         feeds = [
             _feeds(file, session, batch_size, length, 0, None) for file, session in zip(files, sessions, strict=True)
         ]
-        return [float(np.median(times)) for times in _times(sessions, feeds, repeats, warmup)]
+        calls = [functools.partial(session.run, fed) for session, fed in zip(sessions, feeds, strict=True)]
+        return [float(np.median(times)) for times in _times(calls, repeats, warmup)]
 
 
 @contextlib.contextmanager
@@ -219,19 +235,15 @@ def _opened(contestants: Sequence[Contestant], threads: int) -> Iterator[list[Ti
 
 
 def _times(
-    sessions: Sequence[Timed],
-    feeds: Sequence[Feeds],
+    calls: Sequence[Callable[[], object]],
     repeats: int,
     warmup: int,
     what: str = "timing",
     on_progress: Progress = silent,
 ) -> list[list[float]]:
-    """Milliseconds of every repeat of each session."""
-    runs = {
-        str(index): functools.partial(session.run, of_session)
-        for index, (session, of_session) in enumerate(zip(sessions, feeds, strict=True))
-    }
-    return list(time_in_turns(runs, repeats=repeats, warmup=warmup, what=what, on_progress=on_progress).values())
+    """Milliseconds of every repeat of each call."""
+    named = {str(index): call for index, call in enumerate(calls)}
+    return list(time_in_turns(named, repeats=repeats, warmup=warmup, what=what, on_progress=on_progress).values())
 
 
 def _check_counts(models: Sequence[Path], batch_sizes: Sequence[int], repeats: int) -> None:
@@ -256,10 +268,10 @@ def _feeds(contestant: Contestant, session: Timed, size: int, length: int, past:
     return complete(session.inputs, data.first(size).feeds)
 
 
-def _row(run: _Run, tokens: int | None, times: Sequence[float], threads: int) -> BenchRow:
+def _row(run: _Run, times: Sequence[float], threads: int) -> BenchRow:
     """Of what was timed, and of the same in a process of its own."""
     who, alone = run.contestant, run.contestant.alone(run.size, run.length, run.past, threads)
-    return row_of(who.name, run.size, times, alone, who.file_bytes, phase=run.phase, tokens=tokens)
+    return row_of(who.name, run.size, times, alone, who.file_bytes, phase=run.phase or "", tokens=run.tokens)
 
 
 def row_of(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from moe_spec.decoder import has_cache
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
-from moe_spec.runner import Arrays, Feeds
+from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backends import open_session
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.random_feeds import RandomFeeds
@@ -33,6 +35,10 @@ class Timed(Protocol):
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name."""
+        ...
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        """A step of a decoder with a cache, as `runtime.backend.Session` has it; of others nobody asks."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -112,11 +118,12 @@ def measure_here(request: Mapping[str, Any], opened: Callable[[], Timed], *, com
     with opened() as session:
         seconds = time.perf_counter() - started
         feeds = RandomFeeds.of(session.inputs, Path(request["model"])).draw(**request["draw"])
+        once = functools.partial(session.step if has_cache(session.inputs) else session.run, feeds)
         if compiles:
             started = time.perf_counter()
-            session.run(feeds)
+            once()
             seconds += time.perf_counter() - started
-        session.run(feeds)
+        once()
         return json.dumps(dataclasses.asdict(Alone(seconds * 1e3, None if before is None else _peak() - before)))
 
 

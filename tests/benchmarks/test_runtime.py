@@ -18,7 +18,7 @@ STEP = Step(Flops(total=100, experts=80), dense_bytes=10, expert_bytes=5, tokens
 
 
 def test_every_part_can_be_asked_for():
-    assert list(PARTS) == ["decoder", "vmoe"]
+    assert list(PARTS) == ["decoder", "vmoe", "smollm2"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 import dataclasses
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from moe_spec.dataset import Dataset
+from moe_spec.decoder import IDS, PAST
 from moe_spec.errors import UserError
+from moe_spec.manifest import TensorSpec
+from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backends import open_session
-from runtime.bench import bench, median_latencies, time_in_turns
+from runtime.bench import DECODE, PREFILL, bench, median_latencies, time_in_turns
 from runtime.measuring.memory import Alone, Timed, measure_alone
 from runtime.model_dir import model_bytes
 from tests.runtime import tiny
@@ -45,9 +50,10 @@ class Rival:
     directory: Path
     name: str = "rival"
     file_bytes: int = 5
+    session: Timed | None = None
 
     def open(self, threads: int) -> Timed:
-        return open_session(self.directory, threads)
+        return self.session or open_session(self.directory, threads)
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
         return Alone(load_ms=float(f"{leading}{other}{past}{threads}"), peak_bytes=None)
@@ -58,6 +64,50 @@ def test_rivals_come_last_and_say_themselves_what_they_take(model):
     assert (ours.model, theirs.model) == (str(model), "rival")
     assert (theirs.batch_size, theirs.load_ms, theirs.memory_bytes, theirs.file_bytes) == (2, 2301.0, None, 5)
     assert theirs.median_ms > 0
+
+
+@dataclasses.dataclass
+class Decoder:
+    """A session that writes down its steps: how many tokens are new, and how many its cache holds."""
+
+    steps: list[tuple[int, int | None]] = dataclasses.field(default_factory=list)
+    inputs: tuple[TensorSpec, ...] = (
+        TensorSpec(IDS, "int64", ("batch", "sequence")),
+        TensorSpec(f"{PAST}0.key", "float32", ("batch", 1, "past", 4)),
+    )
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
+        raise AssertionError(f"generation takes steps, not {sorted(feeds)} to {outputs}")
+
+    def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
+        seen = None if kept is None else kept["seen"]
+        self.steps.append((feeds[IDS].shape[1], seen))
+        return {}, {"seen": feeds[IDS].shape[1] + (seen or 0)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("past", "steps"),
+    [
+        (None, [(3, None), (1, 3)]),  # behind the prompt that is timed
+        (5, [(3, None), (5, None), (1, 5)]),
+        (0, [(3, None), (1, None)]),
+    ],
+)
+def test_a_token_is_timed_behind_a_prompt_as_generation_takes_its_steps(model, past, steps):
+    session = Decoder()
+    rivals = [Rival(model, session=session)]
+    _, prompt, token = bench([model], (2,), repeats=2, warmup=1, length=3, past=past, rivals=rivals)
+    assert session.steps == 3 * steps
+    assert (prompt.phase, token.phase) == (PREFILL, DECODE)
+    assert prompt.tokens_per_second == pytest.approx(6000 / prompt.median_ms)
+    assert token.tokens_per_second == pytest.approx(2000 / token.median_ms)
+    assert token.load_ms == float(f"21{3 if past is None else past}1")
 
 
 def test_latencies_are_those_of_the_models_in_order(model, tmp_path):
