@@ -14,6 +14,7 @@ from moe_spec.plan import PruningPlan
 from moe_spec.record import load_record
 from moe_spec.statistics import Statistics, holds_statistics
 from runtime.bench_report import BenchReport
+from runtime.bundle.bundle import KIND as BUNDLE
 from runtime.verification.report import ParityReport
 
 T = TypeVar("T")
@@ -207,9 +208,10 @@ def _read(kind: str, path: Path, directory: Path) -> Found[Any]:
 
 
 def _once(models: list[Found[Manifest]]) -> tuple[Found[Manifest], ...]:
-    """Each manifest where it lies highest: a bundle has a copy of its model's."""
+    """Each manifest where it lies highest, and not in a bundle, which has a copy of its model's."""
+    bundles = {model.path for model in models if model.value.kind == BUNDLE}
     kept: dict[str, Found[Manifest]] = {}
-    for model in sorted(models, key=lambda model: (model.path.count("/"), model.path)):
+    for model in sorted(models, key=lambda one: (folder_of(one.path) in bundles, one.path.count("/"), one.path)):
         kept.setdefault(model.sha256, model)
     return tuple(sorted(kept.values(), key=lambda model: model.path))
 

@@ -53,6 +53,7 @@ _CONFIG: Spec = {
         "symbolSize": 90,
         "symbolOpacity": 1,
         "columnPadding": 18,
+        "labelLimit": 0,
         "offset": 12,
     },
     "text": {"font": FONT, "fontSize": 12, "fill": "var(--ink)"},

@@ -21,7 +21,7 @@ from report.expert_map import MOST_CELLS, ExpertMap, LayerMap, expert_maps, show
 from report.loss_plot import loss_plot
 from report.names import Names
 from report.variants import Variant, cost_keys, distinct, pareto, targets_of
-from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, WHOLE, Verdict, is_pruned
+from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, WHOLE, Verdict, is_pruned, unpruned
 from report.words import NONE, milliseconds, number, percent, plural, points, short, size, span
 from runtime.backend import ENGINE
 from runtime.bench_report import BenchReport
@@ -84,6 +84,7 @@ def render(directory: Path, artifacts: Artifacts, variants: Sequence[Variant], v
         sections=SECTIONS,
         verdict=verdict,
         marks=_MARKS,
+        none_known=NONE,
         tiles=list(_tiles(variants, verdict)),
         loss_chart=loss_plot(variants, verdict),
         style=Markup(style),  # noqa: S704 - our own files
@@ -137,10 +138,10 @@ def _tiles(variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
         value, best = max(rated, key=lambda pair: pair[0])
         lost = "" if verdict.baseline is None else f", {points(value - verdict.baseline.value)} points"
         yield {"name": "Best pruned", "value": percent(value), "note": f"{best.label}{lost}"}
-    whole = [variant.file_bytes for variant in variants if not is_pruned(variant, variants)]
+    whole = unpruned(variants)
     if pruned:
         least = min(pruned, key=lambda variant: variant.rank)
-        note = f", {percent(least.file_bytes / min(whole), 0)} of the unpruned" if whole else ""
+        note = "" if whole is None else f", {percent(least.file_bytes / whole.file_bytes, 0)} of the unpruned"
         yield {"name": "Smallest proven", "value": size(least.file_bytes), "note": f"{least.label}{note}"}
 
 
@@ -150,13 +151,12 @@ def _chosen(chosen: Variant, variants: Sequence[Variant], verdict: Verdict) -> I
     if accuracy is not None and baseline is not None:
         lost = f"{points(accuracy.value - baseline.value)} points, unpruned {percent(baseline.value)}"
         yield {"name": "Accuracy", "value": percent(accuracy.value), "note": lost}
-    whole = [variant for variant in variants if not is_pruned(variant, variants)]
-    least = min((variant.file_bytes for variant in whole), default=None)
-    note = "of graph and weights" if not least else f"{percent(chosen.file_bytes / least, 0)} of the unpruned"
+    whole = unpruned(variants)
+    note = "" if whole is None else f"{percent(chosen.file_bytes / whole.file_bytes, 0)} of the unpruned"
     yield {"name": "Size", "value": size(chosen.file_bytes), "note": note}
     for key in cost_keys([chosen])[:1]:
         took = chosen.latency(key)
-        before = min(filter(None, (variant.latency(key) for variant in whole)), default=None)
+        before = None if whole is None else whole.latency(key)
         note = "" if not before or not took else f"{percent(took / before, 0)} of the unpruned"
         yield {"name": f"Latency, {_latency_title(key)}", "value": milliseconds(took), "note": note}
 
@@ -295,6 +295,7 @@ def _report(variant: Variant, found: Found[ParityReport]) -> Row:
     report = found.value
     routed = [layer for layer in report.layers or () if layer.margin_tokens]
     several = f" ({found.path})" if len(variant.parities) > 1 else ""
+    judged = report.precision if report.precision.startswith("as ") else f"as {report.precision}"
     seen = "flips not observable" if report.flips is None else plural(report.flips, "flip")
     notes = [*report.notes]
     if report.greedy is not None:
@@ -308,7 +309,7 @@ def _report(variant: Variant, found: Found[ParityReport]) -> Row:
     return {
         "label": variant.label + several,
         "report": report,
-        "summary": f"{report.examples:,} examples of {report.data}, judged as {report.precision}, {seen}",
+        "summary": f"{report.examples:,} examples of {report.data}, judged {judged}, {seen}",
         "chart": plots.margin_plot(routed, report.tolerance.margin, variant.label) if routed else None,
         "outputs": _worst_of_cache(report.outputs),
         "notes": notes,

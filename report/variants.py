@@ -180,10 +180,12 @@ def variants_of(artifacts: Artifacts) -> tuple[Variant, ...]:
 
 
 def distinct(variants: Sequence[Variant]) -> list[Variant]:
-    """The first of those that are one model in several forms: as large to two digits, and right as often."""
-    first: dict[tuple[str, tuple[float, float]], Variant] = {}
+    """The first of those that are one model in several forms: the same experts and formats, and right as often."""
+    first: dict[tuple[object, ...], Variant] = {}
     for variant in variants:
-        first.setdefault((variant.model.value.model_sha256, variant.rank), variant)
+        manifest = variant.model.value
+        formats = str(manifest.details.get("precision")), str(manifest.details.get("activations"))
+        first.setdefault((manifest.model_sha256, *formats, variant.accuracy), variant)
     return list(first.values())
 
 

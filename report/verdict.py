@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from report.artifacts import Artifacts
 from report.variants import Accuracy, Variant
 from report.words import number, percent, plural, points, size
+from runtime.verification.report import ParityReport
 
 SHIP, COSTS, PROVEN, FAILS, UNVERIFIED = "ship", "costs", "proven", "fails", "unverified"
 """States of a verdict: a pruned variant may ship; all lose too much; what they lose is unknown; something is wrong;
@@ -73,6 +74,13 @@ def is_pruned(variant: Variant, variants: Sequence[Variant]) -> bool:
     return variant.drops or (variant.experts or 0.0) < max(other.experts or 0.0 for other in variants)
 
 
+def unpruned(variants: Sequence[Variant]) -> Variant | None:
+    """What pruned variants are compared with: the largest with all experts, of those that did not fail."""
+    whole = [variant for variant in variants if not is_pruned(variant, variants)]
+    right = [variant for variant in whole if variant.parity is None or variant.parity.passed]
+    return max(right, key=lambda variant: variant.file_bytes, default=None)
+
+
 def _decide(
     artifacts: Artifacts, variant: Variant, variants: Sequence[Variant], baseline: Accuracy | None, max_loss: float
 ) -> str:
@@ -118,16 +126,15 @@ def _reasons(
     verified = [variant for variant in variants if variant.parity is not None]
     for variant in verified:
         if variant.parity is not None and not variant.parity.passed:
-            yield f"{variant.label}: {'; '.join(variant.parity.reasons)}"
+            yield f"{variant.label}: {_why(variant.parity)}"
     passed = sum(variant.parity is not None and variant.parity.passed for variant in verified)
     if verified:
         yield _how_many_passed(passed, len(verified))
-    unpruned = [variant for variant in variants if not is_pruned(variant, variants)]
-    whole = min((variant.file_bytes for variant in unpruned), default=None)
+    whole = unpruned(variants)
     best = chosen or _closest(variants)
     if best is not None and best.accuracy is not None and baseline is not None:
         loss = points(best.accuracy.value - baseline.value)
-        share = "" if not whole else f", {percent(best.file_bytes / whole, 0)} of the unpruned graph"
+        share = "" if whole is None else f", {percent(best.file_bytes / whole.file_bytes, 0)} of the unpruned graph"
         name = "It" if chosen else f"The closest, {best.label},"
         yield (
             f"{name} answers {percent(best.accuracy.value)} of {best.accuracy.examples:,} examples right "
@@ -142,6 +149,14 @@ def _reasons(
         )
     if not verified:
         yield "moe-edge verify MODEL --reference EXPORTED --data TEST.npz -o parity.json"
+
+
+def _why(report: ParityReport) -> str:
+    """Where the fault is, if that was found, else the first of what was wrong; the rest stands further down."""
+    first, *others = report.reasons or ("no reason is given",)
+    if report.fault is not None:
+        first, others = f"the fault is in {report.fault.place}: {report.fault.says}", list(report.reasons)
+    return first + (f"; {plural(len(others), 'finding')} under Parity" if others else "")
 
 
 def _smaller(variants: Sequence[Variant], chosen: Variant, baseline: Accuracy) -> Iterator[str]:

@@ -88,7 +88,7 @@
     copy.hidden = false;
     copy.addEventListener("click", async () => {
       const lines = copy.parentElement.querySelector("code").children;
-      await navigator.clipboard.writeText([...lines].map((line) => `${line.textContent}\n`).join(""));
+      await navigator.clipboard.writeText([...lines].map((line) => `${line.textContent.trim()}\n`).join(""));
       copy.textContent = "Copied";
     });
   }
