@@ -83,6 +83,10 @@ def test_every_section_is_there_and_can_be_reached(page):
         assert page.locator(f'nav a[href="#{name}"]').count() == 1
     assert [page.locator(tag).count() for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
     assert page.evaluate("[...document.querySelectorAll('table')].every((table) => table.caption)")
+    titles = page.evaluate(
+        "[...document.querySelectorAll('h2, [role=region]')].map((one) => one.ariaLabel ?? one.innerText)"
+    )
+    assert len(titles) == len(set(titles)) > 10  # a screen reader lists them
     assert page.evaluate("[...document.querySelectorAll('svg')].every((svg) => svg.getAttribute('aria-label'))")
 
 
@@ -106,6 +110,8 @@ def test_hovering_a_point_shows_its_accuracy(page, run_directory):
     assert accuracy is not None
     page.locator('#accuracy .wide [aria-label^="three: "]').hover()
     assert page.locator("#tip").inner_text().startswith(f"three: {percent(accuracy.candidate)} with 3 experts a layer")
+    page.locator('#verdict .wide [aria-label^="three: "]').hover()
+    assert f"{percent(accuracy.candidate)} of 40 examples" in page.locator("#tip").inner_text()
     page.locator('#cost .wide [aria-label^="one: "]').last.hover()
     assert "0.75\N{NO-BREAK SPACE}ms" in page.locator("#tip").inner_text()
     page.mouse.move(0, 0)

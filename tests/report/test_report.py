@@ -68,11 +68,18 @@ def test_the_verdict_follows_its_rule(run_directory, max_loss, state):
     assert verdict.baseline.examples == 40
 
 
+def test_every_variant_is_decided_on(run_directory):
+    verdict = verdict_of(run_directory, 1.0)
+    assert verdict.decisions == {"whole": "unpruned", "three": "ship", "one": "ship"}
+    assert verdict_of(run_directory, 0.0).decisions["one"] == "costs"
+
+
 def test_what_failed_is_said_first_with_the_layer_to_blame(tmp_path):
     runs.failing(tmp_path / "run")
     verdict = report(tmp_path / "run", tmp_path / "page.html")
     assert verdict.state == "fails"
     assert verdict.headline == "optimized does not compute what it should"
+    assert re.search(r"^optimized: layer blocks\.1\.moe: .*; \d+ findings? under Parity$", verdict.reasons[0])
     assert "The first layer that went wrong is blocks.1.moe ." in text_of(tmp_path / "page.html")
 
 
@@ -174,6 +181,13 @@ def test_variants_have_the_names_of_their_folders(run_directory):
         ("one", 1, "gate-mass"),
     ]
     assert [len(variant.engines) for variant in found] == [0, 0, 1]
+
+
+def test_the_copy_in_a_bundle_names_no_variant(run_directory, tmp_path):
+    copy = shutil.copytree(run_directory, tmp_path / "run")
+    shutil.copytree(copy / "three" / "optimized", copy / "bundle" / "model")
+    dataclasses.replace(Manifest.load(copy / "three" / "optimized"), kind="bundle", files=()).save(copy / "bundle")
+    assert [variant.label for variant in variants_of(collect(copy))] == ["whole", "three", "one"]
 
 
 def test_the_commands_name_every_artifact(run_directory):
