@@ -14,7 +14,7 @@ COLOURS = 128
 """Enough for a page, in a third of the bytes."""
 
 
-def screenshot(report: Path, picture: Path, *, width: int = 1180, height: int = 1560, dark: bool = False) -> None:
+def screenshot(report: Path, picture: Path, *, width: int = 1180, height: int = 1420, dark: bool = False) -> None:
     """The top of ``report``, so many pixels wide and high."""
     with browser() as started:
         page = open_file(started, report, width, color_scheme="dark" if dark else "light").page
