@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from report.charts import POINT, SAYS, SILENT, Spec, both, log_ticks, series
-from report.variants import UNPRUNED, Accuracy, Variant, pareto
+from report.variants import UNPRUNED, Accuracy, Variant, distinct, pareto
 from report.words import milliseconds, number, percent, plural, size
 from runtime.fit import Fit
 from runtime.verification.report import MARGIN_EDGES, LayerParity, OutputParity
@@ -90,7 +90,7 @@ def cost_plot(
         title: of the axis.
         say: a cost, in words.
     """
-    found = [(variant, accuracy.value, cost(variant)) for variant, accuracy in _measured(variants)]
+    found = [(variant, accuracy.value, cost(variant)) for variant, accuracy in _measured(distinct(variants))]
     known = [(variant, value, price) for variant, value, price in found if price is not None]
     if len(known) < 2:
         return None
@@ -108,19 +108,21 @@ def cost_plot(
         }
         for variant, value, price in known
     ]
-    front = [row for row in rows if row["front"].startswith("on")]
+    front = sorted((row for row in rows if row["front"].startswith("on")), key=lambda row: row["cost"])
     states = {
         "domain": ["on the Pareto front", "beaten by another"],
         "range": ["var(--blue)", "var(--soft)"],
     }
     x = {"field": "cost", "type": "quantitative", "title": title, "axis": {"grid": False, "tickCount": 6}}
+    is_room = len(front) <= _MOST_LABELS
     labels = [
         {
-            "data": {"values": [row for row in front if row["side"] == side] if len(front) <= _MOST_LABELS else []},
-            "mark": {"type": "text", "align": align, "dx": dx, "dy": -12, "limit": 150, **SILENT},
+            "data": {"values": [row for row in front[first::2] if row["side"] == side] if is_room else []},
+            "mark": {"type": "text", "align": align, "dx": dx, "dy": dy, "limit": 150, **SILENT},
             "encoding": {"text": {"field": "label"}},
         }
         for side, align, dx in (("left", "right", 4), ("right", "left", -4))
+        for first, dy in ((0, -12), (1, 16))  # above and below by turns, so that neighbours do not meet
     ]
     spec = {
         "height": 260,
