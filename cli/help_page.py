@@ -76,7 +76,7 @@ def default(parameter: Any) -> str:
 
 def row(parameter: Any) -> Row:
     """The names of an option or argument, and what is said of it."""
-    said, notes = _prose(parameter.help), _range(parameter)
+    said, notes = _prose(parameter.help), limits(parameter)
     if parameter.required:
         notes.insert(0, "needed")
     elif default(parameter):
@@ -91,7 +91,8 @@ def row(parameter: Any) -> Row:
     return f"{joined if len(joined) <= _LONG else joined.replace(' ', chr(10))} {value}".rstrip(), said
 
 
-def _range(parameter: Any) -> list[str]:
+def limits(parameter: Any) -> list[str]:
+    """Between which numbers a value may lie, if it says."""
     if parameter.min is None:
         return []
     return [f"{parameter.min} or more" if parameter.max is None else f"{parameter.min} to {parameter.max}"]

@@ -13,6 +13,7 @@ import typer
 from cli import console
 from cli.exits import EXITS, INTERRUPTED, MISTAKE, NOT_PROVEN, USAGE
 from cli.help import Verb, Verbs, help_text
+from cli.help_page import limits
 from cli.log import ending_logged, log_to
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import is_full
@@ -142,6 +143,11 @@ def _misused(misuse: Any) -> UserError:
     """What the command line was given wrongly, with the closest option that there is."""
     meant = getattr(misuse, "possibilities", None)
     what = misuse.message if meant else misuse.format_message()
+    found: Any = misuse.__cause__
+    if hasattr(found, "errors"):  # pydantic's, which knows what was given
+        flag = next(name for name in misuse.param.opts if name.startswith("--"))
+        expected = ", ".join([misuse.param.display_type(None), *limits(misuse.param)])
+        what = f"{flag} is {found.errors()[0]['input']!r}, expected {expected}"
     ask = f"{misuse.ctx.command_path} --help"
     hint = f"did you mean {meant[0]}? {ask}" if meant else ask
     return UserError(f"{what[0].lower()}{what[1:].rstrip('.')}", hint=hint)

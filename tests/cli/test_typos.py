@@ -30,7 +30,7 @@ from tests.cli.helpers import invoke
         ),
         (
             ["run", "x", "--threads", "-1"],
-            "invalid value for '--threads': Input should be greater than or equal to 0",
+            "--threads is '-1', expected INT, 0 or more",
             "moe-edge run --help",
         ),
         (["prune", "x", "-o", "y"], "missing option '--plan'", "moe-edge prune --help"),
