@@ -185,7 +185,8 @@ def distinct(variants: Sequence[Variant]) -> list[Variant]:
     for variant in variants:
         manifest = variant.model.value
         formats = str(manifest.details.get("precision")), str(manifest.details.get("activations"))
-        first.setdefault((manifest.model_sha256, *formats, variant.accuracy), variant)
+        kept = tuple((block.name, tuple(block.keep)) for block in manifest.blocks)
+        first.setdefault((manifest.model_sha256, kept, *formats, variant.accuracy), variant)
     return list(first.values())
 
 
