@@ -63,16 +63,18 @@ def export(
     """Write a model directory."""
     from functools import partial
 
-    import torch
-
-    from exporter.export import export as export_checkpoint
-    from exporter.preview import preview
-    from models.spread import parse_memory
     from moe_spec.files import refuse_existing
     from moe_spec.formats import FLOATS, FORMATS, require_format
     from moe_spec.plan import PruningPlan
-    from pruning.apply import apply_plan
-    from runtime.onnxruntime.backend import OnnxRuntimeRunner
+
+    with console.progress("loading torch"):
+        import torch
+
+        from exporter.export import export as export_checkpoint
+        from exporter.preview import preview
+        from models.spread import parse_memory
+        from pruning.apply import apply_plan
+        from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
     loaded = None if plan is None else PruningPlan.load(plan)
     warn_of_code(checkpoint, trusted=trust_remote_code)

@@ -86,9 +86,11 @@ def finetune(
 ) -> None:
     """Write a checkpoint directory."""
     from moe_spec.identity import checkpoint_sha256
-    from pruning.finetuning.finetune import finetune as run
-    from pruning.finetuning.options import method as named_method
-    from pruning.finetuning.recipe import recipe as named_recipe
+
+    with console.progress("loading torch"):
+        from pruning.finetuning.finetune import finetune as run
+        from pruning.finetuning.options import method as named_method
+        from pruning.finetuning.recipe import recipe as named_recipe
 
     options = _given(
         plan=plan,

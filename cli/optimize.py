@@ -116,16 +116,18 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Write a model directory."""
-    from graph_passes.optimize import optimize as optimize_model
-    from graph_passes.precision import Precision
-    from graph_passes.quantization.activations import Activations
-    from graph_passes.quantization.rest import of_details
-    from graph_passes.unreachable import Unreachable, summarise
-    from graph_passes.writers import WRITERS
     from moe_spec.formats import FORMATS
     from moe_spec.plan import PruningPlan
-    from runtime.onnxruntime.backend import OnnxRuntimeRunner
     from runtime.targets import find_target
+
+    with console.progress("loading onnx"):
+        from graph_passes.optimize import optimize as optimize_model
+        from graph_passes.precision import Precision
+        from graph_passes.quantization.activations import Activations
+        from graph_passes.quantization.rest import of_details
+        from graph_passes.unreachable import Unreachable, summarise
+        from graph_passes.writers import WRITERS
+        from runtime.onnxruntime.backend import OnnxRuntimeRunner
 
     asked = Precision.checked(precision, rest_precision, block_size)
     device = None if target is None else find_target(target)

@@ -167,16 +167,19 @@ def plan(
         share = 1.0 if keep is None else parse_keep(keep)
         options = PlanOptions(share, criterion, scope, seed, clamp_top_k, router, protect, pretrained, floor, kernels)
         if data is None:
-            made = run(source, options, output, _layers_of, trust_remote_code=trust_remote_code)
+            with console.progress(f"ranking the experts of {source}"):
+                made = run(source, options, output, _layers_of, trust_remote_code=trust_remote_code)
         else:
-            from pruning.plan_on_data import DataOptions
+            with console.progress("loading torch"):
+                from pruning.plan_on_data import DataOptions
 
             how = DataOptions(rounds, batch_size, limit, at_most, trials)
             made = _on_data(source, data, options, output, how, target, trust_remote_code=trust_remote_code)
     else:
         refuse_existing(output)
         named = parse_experts(experts or [])
-        layers = _layers_of(source, trust_remote_code=trust_remote_code)
+        with console.progress(f"reading {source}"):
+            layers = _layers_of(source, trust_remote_code=trust_remote_code)
         made = plan_by_hand(layers, named, clamp_top_k=clamp_top_k, router=router or ROWS, kernels=kernels)
         made.save(output)
     console.result(f"{output}: {_summary(made, output)}", {"output": str(output), **made.to_json()}, as_json)

@@ -32,12 +32,12 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the page, and print its verdict."""
-    import vl_convert  # noqa: F401 - jinja2, which the page needs too, is in other extras as well
+    with console.progress(f"reading {directory}") as tell:
+        import vl_convert  # noqa: F401 - jinja2, which the page needs too, is in other extras as well
 
-    from report.report import report as write
+        from report.report import report as write
 
-    with console.progress(f"reading {directory}"):
-        verdict = write(directory, output, max_loss=_share(max_loss))
+        verdict = write(directory, output, max_loss=_share(max_loss), on_progress=tell)
     summary = "\n".join([f"{verdict.headline}: {output}", *(f"  {reason}" for reason in verdict.reasons)])
     console.result(summary, dataclasses.asdict(verdict) | {"output": str(output)}, as_json)
 

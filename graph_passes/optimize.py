@@ -75,7 +75,7 @@ def optimize(
             (`graph_passes.variants.observe_experts`).
         prove: compare with the original whose dropped experts are unselectable, at three shapes.
         allow_partial: leave layers alone that no reader takes.
-        on_progress: called with a step, and how much of it is done.
+        on_progress: told of the bytes that are written; what is run for the proof the runner itself may tell.
 
     Raises:
         UserError: unreadable input, an unrecognised layer, a plan that does not fit, a form that cannot express it, a
@@ -97,8 +97,10 @@ def optimize(
         if prove:
             result = _proven(result, settled, staging, runner, out.parent)
         if settled.activations is not None:
+            on_progress("rounding activations")
             result = _rounded(result, staging, settled.activations, runner)
         if settled.formats is not None:
+            on_progress("casting floats")
             cast = cast_directory(staging, result.blocks, settled.formats, runner if prove else None, out.parent)
             result = dataclasses.replace(result, inputs=cast.inputs, outputs=cast.outputs, blocks=cast.blocks)
             result = result.after(cast.entry, casts=None if cast.proof is None else dataclasses.asdict(cast.proof))

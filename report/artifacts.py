@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256, is_checkpoint
 from moe_spec.manifest import FILE_NAME, Manifest
 from moe_spec.plan import PruningPlan
+from moe_spec.progress import Progress, counted, silent
 from moe_spec.record import load_record
 from moe_spec.statistics import Statistics, holds_statistics
 from runtime.bench_report import BenchReport
@@ -116,10 +117,11 @@ def folder_of(path: str) -> str:
     return path.rpartition("/")[0] or "."
 
 
-def collect(directory: Path, name: str = "") -> Artifacts:
+def collect(directory: Path, name: str = "", on_progress: Progress = silent) -> Artifacts:
     """Read every artifact below ``directory``, a run called ``name``; hidden folders and links are left alone.
 
-    Every file that a manifest lists is hashed: that takes as long as reading it.
+    Every file that a manifest lists is hashed: that takes as long as reading it. ``on_progress`` is told of each file
+    and of each model that is hashed.
 
     Raises:
         UserError: there is no such directory.
@@ -131,7 +133,8 @@ def collect(directory: Path, name: str = "") -> Artifacts:
         )
     finds: dict[str, list[Found[Any]]] = {kind: [] for kind in (*_LOADERS, _STATISTICS, _CHECKPOINT)}
     problems = []
-    for path in _files(directory):
+    paths = list(_files(directory))
+    for path in counted(paths, "reading artifacts", len(paths), on_progress):
         where = path.relative_to(directory).as_posix()
         try:
             kind = _kind_of(path)
@@ -149,7 +152,7 @@ def collect(directory: Path, name: str = "") -> Artifacts:
         benches=tuple(finds["bench"]),
         finetunings=tuple(finds["finetuning"]),
         checkpoints=tuple(finds[_CHECKPOINT]),
-        damages=dict(_damages(directory, models)),
+        damages=dict(_damages(directory, counted(models, "checking hashes", len(models), on_progress))),
         problems=tuple(problems),
     )
 
@@ -216,7 +219,7 @@ def _once(models: list[Found[Manifest]]) -> tuple[Found[Manifest], ...]:
     return tuple(sorted(kept.values(), key=lambda model: model.path))
 
 
-def _damages(directory: Path, models: tuple[Found[Manifest], ...]) -> Iterator[tuple[str, str]]:
+def _damages(directory: Path, models: Iterable[Found[Manifest]]) -> Iterator[tuple[str, str]]:
     for model in models:
         try:
             model.value.check_files(directory / model.path)
