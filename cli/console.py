@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -43,6 +44,8 @@ SAID.addHandler(logging.NullHandler())
 
 _PATIENCE = 0.5
 """Seconds that pass before a bar is shown."""
+_NARROW, _WIDEST = 60, 100
+"""Columns: below the first a line has words and no bar, and none is wider than the second."""
 
 out = _Console(highlight=False)
 err = _Console(stderr=True, highlight=False)
@@ -149,11 +152,13 @@ def progress(what: str, *, ticking: bool = True) -> Iterator[Progress]:
         ticking: whether the clock goes on between two calls, for which a thread wakes up ten times a second. Without it
             the bar is there at once, and changes when something is told.
     """
-    columns = (
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=3)),  # [x] is no markup
         BarColumn(bar_width=None, table_column=Column(ratio=1)),
         _Time(table_column=Column(no_wrap=True)),
-    )
+    ]
+    if err.width < _NARROW:
+        del columns[1]
     shown = err.is_interactive and is_first()
     with _Bar(
         *columns,
@@ -192,10 +197,10 @@ class _Bar(Bars):
             self.update(self.tasks[0].id, completed=done, total=total)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Nothing for what is over at once."""
+        """Nothing for what is over at once; else a line on which a terminal has room left to echo ``^C``."""
         if not self._tasks or (self.live.auto_refresh and self.get_time() - self._since < _PATIENCE):
             return ()
-        return super().get_renderables()
+        return (Constrain(table, min(self.console.width - 2, _WIDEST)) for table in super().get_renderables())
 
 
 class _Time(ProgressColumn):

@@ -118,7 +118,7 @@ def _run(arguments: list[str], verbs: Sequence[str]) -> None:
         console.error(_mendable(failure))
         _leave(MISTAKE)
     except KeyboardInterrupt:
-        console.err.print(_INTERRUPTED)
+        console.err.print(_INTERRUPTED, soft_wrap=True)
         _leave(INTERRUPTED)
 
 

@@ -77,5 +77,5 @@ def test_a_narrow_terminal_shows_it_on_one_line_and_json_is_json(files, monkeypa
     assert json.loads(stdout)["passed"]
     frames = [line for line in shown.lines() if line]
     assert any(frame.startswith("comparing outputs ") for frame in frames)
-    assert {len(frame) for frame in frames} == {40}
+    assert {len(frame) for frame in frames} == {38}
     assert shown.line() == ""
