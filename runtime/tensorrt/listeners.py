@@ -1,5 +1,6 @@
 """What TensorRT calls while it builds: a logger, a progress monitor, a writer. Their base classes come with it."""
 
+import dataclasses
 import re
 import threading
 import time
@@ -47,31 +48,38 @@ def make_logger(trt: Any, log: TextIO | None = None) -> Any:
 def make_monitor(trt: Any, tell: Callable[[Step], None]) -> Any:
     """A progress monitor that tells of every phase, and of its steps ten times a second at most.
 
-    TensorRT calls it from several threads.
+    Phases lie within each other: when one ends, the one around it is told again, for that goes on. TensorRT calls it
+    from several threads.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # likewise
         def __init__(self) -> None:
             super().__init__()
             self._lock = threading.Lock()
-            self._totals: dict[str, int] = {}
+            self._steps: dict[str, Step] = {}
+            self._around: dict[str, str | None] = {}
             self._told = 0.0
 
-        def phase_start(self, phase: str, _parent: str | None, steps: int) -> None:
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             with self._lock:
-                self._totals[phase] = steps
-                tell(Step(phase, 0, steps))
+                self._around[phase] = parent
+                self._steps[phase] = Step(phase, 0, steps)
+                tell(self._steps[phase])
 
         def step_complete(self, phase: str, step: int) -> bool:
             with self._lock:
+                self._steps[phase] = dataclasses.replace(self._steps[phase], done=step + 1)
                 if time.monotonic() - self._told >= _SECONDS_BETWEEN:
                     self._told = time.monotonic()
-                    tell(Step(phase, step + 1, self._totals[phase]))
+                    tell(self._steps[phase])
             return True  # go on
 
         def phase_finish(self, phase: str) -> None:
             with self._lock:
-                tell(Step(phase, self._totals[phase], self._totals[phase]))
+                ended, around = self._steps.pop(phase), self._around.pop(phase)
+                tell(dataclasses.replace(ended, done=ended.total))
+                if around in self._steps:
+                    tell(self._steps[around])
 
     return Monitor()
 
