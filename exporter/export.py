@@ -45,7 +45,7 @@ def export(
         runner: runs the result.
         opset: of the graph.
         plan: which experts stay.
-        prepare: changes the model before it is traced, as ``pruning.apply_plan`` does for ``plan``.
+        prepare: changes the model before it is traced, as ``pruning.apply.apply_plan`` does for ``plan``.
         task: one of `tasks.TASKS`; by default what the architecture is made for.
         cache: whether decoders keep keys and values between calls (`moe_spec.decoder`).
         dtype: float32, float16 or bfloat16; routers stay float32.

@@ -39,7 +39,7 @@ def export_module(
         runner: runs the result.
         opset: of the graph.
         plan: which experts stay; its hash is ``model.sha256()``.
-        prepare: changes the model before it is traced, as ``pruning.apply_plan`` does for ``plan``.
+        prepare: changes the model before it is traced, as ``pruning.apply.apply_plan`` does for ``plan``.
         on_progress: told what is written next, and how many bytes of all are.
 
     Raises:

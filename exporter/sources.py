@@ -16,7 +16,7 @@ from models.stored_parameters import StoredParameters
 from moe_spec.plan import PruningPlan
 
 Prepare = Callable[[PreTrainedModel], None]
-"""Changes a model before it is exported, as ``pruning.apply_plan`` does."""
+"""Changes a model before it is exported, as ``pruning.apply.apply_plan`` does."""
 
 
 def open_model(

@@ -26,7 +26,7 @@ class OpenModel(Protocol):
 
 
 class Runner(Protocol):
-    """Runs an ONNX file. ``runtime.OnnxRuntimeRunner`` is the one that the command line injects."""
+    """Runs an ONNX file. ``runtime.onnxruntime.backend.OnnxRuntimeRunner`` is the one that the command line injects."""
 
     def open(self, model: Path) -> AbstractContextManager[OpenModel]:
         """The file, loaded for many batches of which one is looked at after the other."""

@@ -1,4 +1,7 @@
-"""What TensorRT calls while it builds: a logger, a progress monitor, a writer. Their base classes come with it."""
+"""What TensorRT calls while it builds or runs: a logger, a progress monitor, a writer, an allocator of outputs.
+
+Their base classes come with it.
+"""
 
 import dataclasses
 import re
@@ -7,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TextIO
 
+from runtime.tensorrt.driver import Driver
 from runtime.tensorrt.request import Step
 
 _MEMORY = {
@@ -100,3 +104,23 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
                 return 0
 
     return Writer()
+
+
+def make_allocator(trt: Any, driver: Driver) -> Any:
+    """Gives outputs whose shape depends on the data their buffers while the engine runs; ``shapes`` has what came."""
+
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # likewise
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: dict[str, tuple[int, ...]] = {}
+
+        def reallocate_output(self, name: str, _memory: int, size: int, _alignment: int) -> int:
+            return driver.buffer(name, size)
+
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, _stream: int) -> int:
+            return self.reallocate_output(name, memory, size, alignment)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self.shapes[name] = tuple(shape)
+
+    return Allocator()

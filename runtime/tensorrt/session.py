@@ -20,7 +20,6 @@ import numpy as np
 
 from moe_spec.decoder import PRESENT, as_past, complete
 from moe_spec.errors import UserError
-from moe_spec.files import new_file
 from moe_spec.manifest import Manifest, TensorSpec
 from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backend import AMPERE_PLUS
@@ -30,10 +29,8 @@ from runtime.profiles import takes
 from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here
 from runtime.tensorrt.failures import tidy
-from runtime.tensorrt.listeners import make_logger
-
-RUNTIME_CACHE = "runtime.cache"
-"""Kernels that TensorRT-RTX compiled on this GPU, beside the engine: the next session starts with them."""
+from runtime.tensorrt.listeners import make_allocator, make_logger
+from runtime.tensorrt.runtime_cache import RUNTIME_CACHE, RuntimeCache
 
 _GRAPHS = 8  # shapes whose CUDA graphs are kept
 
@@ -100,9 +97,9 @@ class EngineSession:
                 )
             if manifest.details.get("weight_streaming"):
                 _stream_weights(self._engine)
-            self._kernels = _RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
+            self._kernels = RuntimeCache(trt, self._engine, plan.with_name(RUNTIME_CACHE))
             self._context = self._kernels.create_context()
-            self._allocator = _make_allocator(trt, self._driver)
+            self._allocator = make_allocator(trt, self._driver)
             self._capture = not self._kernels.captures and not manifest.details.get("weight_streaming")
             self._undo = undo.pop_all()
 
@@ -258,37 +255,6 @@ class EngineSession:
         self._undo.close()
 
 
-class _RuntimeCache:
-    """TensorRT-RTX compiles kernels when an engine first runs; they are kept in a file. TensorRT has no such thing."""
-
-    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
-        self._engine, self._path, self._cache, self._config = engine, path, None, None
-        self.captures = hasattr(trt, "CudaGraphStrategy")
-        """Whether the library captures CUDA graphs itself."""
-        if not self.captures:
-            return
-        self._config = engine.create_runtime_config()
-        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._cache = self._config.create_runtime_cache()
-        self._before = path.read_bytes() if path.is_file() else b""
-        if self._before:
-            self._cache.deserialize(self._before)  # one of another GPU or version is not taken, and written anew
-        self._config.set_runtime_cache(self._cache)
-
-    def create_context(self) -> Any:
-        """An execution context that uses the cache."""
-        return self._engine.create_execution_context(*([] if self._config is None else [self._config]))
-
-    def save(self) -> None:
-        """Write the file, where kernels were added and the directory can be written to."""
-        if self._cache is None:
-            return
-        after = bytes(self._cache.serialize())
-        if after != self._before:
-            with contextlib.suppress(OSError), new_file(self._path) as staging:
-                staging.write_bytes(after)
-
-
 def _with_room(size: int) -> int:
     """Up to a quarter more, so that a buffer that grows with every step seldom moves.
 
@@ -302,26 +268,6 @@ def _with_room(size: int) -> int:
 def _stream_weights(engine: Any) -> None:
     """Keep as many weights on the GPU as TensorRT sees room for."""
     engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-
-
-def _make_allocator(trt: Any, driver: Driver) -> Any:
-    """Gives outputs whose shape depends on the data their buffers while the engine runs; ``shapes`` has what came."""
-
-    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # the base class is known once it is imported
-        def __init__(self) -> None:
-            super().__init__()
-            self.shapes: dict[str, tuple[int, ...]] = {}
-
-        def reallocate_output(self, name: str, _memory: int, size: int, _alignment: int) -> int:
-            return driver.buffer(name, size)
-
-        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, _stream: int) -> int:
-            return self.reallocate_output(name, memory, size, alignment)
-
-        def notify_shape(self, name: str, shape: Any) -> None:
-            self.shapes[name] = tuple(shape)
-
-    return Allocator()
 
 
 def _numpy_type(spec: TensorSpec, plan: Path) -> np.dtype[Any]:

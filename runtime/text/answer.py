@@ -11,7 +11,8 @@ import numpy.typing as npt
 from moe_spec.progress import Progress, counted, silent
 from runtime.backends import open_session
 from runtime.execution import BY_DEFAULT, Execution
-from runtime.text.generate import Sampling, Tokens, generate
+from runtime.text.generate import generate
+from runtime.text.sampling import Sampling, Tokens
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.writing import Writing
 

@@ -12,7 +12,8 @@ from moe_spec.decoder import IDS
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
 from runtime.backend import Session
-from runtime.text.generate import Sampling, generate
+from runtime.text.generate import generate
+from runtime.text.sampling import Sampling
 
 PROMPTS = 4
 """So many are gone on from, at most."""

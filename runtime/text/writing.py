@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 
-from runtime.text.generate import Sampling
+from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"

@@ -9,7 +9,8 @@ import pytest
 
 from moe_spec.decoder import IDS
 from runtime.backends import open_session
-from runtime.text.generate import Sampling, generate
+from runtime.text.generate import generate
+from runtime.text.sampling import Sampling
 from tests.runtime import tiny
 
 STATM = Path("/proc/self/statm")

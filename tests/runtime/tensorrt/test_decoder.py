@@ -9,7 +9,8 @@ import pytest
 
 from moe_spec.errors import UserError
 from runtime.tensorrt.session import EngineSession
-from runtime.text.generate import Sampling, generate
+from runtime.text.generate import generate
+from runtime.text.sampling import Sampling
 from tests.runtime.tensorrt.gpu_stand_in import KEPT, DecoderContext, Engine, HostDriver, decoder, library
 
 

@@ -11,7 +11,8 @@ import pytest
 from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
 from runtime.tensorrt import session as sessions
-from runtime.tensorrt.session import RUNTIME_CACHE, EngineSession, require_gpu
+from runtime.tensorrt.runtime_cache import RUNTIME_CACHE
+from runtime.tensorrt.session import EngineSession, require_gpu
 from tests.runtime.tensorrt import gpu_stand_in
 from tests.runtime.tensorrt.gpu_stand_in import (
     Cache,

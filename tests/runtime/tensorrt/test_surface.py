@@ -36,6 +36,10 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "self._engine": "ICudaEngine",
         "engine": "ICudaEngine",
         "self._context": "IExecutionContext",
+    },
+    "runtime_cache": {
+        "engine": "ICudaEngine",
+        "self._engine": "ICudaEngine",
         "self._config": "IRuntimeConfig",
         "self._cache": "IRuntimeCache",
     },

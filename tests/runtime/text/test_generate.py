@@ -12,7 +12,8 @@ from moe_spec.dataset import MASK
 from moe_spec.decoder import IDS, step_in_memory
 from moe_spec.errors import UserError
 from runtime.backends import open_session
-from runtime.text.generate import Sampling, choose, generate, pad_left
+from runtime.text.generate import generate, pad_left
+from runtime.text.sampling import Sampling, choose
 from tests.decoders import DECODERS
 from tests.runtime import tiny
 

@@ -8,7 +8,7 @@ from tokenizers.decoders import ByteLevel as Bytes
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
-from runtime.text.generate import Sampling
+from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.writing import Writing, before_stop, begun
 from tests.decoders import save_tokenizer
