@@ -3,6 +3,10 @@
 import gc
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # what a busy machine makes slow is no failure
+settings.load_profile("untimed")
 
 gc.disable()  # while tests are collected: what they import stays
 

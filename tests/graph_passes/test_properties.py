@@ -81,7 +81,7 @@ def replacing(spec: Spec, keep: tuple[int, ...], source_sha256: str) -> PruningP
 
 
 @given(cases())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_every_block_computes_what_numpy_computes(case):
     spec, keep, router, form = case
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ def test_every_family_says_where_its_neurons_are(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(order=st.permutations(range(WIDTH)))
 def test_permuted_neurons_compute_the_same_and_find_back(name, order):
     experts = experts_of(name)

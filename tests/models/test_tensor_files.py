@@ -51,7 +51,7 @@ def test_shapes_sizes_and_dtypes_are_read_from_the_header_alone(source):
     assert (tensors["half"].dtype, tensors["ids"].dtype) == ("BF16", "I64")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(name=st.sampled_from(["w", "half", "ids", "mask"]), draw=st.data())
 def test_any_rows_of_any_tensor_are_those_of_torch(name, draw, tmp_path_factory):
     directory = tmp_path_factory.mktemp("rows")

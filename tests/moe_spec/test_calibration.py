@@ -63,7 +63,7 @@ def test_batches_add_up_in_order():
     assert layers[0].token_count == EXAMPLES
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(batch_size=st.integers(1, 4), size=st.integers(1, 6), stops=st.lists(st.integers(0, 4), max_size=3))
 def test_however_often_a_run_is_stopped_its_bytes_are_the_same(batch_size, size, stops):
     with tempfile.TemporaryDirectory() as directory:

@@ -97,7 +97,7 @@ def assert_few_casts(model: onnx.ModelProto) -> None:
     assert all(types[name] != to for name, to in wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chains())
 def test_types_are_exact_casts_are_few_and_only_rounding_happens(model):
     with tempfile.TemporaryDirectory() as name:

@@ -34,7 +34,7 @@ def emulated(folder, x, format_):
 
 
 @pytest.mark.parametrize("format_", [HALF, np.dtype(ml_dtypes.bfloat16)], ids=lambda format_: format_.name)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     numbers=st.lists(st.floats(2.0**-4, 2.0**12, width=32), min_size=4, max_size=4),
     signs=st.lists(st.booleans(), min_size=4, max_size=4),

@@ -101,7 +101,7 @@ def test_a_merge_in_which_only_the_survivor_counts_is_a_drop(name, align):
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(order=st.permutations(range(WIDTH)))
 def test_an_expert_whose_neurons_are_permuted_merges_into_what_it_was(name, order):
     model, (first, second) = TINY[name](), (0, 2)

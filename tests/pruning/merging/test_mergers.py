@@ -97,7 +97,7 @@ def test_an_expert_without_logits_or_outputs_is_like_no_other(name):
         assert groups == {frozenset({1}), frozenset({0, 2, 3})}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(order=st.permutations(range(8)), seed=st.integers(0, 99))
 @pytest.mark.parametrize("name", MERGERS)
 def test_permuting_experts_permutes_the_groups(name, order, seed):
