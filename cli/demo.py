@@ -9,6 +9,7 @@ Example: moe-edge demo --no-engines -o quick-demo/
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,15 +38,23 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Go the whole way, and print a table."""
-    from cli.journey import Journey
     from moe_spec.files import new_directory
     from moe_spec.record import dump
-    from report.report import report
+
+    with console.progress("loading torch"):
+        from cli.journey import STEPS, Journey
+        from report.report import report
 
     targets = () if engines is False else _targets(asked=engines is True)
-    with new_directory(output) as staging:
-        rows = Journey(staging, targets, console.step).run()
-        console.step("report")
+    with new_directory(output) as staging, console.progress("starting", ticking=False) as tell:
+        steps = itertools.count()
+
+        def say(what: str) -> None:
+            console.step(what)
+            tell("the whole way", next(steps), STEPS + 1)
+
+        rows = Journey(staging, targets, say).run()
+        say("report")
         verdict = report(staging, staging / REPORT, name=output.resolve().name)
         told = {"rows": [dataclasses.asdict(row) for row in rows], "verdict": dataclasses.asdict(verdict)}
         (staging / "demo.json").write_text(dump(told) + "\n", encoding="utf-8")

@@ -45,6 +45,8 @@ from runtime.targets import find_target
 from runtime.verification.report import ParityReport
 
 KEEPS = (8, 6, 4, 2, 1)
+STEPS = len(KEEPS) + 4
+"""That are said: calibrate, export, one for each of `KEEPS`, the one that is trained again, bench."""
 CRITERION = "gate-mass"
 """It keeps most of this model's accuracy on the calibration images; benchmarks/criteria.md compares all of them."""
 RECOVERED = 2

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
+from cli import journey
 from cli.demo import _table, _targets
 from cli.journey import BATCHES, KEEPS, RECIPE, RECOVERED, TARGETS, TRAINED, Row
 from models.vmoe.assets import fashion_mnist
@@ -60,6 +61,7 @@ def run_demo(out):
     threads = torch.get_num_threads()
     code, stdout, stderr = invoke("demo", "--no-engines", "--json", "-o", out)
     assert (code, stderr.splitlines()) == (0, STEPS)
+    assert len(STEPS) == journey.STEPS + 1  # with the report
     assert torch.get_num_threads() == threads
     assert list(out.parent.glob(".demo.*")) == []
     return stdout
