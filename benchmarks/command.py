@@ -1,10 +1,20 @@
 """A command as a process of its own: how long it takes, and how much memory."""
 
 import dataclasses
-import os
+import json
 import subprocess
 import sys
-import time
+
+_MEASURE = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+os.sync()
+seconds = time.perf_counter() - started
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime]))
+"""
+"""A process begins with the peak of the one that starts it, so a small one does. The peak is its children's too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +34,12 @@ def moe_edge(*arguments: object) -> Usage:
 def python(code: str, *arguments: object) -> Usage:
     """``code`` with ``arguments`` in a Python of its own.
 
-    A process starts with the peak of the one that started it: a benchmark should itself be small.
-
     Raises:
         RuntimeError: the command failed.
     """
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    os.sync()
-    seconds = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)  # wait4 gives memory too, and Popen did not see it
-    if child.returncode:
-        raise RuntimeError(f"{code!r} with {arguments[0]} ended with exit code {child.returncode}")
-    return Usage(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+    said = subprocess.run([sys.executable, "-S", "-c", _MEASURE, *command], stdout=subprocess.PIPE, check=True).stdout
+    exit_code, *usage = json.loads(said)
+    if exit_code:
+        raise RuntimeError(f"{code!r} with {arguments[0]} ended with exit code {exit_code}")
+    return Usage(*usage)

@@ -1,9 +1,10 @@
-"""Engines of every sample's model and of decoders with caches: GPUs that take them, bytes, time of a build.
+"""Engines of every sample's model and of decoders with caches: GPUs that take them, bytes, time and memory of a build.
 
     python -m benchmarks.engines > benchmarks/engines.md
 
-It takes some minutes and no GPU. What is built is the table of `tests/engines.py`, which the tests build too.
-``--quick`` builds one model.
+It takes minutes and no GPU. What is built is the table of `tests/engines.py`, which the tests build too. ``--whole``
+adds sample 07's model with all of its layers, as `benchmarks.smollm` has it: some minutes more, and 4 GB of memory.
+``--quick`` builds one model of the table.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.command import moe_edge
+from benchmarks.command import Usage, moe_edge
 from benchmarks.markdown import table
+from benchmarks.tasks.smollm import Recipe, prepare
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
 from moe_spec.manifest import Manifest
@@ -22,6 +24,7 @@ from runtime.backend import ENGINE_FILE
 from runtime.measuring.machine import describe_machine
 from runtime.model_dir import model_bytes
 from tests.engines import CASES, FORMS, GPUS, MODELS
+from tests.sample_models import SAMPLE_MODELS, SampleModel, samples_of
 from tests.zoo import RUNNER, Zoo
 
 MEGABYTE = 1 << 20
@@ -37,7 +40,9 @@ class Row:
         capabilities: of the GPUs that it is for.
         onnx_bytes: of the graph and its weights.
         engine_bytes: of the engine.
-        cpu_seconds: that the command took.
+        weight_bytes: of weights on the GPU, as TensorRT said.
+        activation_bytes: of all else that it takes there at the largest shapes of its profile, likewise.
+        usage: of the command.
     """
 
     model: str
@@ -45,33 +50,71 @@ class Row:
     capabilities: tuple[str, ...]
     onnx_bytes: int
     engine_bytes: int
-    cpu_seconds: float
+    weight_bytes: int
+    activation_bytes: int
+    usage: Usage
 
 
-def measure(zoo: Zoo, cases: Iterable[tuple[str, Precision]], scratch: Path) -> list[Row]:
+Case = tuple[str, SampleModel, Precision]
+"""What a model is called, and what is built of it."""
+
+WHOLE = "smollm2, 30 layers"
+
+
+def cases_of_tests() -> list[Case]:
+    """What the tests build."""
+    return [(_titled(name), MODELS[name], precision) for name, precision in CASES]
+
+
+def cases_of_whole() -> list[Case]:
+    """Sample 07's model without its ``--quick``: exported once, two of four experts kept."""
+
+    def make(zoo: Zoo) -> Path:
+        moe = prepare(Recipe(), lambda line: print(line, file=sys.stderr)).moe
+        return zoo.once("smollm2-whole.exported", lambda path: moe_edge("export", moe, "-o", path))
+
+    whole = dataclasses.replace(SAMPLE_MODELS["smollm2"], make=make)
+    return [(f"{WHOLE} (07)", whole, precision) for precision in GPUS]
+
+
+def measure(zoo: Zoo, cases: Iterable[Case], scratch: Path) -> list[Row]:
     """Build each case once, for all GPUs that have its precision."""
     rows = []
-    for index, (name, precision) in enumerate(cases):
+    for name, model, precision in cases:
         print(f"{name}: {_shown(precision)}", file=sys.stderr)
-        rows.append(_built(zoo, name, precision, scratch / str(index)))
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            rows.append(_built(zoo, name, model, precision, Path(folder)))
     return rows
 
 
-def _built(zoo: Zoo, name: str, precision: Precision, folder: Path) -> Row:
-    model, (first, *others) = MODELS[name], GPUS[precision]
+def _built(zoo: Zoo, name: str, model: SampleModel, precision: Precision, folder: Path) -> Row:
+    first, *others = GPUS[precision]
     exported, graph, engine = model.make(zoo), folder / "model", folder / "engine"
     plan = model.plan(exported)
     optimize(exported, graph, RUNNER, plan=plan, accepted=FORMS, precision=precision, prove=False)
     also = [word for gpu in others for word in ("--also", gpu.name)]
     usage = moe_edge("build", graph, "-o", engine, "--target", first.name, *also)
+    details = Manifest.load(engine).details
     return Row(
-        model=f"{name} ({model.sample})" if model.sample else name,
+        model=name,
         precision=_shown(precision),
-        capabilities=tuple(Manifest.load(engine).details["compute_capabilities"]),
+        capabilities=tuple(details["compute_capabilities"]),
         onnx_bytes=model_bytes(graph),
         engine_bytes=(engine / ENGINE_FILE).stat().st_size,
-        cpu_seconds=usage.cpu_seconds,
+        weight_bytes=details["memory"]["weights"],
+        activation_bytes=details["memory"]["activations"],
+        usage=usage,
     )
+
+
+def _titled(name: str) -> str:
+    """With the samples that make it.
+
+    >>> _titled("top-1"), _titled("mixtral")
+    ('top-1 (04)', 'mixtral')
+    """
+    samples = samples_of(name)
+    return f"{name} ({samples})" if samples else name
 
 
 def _shown(precision: Precision) -> str:
@@ -90,13 +133,15 @@ def report(rows: Sequence[Row]) -> str:
             row.model,
             row.precision,
             ", ".join(row.capabilities),
-            f"{row.onnx_bytes / MEGABYTE:.2f}",
-            f"{row.engine_bytes / MEGABYTE:.2f}",
-            f"{row.cpu_seconds:.1f}",
+            *(f"{size / MEGABYTE:,.1f}" for size in (row.onnx_bytes, row.engine_bytes)),
+            *(f"{size / MEGABYTE:,.1f}" for size in (row.weight_bytes, row.activation_bytes)),
+            f"{row.usage.peak_bytes / MEGABYTE:,.0f}",
+            f"{row.usage.cpu_seconds:.1f}",
         )
         for row in rows
     ]
-    head = ("model (samples)", "experts", "compute capabilities", "ONNX MB", "engine MB", "CPU seconds")
+    sizes = ("ONNX", "engine", "weights", "activations", "build")
+    head = ("model (samples)", "experts", "compute capabilities", *sizes, "CPU seconds")
     return f"""# Engines that are built without a GPU
 
 `python -m benchmarks.engines` printed this on {describe_machine()}.
@@ -105,11 +150,16 @@ Each row is one engine of TensorRT-RTX for RTX GPUs of the compute capabilities 
 (Blackwell), those of them that have its number format: fp8 begins with Ada, nvfp4 with Blackwell, and a model that
 holds them is refused for the others before the build. Nobody has run one.
 
-- *model*: half of the experts kept, but for *one expert* and *top-1* (six of eight, one a token). Decoders are small
-  random ones, with caches.
-- *CPU seconds*: of `moe-edge build` as a process, Python's start included.
-- Engines of models so small are mostly program: their bytes say little about large ones, which are as large as their
-  weights.
+- *model*: the V-MoE, half of its experts kept, but for *unpruned*, *two experts*, *one expert* and *top-1* (six of
+  eight, one a token). *smollm2*: a Mixtral with two layers of SmolLM2's sizes and random weights, two of four experts
+  kept, with its cache; `--whole` builds sample 7's with all 30, as they were trained. Other decoders are small random
+  ones, with caches.
+- Sizes are MiB. *ONNX*: of the graph with its weights. *weights*, *activations*: what the engine takes on the GPU, as
+  TensorRT said when it built it: it cannot be asked without one. Activations are those of the largest shapes, which
+  nobody named here: 64 images, or 64 prompts of 128 tokens behind 512.
+- *build*: peak of the memory of `moe-edge build` and the process in which TensorRT builds; *CPU seconds*: of both,
+  Python's start included.
+- Engines of models so small are mostly program; large ones are as large as their weights.
 
 {table(head, cells, left=3)}"""
 
@@ -117,8 +167,10 @@ holds them is refused for the others before the build. Nobody has run one.
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one model only")
+    parser.add_argument("--whole", action="store_true", help="sample 07's model with all of its layers too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        chosen = [case for case in CASES if case[0] == next(iter(MODELS))] if options.quick else CASES
-        print(report(measure(Zoo(root), chosen, root / "engines")))
+        cases = cases_of_tests()
+        chosen = cases[: len(GPUS)] if options.quick else cases
+        added = cases_of_whole() if options.whole else []
+        print(report(measure(Zoo(Path(folder)), [*chosen, *added], Path(folder))))

@@ -34,9 +34,7 @@ GPUS: Mapping[Precision, Sequence[Target]] = {
 COARSE_AND_FINE = [Precision(), Precision("int4", "fp16")]
 """Enough for decoders that no sample makes: they differ in caches, not in experts."""
 
-CASES = [
-    (name, precision) for name, model in MODELS.items() for precision in (GPUS if model.sample else COARSE_AND_FINE)
-]
+CASES = [(name, precision) for name in MODELS for precision in (GPUS if name in SAMPLE_MODELS else COARSE_AND_FINE)]
 
 
 def built(model: Path, gpus: Sequence[Target] = (AMPERE, ADA, BLACKWELL)) -> Manifest:
