@@ -1,6 +1,6 @@
 """Engines of every sample's model and of decoders with caches: GPUs that take them, bytes, time and memory of a build.
 
-    python -m benchmarks.engines > benchmarks/engines.md
+    python -m benchmarks.engines --whole > benchmarks/engines.md
 
 It takes minutes and no GPU. What is built is the table of `tests/engines.py`, which the tests build too. ``--whole``
 adds sample 07's model with all of its layers, as `benchmarks.smollm` has it: some minutes more, and 4 GB of memory.
@@ -126,7 +126,7 @@ def _shown(precision: Precision) -> str:
     return (precision.experts or "fp32") + (f", rest {precision.rest}" if precision.rest else "")
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row], command: str) -> str:
     """The document."""
     cells = [
         (
@@ -144,7 +144,7 @@ def report(rows: Sequence[Row]) -> str:
     head = ("model (samples)", "experts", "compute capabilities", *sizes, "CPU seconds")
     return f"""# Engines that are built without a GPU
 
-`python -m benchmarks.engines` printed this on {describe_machine()}.
+`{command}` printed this on {describe_machine()}.
 
 Each row is one engine of TensorRT-RTX for RTX GPUs of the compute capabilities 8.6 (Ampere), 8.9 (Ada) and 12.0
 (Blackwell), those of them that have its number format: fp8 begins with Ada, nvfp4 with Blackwell, and a model that
@@ -173,4 +173,5 @@ if __name__ == "__main__":
         cases = cases_of_tests()
         chosen = cases[: len(GPUS)] if options.quick else cases
         added = cases_of_whole() if options.whole else []
-        print(report(measure(Zoo(Path(folder)), [*chosen, *added], Path(folder))))
+        rows = measure(Zoo(Path(folder)), [*chosen, *added], Path(folder))
+    print(report(rows, " ".join(["python -m benchmarks.engines", *sys.argv[1:]])))

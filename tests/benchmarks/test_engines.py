@@ -11,7 +11,9 @@ def test_a_row_says_what_was_built():
     half = MEGABYTE // 2
     usage = Usage(3.0, 600 * MEGABYTE, 1.26)
     row = Row("top-1 (04)", "fp8, rest fp16", ("8.9", "12.0"), half, 8 * half, 3 * half, 5000 * half, usage)
-    assert report([row]).endswith("| top-1 (04) | fp8, rest fp16 | 8.9, 12.0 | 0.5 | 4.0 | 1.5 | 2,500.0 | 600 | 1.3 |")
+    document = report([row], "python -m benchmarks.engines --quick")
+    assert "`python -m benchmarks.engines --quick` printed this on " in document
+    assert document.endswith("| top-1 (04) | fp8, rest fp16 | 8.9, 12.0 | 0.5 | 4.0 | 1.5 | 2,500.0 | 600 | 1.3 |")
 
 
 def test_memory_is_that_of_the_command_and_of_what_it_starts():
