@@ -29,6 +29,7 @@ from cli.options import (
     Spinning,
     Threads,
     execution_of,
+    written,
 )
 from moe_spec.errors import UserError
 
@@ -67,12 +68,7 @@ def bench(
         Path | None, typer.Option(help="That checkpoint; not needed for models of the one in this package.")
     ] = None,
     pin: Annotated[bool, typer.Option("--pin/--no-pin", help="Keep to as many cores as threads.")] = True,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="Write the table, bench.json; it must not exist yet. Nothing is written without it."
-        ),
-    ] = None,
+    output: Annotated[Path | None, written("the table, bench.json")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a table of what models cost, and write bench.json."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson, MaxShapes, MinShapes, OptShapes, Output
+from cli.options import AsJson, BackendName, MaxShapes, MinShapes, OptShapes, Output
 
 if TYPE_CHECKING:
     from moe_spec.manifest import Manifest
@@ -32,13 +32,7 @@ def build(
     target: Annotated[
         str, typer.Option(metavar="NAME", help="Device to build for: a name (rtx-ada) or a compute capability (sm89).")
     ],
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="onnxruntime, tensorrt or tensorrt-rtx, where a target's name is in several; by default its first.",
-        ),
-    ] = None,
+    backend: BackendName = None,
     also: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="TensorRT-RTX: a further target of the same engine.")
     ] = None,

@@ -17,20 +17,14 @@ from typing import Annotated
 import typer
 
 from cli import console
-from cli.options import AsJson, MaxShapes, MinShapes, OptShapes, Output
+from cli.options import AsJson, BackendName, JudgedBy, MaxShapes, MinShapes, OptShapes, Output
 
 
 def bundle(
     model: Annotated[Path, typer.Argument(help="Model directory that optimize wrote for the target.")],
     output: Output,
     target: Annotated[str, typer.Option(metavar="NAME", help="Device that the bundle is for, see moe-edge targets.")],
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="onnxruntime, tensorrt or tensorrt-rtx, where a target's name is in several; by default its first.",
-        ),
-    ] = None,
+    backend: BackendName = None,
     data: Annotated[
         Path | None,
         typer.Option(help=".npz whose first examples become golden cases; random inputs at three shapes without it."),
@@ -39,14 +33,7 @@ def bundle(
     min_shapes: MinShapes = None,
     opt_shapes: OptShapes = None,
     max_shapes: MaxShapes = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Tolerances to judge by: fp32, fp16, bf16, int8, fp8, w8a8, nvfp4 or int4; by default the "
-            "model's coarsest.",
-        ),
-    ] = None,
+    precision: JudgedBy = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle's directory."""

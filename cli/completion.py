@@ -1,5 +1,6 @@
 """What the shell completes: the values that an option knows, read from the tables when they are asked for."""
 
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ def complete(verb: str, parameter: Any) -> None:
         ]
 
 
+def _names_in(table: str) -> Callable[[], Iterable[str]]:
+    """What stands in a table, ``module:name``; nothing is imported before it is asked for."""
+    return lambda: pkgutil.resolve_name(table)
+
+
 def _criteria() -> Iterable[str]:
     from pruning.criteria import CHANGE_CRITERIA, CRITERIA, DATA_FREE_CRITERIA, NAEE, WEIGHT_CRITERIA
     from pruning.merging.mergers import MERGERS
@@ -32,30 +38,6 @@ def _families() -> Iterable[str]:
     from models.support import families
 
     return [row.model_type for row in families()]
-
-
-def _forms() -> Iterable[str]:
-    from graph_passes.writers import FORMS
-
-    return FORMS
-
-
-def _formats() -> Iterable[str]:
-    from moe_spec.formats import FORMATS
-
-    return FORMATS
-
-
-def _floats() -> Iterable[str]:
-    from moe_spec.formats import FLOATS
-
-    return FLOATS
-
-
-def _methods() -> Iterable[str]:
-    from pruning.finetuning.options import METHODS
-
-    return METHODS
 
 
 def _precisions() -> Iterable[str]:
@@ -71,46 +53,16 @@ def _providers() -> Iterable[str]:
     return [row.name for row in PROVIDERS]
 
 
-def _recipes() -> Iterable[str]:
-    from pruning.finetuning.recipe import RECIPES
-
-    return RECIPES
-
-
-def _routers() -> Iterable[str]:
-    from moe_spec.layer_plan import ROUTERS
-
-    return ROUTERS
-
-
 def _scopes() -> Iterable[str]:
     from pruning.budget.scopes import SCOPES, SEARCHED
 
     return [*SCOPES, SEARCHED]
 
 
-def _device_maps() -> Iterable[str]:
-    from models.spread import DEVICE_MAPS
-
-    return DEVICE_MAPS
-
-
 def _levels() -> Iterable[str]:
     from runtime.backend import AMPERE_PLUS, SAME_CAPABILITY
 
     return AMPERE_PLUS, SAME_CAPABILITY
-
-
-def _scores() -> Iterable[str]:
-    from pruning.finetuning.options import SCORES
-
-    return SCORES
-
-
-def _variants() -> Iterable[str]:
-    from pruning.finetuning.options import VARIANTS
-
-    return VARIANTS
 
 
 def _ways_of_torch() -> Iterable[str]:
@@ -142,22 +94,22 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
     "also": _targets,
     "backend": _backends,
     "criterion": _criteria,
-    "device_map": _device_maps,
-    "dtype": _floats,
+    "device_map": _names_in("models.spread:DEVICE_MAPS"),
+    "dtype": _names_in("moe_spec.formats:FLOATS"),
     "family": _families,
-    "form": _forms,
+    "form": _names_in("graph_passes.writers:FORMS"),
     "hardware_compatibility": _levels,
-    "method": _methods,
-    "plan router": _routers,
+    "method": _names_in("pruning.finetuning.options:METHODS"),
+    "plan router": _names_in("moe_spec.layer_plan:ROUTERS"),
     "plan target": _targets_of_plans,
     "precision": _precisions,
-    "optimize precision": _formats,
+    "optimize precision": _names_in("moe_spec.formats:FORMATS"),
     "provider": _providers,
-    "recipe": _recipes,
-    "rest_precision": _formats,
+    "recipe": _names_in("pruning.finetuning.recipe:RECIPES"),
+    "rest_precision": _names_in("moe_spec.formats:FORMATS"),
     "scope": _scopes,
-    "score": _scores,
+    "score": _names_in("pruning.finetuning.options:SCORES"),
     "target": _targets,
-    "variant": _variants,
+    "variant": _names_in("pruning.finetuning.options:VARIANTS"),
 }
 """By parameter, or by verb and parameter where the parameter means something else there."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,30 @@ class Against(StrEnum):
 
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write; it must not exist yet.")]
+
+
+def written(what: str) -> Any:
+    """``-o`` of a verb that prints what it found, and writes ``what`` as well where it is told to."""
+    return typer.Option("-o", "--output", help=f"Write {what}; it must not exist yet. Nothing is written without it.")
+
+
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="onnxruntime, tensorrt or tensorrt-rtx, where a target's name is in several; by default its first.",
+    ),
+]
+JudgedBy = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="Tolerances to judge by: fp32, fp16, bf16, int8, fp8, w8a8, nvfp4 or int4; by default those of the "
+        "coarsest format that is there.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -31,6 +31,7 @@ from cli.options import (
     Spinning,
     Threads,
     execution_of,
+    written,
 )
 from moe_spec.errors import UserError
 from moe_spec.progress import silent
@@ -48,14 +49,7 @@ def run(
     inputs: Annotated[
         list[Path] | None, typer.Option("--input", help=".npz, .jsonl, PNG or JPEG file, or folder of images.")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Write outputs, and classes, to this .npz; it must not exist yet. Nothing is written without it.",
-        ),
-    ] = None,
+    output: Annotated[Path | None, written("outputs, and classes, to this .npz")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples that are run at once; by default 32.")] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Say prompts to the model in its chat template.")] = False,

@@ -22,12 +22,14 @@ from cli import console
 from cli.options import (
     AsJson,
     CpuFallback,
+    JudgedBy,
     Parallel,
     ProviderName,
     ProviderOptions,
     Spinning,
     Threads,
     execution_of,
+    written,
 )
 from moe_spec.errors import VerificationError
 
@@ -47,22 +49,8 @@ def verify(
             "shapes without it."
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Write the report, parity.json; it must not exist yet. Nothing is written without it.",
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Tolerances to judge by: fp32, fp16, bf16, int8, fp8, w8a8, nvfp4 or int4; by default the "
-            "coarser model's.",
-        ),
-    ] = None,
+    output: Annotated[Path | None, written("the report, parity.json")] = None,
+    precision: JudgedBy = None,
     tolerances: Annotated[
         Path | None, typer.Option(help='JSON file of other tolerances, such as {"int8": {"element": 0.05}}.')
     ] = None,

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_spec import formats
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.statistics import KEYS
@@ -29,7 +30,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "greedy_tokens": 16,
 }
 """What options are if they are not given."""
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _PRECISION: Mapping[str, str] = {"experts": "precision", "rest": "rest_precision", "block_size": "block_size"}
 """What an option is called that a manifest has under another name."""
 _BUDGETS = {"bytes": "max_size", "milliseconds": "max_latency"}
@@ -214,8 +214,9 @@ def _plan_of(manifest: Manifest, parent: Found[Manifest] | None, names: Names) -
 
 def _export(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:
     manifest = model.value
-    dtype = _DTYPES.get(str(manifest.details.get("dtype")))
-    said = _options({"opset": manifest.details.get("opset"), "dtype": dtype})
+    dtype = manifest.details.get("dtype")
+    named = formats.said(dtype) if isinstance(dtype, str) else None
+    said = _options({"opset": manifest.details.get("opset"), "dtype": named})
     source = names.path(manifest.parent_sha256)
     return _step(model.path, "export", source, *_plan_of(manifest, parent, names), *said)
 

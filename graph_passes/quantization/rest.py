@@ -25,9 +25,9 @@ from graph_passes.record.block import FormError, MoEBlock
 from graph_passes.routers import Weights
 from graph_passes.weights.weight import Weight, stack
 from moe_spec.errors import UserError
+from moe_spec.formats import FLOATS, said
 
 PRODUCTS = ("MatMul", "Gemm")
-FLOATS = ("float32", "float16", "bfloat16")
 
 SMALL = 1 << 10
 """Values of a constant that is told of where it stays what it is; those with fewer are biases, norms and masks."""
@@ -167,7 +167,7 @@ def _read_by(node: gs.Node) -> list[tuple[int, gs.Tensor]]:
 
 
 def _is_large(weight: Weight) -> bool:
-    return len(weight.shape) > 1 and math.prod(weight.shape) >= SMALL and weight.dtype.name in FLOATS
+    return len(weight.shape) > 1 and math.prod(weight.shape) >= SMALL and said(weight.dtype.name) in FLOATS
 
 
 def _why_left(reads: Sequence[_Read]) -> str | None:
