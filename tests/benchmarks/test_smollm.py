@@ -123,6 +123,6 @@ def test_the_mixture_is_found_again_and_holds_the_branches(dense, data):
 
 def test_without_gguf_the_weights_cannot_be_read(monkeypatch):
     monkeypatch.setattr(smollm, "find_spec", lambda _name: None)
-    message = "the weights are in a GGUF file, and gguf is not installed\nhint: pip install gguf"
+    message = "the weights are in a GGUF file, and gguf is not installed\nhint: pip install 'moe-edge[samples]'"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         smollm.dense(QUICK)
