@@ -44,10 +44,11 @@ def _summary(rows: Sequence[Support]) -> str:
 
 
 def _table(rows: Sequence[Support]) -> Table:
-    table = Table(box=rich.box.SIMPLE)
+    table = Table(box=rich.box.SIMPLE_HEAD, padding=0)
     table.add_column("family", no_wrap=True)
     for stage in STAGES:
-        table.add_column(stage, justify="center")
+        words = stage.replace("-", "- ").split()  # of which 80 columns hold each
+        table.add_column("\n".join(words), justify="center", min_width=max(map(len, words)))
     for row in rows:
         table.add_row(row.model_type, *(WORKS if row.reason(stage) is None else FAILS for stage in STAGES))
     return table

@@ -6,8 +6,8 @@ ONNX (`moe-edge optimize --form`). Plugins of TensorRT-Edge-LLM build from a pru
 --target`).
 
 With a model: what it takes of a device's memory at the largest shapes, for weights, a decoder's cache, inputs and
-outputs, and what the build takes, three times the weights. Activations are known of an engine only: TensorRT tells them
-when it has built it.
+outputs, and what the build takes, three times the weights, which on a Jetson and a DGX Spark is the device's memory
+too. Activations are known of an engine only: TensorRT tells them when it has built it.
 
 Example: moe-edge targets
 Example: moe-edge targets optimized/
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from runtime.fit import Fit
     from runtime.targets import Plugin, Target
 
-SIZES = "weights + cache + inputs and outputs + activations"
+NEEDS = "needs {needs}: {weights} of weights, {cache} of cache, {tensors} of inputs and outputs, {activations}"
 
 
 def targets(
@@ -68,7 +68,7 @@ def targets(
     rows = fits_of(model, target or [], [] if profile is None else [profile], bytes_there)
     taken = [row.target for row in rows if not row.why_not]
     console.result(
-        f"{model}: {len(taken)} of {len(rows)} targets take it; needs are of {SIZES}",
+        f"{model}: {len(taken)} of {len(rows)} targets take it; {_needs(rows[0])}",
         {row.target: _fit_json(row) for row in rows},
         as_json,
     )
@@ -132,23 +132,30 @@ def _listed(rows: Iterable[tuple[str, Iterable[str]]]) -> Table:
     return table
 
 
-def _fit_table(rows: Sequence["Fit"]) -> Table:
-    from runtime.fit import NO, SOME
+def _needs(row: "Fit") -> str:
+    """What running and building take, which is the same on every target."""
+    known = row.activations is not None
+    sizes = {name: _size(getattr(row, name)) for name in ("weights", "cache", "tensors")}
+    activations = f"{_size(row.activations)} of activations" if known else "and activations, which its engine will tell"
+    needs = NEEDS.format(needs=f"{'' if known else 'over '}{_size(row.needs)}", activations=activations, **sizes)
+    return f"{needs}; building takes {_size(row.build)}" if row.build else needs
 
+
+def _fit_table(rows: Sequence["Fit"]) -> Table:
+    from runtime.fit import NO, SOME, UNKNOWN, YES
+
+    builds = {YES: "fits", SOME: "with swap on the smaller", NO: "needs swap", UNKNOWN: "-"}
     table = Table(box=rich.box.SIMPLE)
-    for column in ("target", "takes it", "needs", "GB", "fits", "build"):
-        table.add_column(column, no_wrap=column in ("target", "needs", "GB"))
-    table.add_column("of what", min_width=16)
+    for column in ("target", "takes it", "GB", "fits"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("build there")
     for row in rows:
-        known = row.activations is not None
         table.add_row(
             row.target,
             "no" if row.why_not else "yes",
-            _size(row.needs) if known else f">= {_size(row.needs)}",
             _span(None if row.memory is None else [size / 10**9 for size in row.memory]),
-            "?" if row.memory is None else row.fits,
-            _size(row.build) + {SOME: ", swap on the smaller", NO: ", needs swap"}.get(row.builds, ""),
-            " + ".join(map(_size, (row.weights, row.cache, row.tensors, row.activations))),
+            "?" if row.fits == UNKNOWN else row.fits,
+            builds[row.builds],
         )
     return table
 

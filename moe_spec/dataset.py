@@ -34,11 +34,13 @@ class Dataset:
         feeds: model inputs by name, each with examples on axis 0.
         labels: (N,) int64 class of each example, or None.
         sha256: hash of the file.
+        name: what errors call it.
     """
 
     feeds: Mapping[str, npt.NDArray[Any]]
     labels: npt.NDArray[np.int64] | None
     sha256: str
+    name: str = "the data"
 
     def __len__(self) -> int:
         return len(next(iter(self.feeds.values())))
@@ -98,7 +100,7 @@ def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None, *, l
             f"{path} holds {labels.dtype}{list(labels.shape)} labels for {examples} examples",
             hint="store one integer class an example in `labels`",
         )
-    dataset = Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path))
+    dataset = Dataset(arrays, None if labels is None else labels.astype(np.int64), sha256_file(path), str(path))
     return dataset if limit is None else dataset.first(limit)
 
 

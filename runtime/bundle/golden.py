@@ -63,7 +63,7 @@ def golden_cases(
     cases = []
     with open_session(observed_file(model_dir)) as session:
         for feeds in counted(taken, "running golden cases", len(taken), on_progress):
-            given = cast_to(session, feeds)
+            given = cast_to(session.inputs, feeds)
             cases.append(Case(len(next(iter(given.values()))), given, session.run(given)))
     return cases
 

@@ -21,7 +21,7 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, where: str) -> None:
     known = {spec.name: spec for spec in inputs}
     if feeds.keys() != known.keys():
         raise UserError(
-            f"{where} takes {', '.join(sorted(known))}, but was given {', '.join(sorted(feeds)) or 'nothing'}",
+            f"{where}: inputs are {', '.join(sorted(feeds)) or 'none'}, expected {', '.join(sorted(known))}",
             hint="name the arrays like the model's inputs",
         )
     lengths: dict[str, tuple[int, str]] = {}

@@ -19,6 +19,7 @@ from moe_spec.runner import Arrays, Feeds
 from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
 from runtime.execution import BY_DEFAULT, Execution
+from runtime.inputs.feeds import check_feeds
 from runtime.inputs.random_feeds import RANDOM_SHAPES, RandomFeeds
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
@@ -103,13 +104,19 @@ Batch = tuple[Feeds, npt.NDArray[np.int64] | None]
 
 
 def batches_of(inputs: Sequence[TensorSpec], directory: Path, data: Dataset | None, size: int) -> Iterator[Batch]:
-    """``size`` examples of ``data`` at a time; without it random ones at three shapes, for a model in ``directory``."""
+    """``size`` examples of ``data`` at a time; without it random ones at three shapes, for a model in ``directory``.
+
+    Raises:
+        UserError: ``data`` does not fit the inputs.
+    """
     if data is None:
         yield from ((feeds, None) for feeds in RandomFeeds.of(inputs, directory).three_shapes())
         return
     for index, feeds in enumerate(data.batches(size)):
         labels = None if data.labels is None else data.labels[index * size : (index + 1) * size]
-        yield complete(inputs, feeds), labels
+        completed = complete(inputs, feeds)
+        check_feeds(inputs, cast_to(inputs, completed), data.name)  # of two models, each casts for itself
+        yield completed, labels
 
 
 def count_batches(data: Dataset | None, size: int) -> int:
@@ -123,12 +130,12 @@ def count_batches(data: Dataset | None, size: int) -> int:
 
 def run_cast(session: Session, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
     """Outputs of ``session``, those asked for or all; floating inputs are given in the format that the model takes."""
-    return session.run(cast_to(session, feeds), outputs)
+    return session.run(cast_to(session.inputs, feeds), outputs)
 
 
-def cast_to(session: Session, feeds: Feeds) -> Feeds:
+def cast_to(inputs: Sequence[TensorSpec], feeds: Feeds) -> Feeds:
     """``feeds`` with floating inputs in the format that the model takes."""
-    formats = {spec.name: np.dtype(spec.dtype) for spec in session.inputs}
+    formats = {spec.name: np.dtype(spec.dtype) for spec in inputs}
     return {name: _cast(array, formats.get(name, array.dtype)) for name, array in feeds.items()}
 
 

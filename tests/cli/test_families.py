@@ -1,5 +1,6 @@
 import json
 
+from cli import console
 from models import support
 from models.support import STAGES
 from tests.cli.helpers import invoke
@@ -14,6 +15,14 @@ def test_the_table_has_a_line_a_family_and_counts():
     for row in rows:
         marks = ["x" if row.reason(stage) is None else "-" for stage in STAGES]
         assert [row.model_type, *marks] in lines
+
+
+def test_80_columns_show_every_heading(monkeypatch):
+    monkeypatch.setattr(console, "out", type(console.out)(width=80, highlight=False))
+    table = invoke("families")[1].splitlines()[2:]
+    assert max(map(len, table)) <= 80
+    headings = " ".join(table[: next(at for at, line in enumerate(table) if "───" in line)]).split()
+    assert sorted(headings) == sorted(["family", *" ".join(STAGES).replace("-", "- ").split()])
 
 
 def test_one_family_says_what_was_proven_and_why_the_rest_was_not():

@@ -1,8 +1,10 @@
 import json
+import re
 
 import pytest
 
 from cli import console
+from runtime.model_dir import model_bytes
 from runtime.targets import PLUGINS, TARGETS
 from tests.cli.helpers import done, invoke
 from tests.runtime import tiny
@@ -31,7 +33,7 @@ def test_machines_get_the_rows():
 def test_a_model_is_told_which_targets_take_it_and_why_not(model):
     (model / "manifest.json").write_text((model / "manifest.json").read_text().replace('"dense"', '"sorted"'))
     shown = done("targets", model)
-    assert shown.startswith(f"{model}: 3 of {len(TARGETS)} targets take it; needs are of ")
+    assert shown.startswith(f"{model}: 3 of {len(TARGETS)} targets take it; needs over ")
     assert "rtx-ada: layer blocks.0.moe has the form 'sorted', rtx-ada takes dense, gather, ffn\n" in shown
 
 
@@ -49,7 +51,18 @@ def test_an_unknown_target_is_answered_with_the_closest():
 
 def test_a_build_that_the_device_cannot_hold_without_swap_is_told(model):
     shown = done("targets", model, "--target", "jetson-orin", "--memory", 0.00001)
-    assert shown.split()[-1] == "swap"  # "needs swap", in two lines
+    assert shown.splitlines()[-2].split() == ["jetson-orin", "yes", "1e-05", "no", "needs", "swap"]
+
+
+def test_what_a_model_needs_is_said_once(model):
+    first, *table = done("targets", model).splitlines()
+    weights = model_bytes(model)
+    assert re.fullmatch(
+        rf".*; needs over \S+ \w+: {weights / 1000:.1f} KB of weights, 0 of cache, \S+ \w+ of inputs and outputs, and "
+        rf"activations, which its engine will tell; building takes {3 * weights / 1000:.1f} KB",
+        first,
+    )
+    assert max(map(len, table)) <= 80
 
 
 def test_a_table_fits_the_terminal(monkeypatch):

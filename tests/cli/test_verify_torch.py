@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -39,6 +40,25 @@ def test_an_export_computes_and_chooses_as_its_checkpoint_does(zoo, name):
 def test_decoders_go_on_from_their_caches_in_torch_too(zoo):
     report = json.loads(invoke("verify", zoo.cached("mixtral"), "--reference", zoo.decoder("mixtral"), "--json")[1])
     assert (report["passed"], report["greedy"]["shortest"]) == (True, 16)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"ids": np.ones((2, 4), np.int64)}, "inputs are ids, expected attention_mask, input_ids"),
+        (
+            {"input_ids": np.ones((2, 4), np.float32), "attention_mask": np.ones((2, 4), np.int64)},
+            "input input_ids is float32[2, 4], expected int64[batch_size, sequence_length]",
+        ),
+    ],
+)
+def test_data_that_torch_would_fail_on_is_refused_by_its_name(zoo, tmp_path, arrays, message):
+    data = tmp_path / "data.npz"
+    np.savez(data, **arrays)
+    sides = [zoo.exported("mixtral"), zoo.checkpoint("mixtral")]
+    for candidate, reference in (sides, sides[::-1]):
+        code, _, err = invoke("verify", candidate, "--reference", reference, "--data", data)
+        assert (code, err.splitlines()[0]) == (1, f"error: {data}: {message}")
 
 
 def test_a_checkpoint_is_no_reference_of_a_pruned_model(zoo, tmp_path):

@@ -164,7 +164,7 @@ def test_data_is_fed_where_it_is_given(model):
         (
             (1,),
             Dataset({"y": tiny.examples(4)}, None, ""),
-            "{model} takes x, but was given y\nhint: name the arrays like the model's inputs",
+            "{model}: inputs are y, expected x\nhint: name the arrays like the model's inputs",
         ),
         (
             (0,),

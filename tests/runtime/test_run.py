@@ -140,7 +140,7 @@ def test_labels_that_do_not_fit_the_outputs_name_nothing(model, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"y": tiny.examples(2)}, "{model} takes x, but was given y\nhint: name the arrays like the model's inputs"),
+        ({"y": tiny.examples(2)}, "{model}: inputs are y, expected x\nhint: name the arrays like the model's inputs"),
         (
             {"x": tiny.examples(2).astype(np.float64)},
             "{model}: input x is float64[2, 5, 8], expected float32[batch, sequence, 8]\n"

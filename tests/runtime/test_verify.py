@@ -196,11 +196,9 @@ def test_a_report_that_was_cut_is_refused(tmp_path):
 
 def test_wrong_feeds_are_named(tmp_path):
     tiny.write(tmp_path / "reference")
-    message = (
-        f"{tmp_path}/reference/observed.onnx takes x, but was given y\nhint: name the arrays like the model's inputs"
-    )
+    message = "test.npz: inputs are y, expected x\nhint: name the arrays like the model's inputs"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        compare(tmp_path, Tiny(), Tiny(), Dataset({"y": tiny.examples(2)}, None, ""))
+        compare(tmp_path, Tiny(), Tiny(), Dataset({"y": tiny.examples(2)}, None, "", "test.npz"))
 
 
 def test_models_that_are_not_comparable_are_refused(tmp_path):

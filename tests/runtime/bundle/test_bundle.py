@@ -349,6 +349,16 @@ def test_examples_that_no_profile_takes_are_refused(model, tmp_path):
     )
 
 
+def test_data_of_another_model_is_refused_by_its_name(model, tmp_path):
+    refuses(
+        "test.npz: inputs are y, expected x\nhint: name the arrays like the model's inputs",
+        model,
+        ORIN,
+        tmp_path / "out",
+        Dataset({"y": tiny.examples(6)}, None, "", "test.npz"),
+    )
+
+
 def test_profiles_are_for_engines(model, tmp_path):
     profiles = ({"x": ShapeRange((1, 1, 8), (1, 1, 8), (1, 1, 8))},)
     refuses(

@@ -80,13 +80,12 @@ def test_a_cut_config_is_named(tmp_path):
     [
         (
             {"ids": np.zeros((1, 2), np.int64), "attention_mask": np.zeros((1, 2), np.int64)},
-            "model takes attention_mask, input_ids, but was given attention_mask, ids\n"
+            "model: inputs are attention_mask, ids, expected attention_mask, input_ids\n"
             "hint: name the arrays like the model's inputs",
         ),
         (
             {},
-            "model takes attention_mask, input_ids, but was given nothing\n"
-            "hint: name the arrays like the model's inputs",
+            "model: inputs are none, expected attention_mask, input_ids\nhint: name the arrays like the model's inputs",
         ),
         (
             {"input_ids": np.zeros((1, 2), np.int32), "attention_mask": np.zeros((1, 2), np.int64)},

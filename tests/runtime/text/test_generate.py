@@ -79,7 +79,7 @@ def test_a_cache_is_handed_on_without_a_copy(zoo):
 
 def test_a_step_says_what_it_lacks(zoo):
     with open_session(zoo.cached("mixtral"), threads=1) as session:
-        with pytest.raises(UserError, match=r"takes .*, but was given"):
+        with pytest.raises(UserError, match=r": inputs are none, expected .*input_ids"):
             session.step({})
         _, kept = session.step({IDS: np.array([[5, 6]])})
         with pytest.raises(UserError, match="cannot run on these inputs"):
