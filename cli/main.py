@@ -15,6 +15,7 @@ from cli.exits import EXITS, INTERRUPTED, MISTAKE, NOT_PROVEN, USAGE
 from cli.help import Verb, Verbs, help_text
 from cli.help_page import limits
 from cli.log import ending_logged, log_to
+from cli.termination import ending_in_order
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import is_full
 from runtime.extras import extra_of
@@ -98,7 +99,7 @@ def _show_version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
     """Run one command; it exits with one of `cli.exits.EXITS`."""
-    with console.showing_warnings(), ending_logged():
+    with console.showing_warnings(), ending_logged(), ending_in_order():
         _run(list(sys.argv[1:] if arguments is None else arguments), verbs)
 
 

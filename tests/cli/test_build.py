@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import signal
 import subprocess
@@ -144,11 +143,12 @@ def started(model, engine):
 
 
 @without_proc
-def test_ctrl_c_ends_the_build_process_too_and_leaves_nothing(model, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_kill_end_the_build_process_too_and_leave_nothing(model, tmp_path, sent, code):
     process, worker = started(model, tmp_path / "engine")
-    os.kill(process.pid, signal.SIGINT)
+    process.send_signal(sent)
     process.wait()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert is_gone(worker)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -224,13 +224,14 @@ def test_engines_are_built_for_three_generations():
 COMMAND = INTERRUPTIBLE + "from cli.main import main; main()"
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path, commands):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_kill_in_the_middle_leave_nothing(tmp_path, commands, sent, code):
     arguments = [commands / "python", "-c", COMMAND, "demo", "--no-engines", "-o", str(tmp_path / "out")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.*/statistics.safetensors")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
+    assert (process.returncode, stdout) == (code, "")
     assert stderr.splitlines()[-1] == "interrupted; nothing half-written is left"
     assert leftovers(tmp_path) == set()

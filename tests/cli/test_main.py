@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import signal
 
 import pytest
 import typer
@@ -13,11 +14,13 @@ from tests.cli.helpers import invoke
 
 @pytest.fixture
 def failing(monkeypatch):
-    """A verb that raises what it is told to."""
+    """A verb that raises what it is told to, or gets such a signal."""
 
-    def fail_with(error: BaseException) -> tuple[int, str, str]:
+    def fail_with(error: BaseException | signal.Signals) -> tuple[int, str, str]:
         def inspect() -> None:
-            raise error
+            if isinstance(error, BaseException):
+                raise error
+            signal.raise_signal(error)
 
         monkeypatch.setattr(importlib.import_module("cli.inspect"), "inspect", inspect)
         return invoke("inspect")
@@ -74,6 +77,22 @@ def test_every_exit_code_of_the_table_is_one_that_commands_end_with(failing):
         exits.NOT_PROVEN: VerificationError("no"),
         exits.INTERRUPTED: KeyboardInterrupt(),
         exits.READER_GONE: BrokenPipeError(errno.EPIPE, "nobody reads"),
+        exits.TERMINATED: signal.SIGTERM,
     }
     assert list(endings) == list(exits.EXITS)
     assert [failing(ending)[0] for ending in endings.values()] == list(exits.EXITS)
+
+
+def test_a_signal_ends_a_command_in_order_and_is_given_back(failing):
+    assert failing(signal.SIGTERM) == (143, "", "interrupted; nothing half-written is left\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_somebody_else_takes_is_left_to_them(failing):
+    came = []
+    signal.signal(signal.SIGTERM, lambda *given: came.append(given[0]))
+    try:
+        assert failing(signal.SIGTERM)[0] == 0
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
