@@ -127,7 +127,12 @@ def _about(output: Path, manifest: "Manifest", default: bool) -> str:
 
 
 def _shown(profile: "Profile") -> str:
+    """Ranges of the inputs; those of a cache, two a layer, once where they are the same."""
+    from moe_spec.decoder import PAST
     from runtime.profiles import dims
 
-    ranges = sorted(profile.items())
-    return ", ".join(f"{name} {dims(shapes.min)} to {dims(shapes.max)}" for name, shapes in ranges)
+    ranges = (
+        f"{PAST + '*' if name.startswith(PAST) else name} {dims(shapes.min)} to {dims(shapes.max)}"
+        for name, shapes in sorted(profile.items())
+    )
+    return ", ".join(dict.fromkeys(ranges))

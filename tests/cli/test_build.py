@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.build import _shown
 from moe_spec.manifest import Manifest
 from runtime.model_dir import model_bytes
+from runtime.profiles import ShapeRange
 from runtime.targets import TARGETS
 from tests.cli.helpers import INTERRUPTIBLE, done, invoke, leftovers
 from tests.runtime import tiny
@@ -46,6 +48,12 @@ def test_shapes_are_given_as_to_trtexec(model, tmp_path):
     assert code == 0
     assert manifest["details"]["profiles"][0]["x"] == {"min": [1, 1, 8], "opt": [2, 5, 8], "max": [4, 5, 8]}
     assert manifest == json.loads(json.dumps(Manifest.load(tmp_path / "engine").to_json()))
+
+
+def test_the_caches_of_all_layers_are_shown_as_one():
+    ids, cache = ShapeRange((1, 1), (1, 8), (8, 512)), ShapeRange((1, 3, 0, 64), (1, 3, 8, 64), (8, 3, 512, 64))
+    profile = {f"past_key_values.{layer}.{kind}": cache for layer in range(30) for kind in ("key", "value")}
+    assert _shown({"input_ids": ids} | profile) == ("input_ids 1x1 to 8x512, past_key_values.* 1x3x0x64 to 8x3x512x64")
 
 
 def test_onnx_runtime_takes_any_shape(model, tmp_path):
