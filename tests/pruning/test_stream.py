@@ -22,6 +22,7 @@ from pruning.prune import prune
 from pruning.stream import without_dropped
 from tests.models_table import TINY, example_inputs
 from tests.oracle import plan_for
+from tests.same_model import assert_same_model
 
 SMALL_SHARD = 20_000
 
@@ -96,12 +97,9 @@ def test_it_is_the_model_that_is_loaded_pruned_and_saved(name, layout, tmp_path,
     capfd.readouterr()
     out = prune(checkpoint, plan, tmp_path / "out", shard_bytes=SMALL_SHARD)
     assert capfd.readouterr() == ("", "")
-    streamed, expected = load_model(out, dtype=None), load_model(memory, dtype=None)
-    assert streamed.state_dict().keys() == expected.state_dict().keys()
-    for key, tensor in expected.state_dict().items():
-        assert streamed.state_dict()[key].dtype == tensor.dtype
-        assert torch.equal(streamed.state_dict()[key], tensor), key
-    assert torch.equal(logits(load_model(out)), logits(load_model(memory)))
+    streamed, expected = (load_model(each, dtype=None).state_dict() for each in (out, memory))
+    assert {key: tensor.dtype for key, tensor in streamed.items()} == {key: expected[key].dtype for key in expected}
+    assert_same_model(load_model(out), load_model(memory), logits)
     assert (out / "config.json").read_text() == (memory / "config.json").read_text()
 
 
@@ -151,7 +149,7 @@ def test_what_the_model_does_not_know_is_copied_as_it_is(tmp_path):
     pruned = tensors(out)
     for name, tensor in further.items():
         assert torch.equal(pruned[name], tensor)
-    assert torch.equal(logits(load_model(out)), logits(load_model(in_memory(checkpoint, plan, tmp_path / "memory"))))
+    assert_same_model(load_model(out), load_model(in_memory(checkpoint, plan, tmp_path / "memory")), logits)
 
 
 def test_tied_weights_are_stored_once_before_and_after(tmp_path):
@@ -162,7 +160,7 @@ def test_tied_weights_are_stored_once_before_and_after(tmp_path):
     plan = planned(checkpoint, some(TINY["olmoe"]()).layers)
     out = prune(checkpoint, plan, tmp_path / "out")
     assert "lm_head.weight" not in tensors(out)
-    assert torch.equal(logits(load_model(out)), logits(load_model(in_memory(checkpoint, plan, tmp_path / "memory"))))
+    assert_same_model(load_model(out), load_model(in_memory(checkpoint, plan, tmp_path / "memory")), logits)
 
 
 def test_a_layer_that_the_plan_does_not_name_stays_as_it_is(tmp_path):
