@@ -84,8 +84,10 @@ def step_of(model: PreTrainedModel, inputs: Inputs, tokens: int, cached: int) ->
     """What ``model`` does with ``inputs``, of which ``tokens`` are new; ``cached`` numbers are in its cache."""
     layers = find_moe_layers(model)
     experts = sum(parameter.numel() for layer in layers for parameter in layer.experts.parameters())
+    head = model.get_output_embeddings()
+    tied = None if head is None else head.weight  # read whole, though an embedding too
     embeddings = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    looked_up = sum(module.weight.numel() for module in embeddings)  # of which some rows are read; heads have their own
+    looked_up = sum(module.weight.numel() for module in embeddings if module.weight is not tied)  # some rows are read
     dense = model.num_parameters() - experts - looked_up + cached
     return Step(
         flops=count_flops(model, inputs),

@@ -330,7 +330,7 @@ def main() -> None:
     print(HEAD.format(command=command, machine=describe_machine()))
     with tempfile.TemporaryDirectory() as scratch:
         for part in asked.parts:
-            models = (asked.models or Path(scratch)) / part
+            models = (asked.models or Path(scratch)) / (f"{part}-quick" if asked.quick else part)
             models.mkdir(parents=True, exist_ok=True)
             print(f"\n{PARTS[part](models, asked.quick)}", flush=True)
 

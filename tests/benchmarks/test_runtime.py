@@ -46,6 +46,14 @@ def test_a_decoder_reads_its_weights_and_its_cache():
     assert one.flops.experts == 2 * LAYERS * TOP_K * EXPERT == prompt.flops.experts // 128
 
 
+def test_an_embedding_that_is_the_head_too_is_read_whole():
+    own = mixtral()
+    own.config.tie_word_embeddings = True
+    tied = type(own)(own.config)
+    assert tied.num_parameters() < own.num_parameters()
+    assert steps(tied)[DECODE].dense_bytes == steps(own)[DECODE].dense_bytes
+
+
 def test_an_image_is_one_step():
     (step,) = steps(vmoe()).values()
     assert (step.tokens, step.experts, step.top_k) == (4, EXPERTS, TOP_K)
