@@ -14,7 +14,6 @@ from benchmarks.tasks import metrics
 from models.checkpoints import load_model
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
-from moe_spec.images import ImagePreprocessor
 from moe_spec.layer_plan import ROWS
 from pruning.apply import apply_plan
 from pruning.calibrate import calibrate
@@ -55,7 +54,7 @@ def main() -> None:
     """Print the table as Markdown."""
     torch.set_num_threads(1)
     checkpoint = fashion_mnist()
-    data = load_dataset(checkpoint / "test.npz", ImagePreprocessor.load(checkpoint))
+    data = load_dataset(checkpoint / "test.npz", checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         statistics = Path(scratch) / "statistics.safetensors"
         calibrate(checkpoint, checkpoint / "calibration.npz", statistics)

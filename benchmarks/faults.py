@@ -24,7 +24,6 @@ from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
-from moe_spec.images import ImagePreprocessor
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.plan import PruningPlan
 from runtime.measuring.machine import describe_machine
@@ -205,9 +204,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"look at {QUICK_EXAMPLES} images only")
     quick = parser.parse_args().quick
     checkpoint = fashion_mnist()
-    data = load_dataset(
-        checkpoint / "test.npz", ImagePreprocessor.load(checkpoint), limit=QUICK_EXAMPLES if quick else None
-    )
+    data = load_dataset(checkpoint / "test.npz", checkpoint, limit=QUICK_EXAMPLES if quick else None)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         export(checkpoint, scratch / "vmoe", RUNNER)

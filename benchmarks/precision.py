@@ -36,7 +36,6 @@ from graph_passes.weights.stored import LazyWeight, of_constant
 from graph_passes.weights.weight import byte_count
 from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL, OBSERVED
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import LOGITS
@@ -116,7 +115,7 @@ def subject(name: str, checkpoint: Path, calibration: Path, test: Dataset, scrat
     export(checkpoint, exported, RUNNER, cache=False)
     calibrate(exported, calibration, statistics, RUNNER)
     half = make_plan(statistics, PlanOptions(HALF, CRITERION))
-    shown = load_dataset(calibration, ImagePreprocessor.load(exported), limit=RANGES)
+    shown = load_dataset(calibration, exported, limit=RANGES)
     plans = {"all": None, "half": half}
     return Subject(name, exported, plans, Activations(shown, calibration.name, batch_size=BATCH_SIZE), test)
 
@@ -280,7 +279,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     vmoe = fashion_mnist()
     limit = QUICK_EXAMPLES if quick else None
-    images = load_dataset(vmoe / "test.npz", ImagePreprocessor.load(vmoe), limit=limit)
+    images = load_dataset(vmoe / "test.npz", vmoe, limit=limit)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -74,14 +74,13 @@ def bench(
     """Print a table of what models cost, and write bench.json."""
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
-    from moe_spec.images import ImagePreprocessor
     from runtime.bench import bench as measure
     from runtime.bench_report import BenchReport
     from runtime.measuring.pinning import pinned
 
     if output is not None:
         refuse_existing(output)
-    task = None if data is None else load_dataset(data, ImagePreprocessor.load(models[0]))
+    task = None if data is None else load_dataset(data, models[0])
     execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
     rivals = _rivals(against or (), checkpoint, models)
     opening = console.progress(f"opening {len(models) + len(rivals)} models", ticking=False)

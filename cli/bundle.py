@@ -38,7 +38,6 @@ def bundle(
 ) -> None:
     """Write a bundle's directory."""
     from moe_spec.dataset import load_dataset
-    from moe_spec.images import ImagePreprocessor
     from runtime.bundle.bundle import bundle as write_bundle
     from runtime.profiles import parse_profiles
     from runtime.targets import find_target
@@ -49,7 +48,7 @@ def bundle(
             model,
             device,
             output,
-            None if data is None else load_dataset(data, ImagePreprocessor.load(model)),
+            None if data is None else load_dataset(data, model),
             batch_size=batch_size,
             profiles=parse_profiles(min_shapes or [], opt_shapes or [], max_shapes or []),
             precision=precision,

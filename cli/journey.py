@@ -20,7 +20,6 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import VerificationError
 from moe_spec.files import sha256_file
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import FILE_NAME, Manifest
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import Feeds
@@ -101,7 +100,7 @@ class Journey:
         self._checkpoint = fashion_mnist()
         self._model = load_model(self._checkpoint)
         self._runner = OnnxRuntimeRunner(threads=THREADS)
-        self._test = load_dataset(self._checkpoint / "test.npz", ImagePreprocessor.load(self._checkpoint))
+        self._test = load_dataset(self._checkpoint / "test.npz", self._checkpoint)
 
     def run(self) -> list[Row]:
         """Every step; the rows of the table, torch first.

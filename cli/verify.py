@@ -71,10 +71,8 @@ def verify(
     """Compare two models, and write parity.json."""
     from cli import parity
     from cli.judge import judge
-    from cli.sides import home
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
-    from moe_spec.images import ImagePreprocessor
     from moe_spec.plan import PruningPlan
     from runtime.verification.tolerances import TOLERANCES, load_tolerances, tolerance_of
 
@@ -83,9 +81,7 @@ def verify(
     rows = TOLERANCES if tolerances is None else load_tolerances(tolerances)
     tolerance = None if precision is None else tolerance_of(precision, rows)
     given = None if plan is None else PruningPlan.load(plan)
-    preprocessors = (ImagePreprocessor.load(home(path)) for path in (candidate, reference))
-    preprocessor = next((found for found in preprocessors if found is not None), None)
-    task = None if data is None else load_dataset(data, preprocessor)
+    task = None if data is None else load_dataset(data, candidate, reference)
     with console.progress(f"opening {candidate}") as tell:
         report = judge(
             candidate,

@@ -20,7 +20,6 @@ from moe_spec.calibration import Layers, Run, Shards, accumulate, shards_of
 from moe_spec.dataset import MASK, Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL
 from moe_spec.progress import Progress, silent
 from moe_spec.runner import Feeds, Runner
@@ -87,7 +86,7 @@ def calibrate(
 def _load(model: Model, path: Path, batch_size: int, limit: int | None) -> Dataset:
     """The data as the graph takes it."""
     inputs, _ = io_of(model.graph)
-    dataset = load_dataset(path, ImagePreprocessor.load(model.path.parent), limit=limit)
+    dataset = load_dataset(path, model.path, limit=limit)
     check_batches(dataset, inputs, batch_size, str(model.path))
     return fit_data(dataset, inputs, str(path))
 

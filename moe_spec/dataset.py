@@ -70,10 +70,14 @@ class Dataset:
         return self.part(0, count)
 
 
-def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None, *, limit: int | None = None) -> Dataset:
+def load_dataset(path: Path, *models: Path, limit: int | None = None) -> Dataset:
     """Read an .npz: arrays named like the model's inputs, or ``images`` (uint8, preprocessed here), and ``labels``.
 
-    With ``limit`` only the first so many examples are taken.
+    Args:
+        path: of the .npz.
+        models: that it is for, directories or files in them. Where it holds images, the first that has a
+            preprocessor_config.json says what becomes of them; without images none is read.
+        limit: only the first so many examples are taken.
 
     Raises:
         UserError: no .npz, cut, pickled objects inside, too large, empty, of unequal lengths, or images without
@@ -82,6 +86,8 @@ def load_dataset(path: Path, preprocessor: ImagePreprocessor | None = None, *, l
     arrays = _read(require_file(path, "task data (.npz)"))
     labels = arrays.pop(LABELS, None)
     if IMAGES in arrays:
+        preprocessors = map(ImagePreprocessor.load, models)
+        preprocessor = next((found for found in preprocessors if found is not None), None)
         if preprocessor is None:
             raise UserError(
                 f"{path} holds images, but the model has no preprocessor_config.json",

@@ -29,13 +29,13 @@ class ImagePreprocessor:
         return len(self.mean)
 
     @classmethod
-    def load(cls, model_dir: Path) -> "ImagePreprocessor | None":
-        """The model's preprocessor, or None where the model takes no images.
+    def load(cls, model: Path) -> "ImagePreprocessor | None":
+        """The preprocessor of a model, a directory or a file in it; None where there is none.
 
         Raises:
             UserError: the file is there but is no image preprocessor.
         """
-        path = model_dir / FILE_NAME
+        path = (model if model.is_dir() else model.parent) / FILE_NAME
         if not path.is_file():
             return None
         remake = "export the model again with its preprocessor_config.json"

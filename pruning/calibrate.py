@@ -13,7 +13,6 @@ from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import refuse_existing
 from moe_spec.identity import checkpoint_sha256, checkpoint_weights
-from moe_spec.images import ImagePreprocessor
 from moe_spec.progress import Progress, silent
 from moe_spec.runner import Feeds
 from moe_spec.statistics import Statistics
@@ -63,7 +62,7 @@ def calibrate(
     """
     refuse_existing(out)
     checkpoint_weights(checkpoint)  # refuse what is none before the data is blamed
-    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=limit)
+    dataset = load_dataset(data, checkpoint, limit=limit)
     with team() as us:
         model = _loaded(checkpoint, device_map, max_memory, us.device, trust_remote_code=trust_remote_code)
         check_inputs(dataset.feeds, model, str(data))

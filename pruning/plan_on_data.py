@@ -17,7 +17,6 @@ from models.moe_layers import find_moe_layers, require_token_choice
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
-from moe_spec.images import ImagePreprocessor
 from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
 from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
@@ -97,7 +96,7 @@ def plan_on_data(
     _check(options, how)
     source = of_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     way = _way(checkpoint, source.layers, options, how, trust_remote_code=trust_remote_code)
-    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint), limit=how.limit)
+    dataset = load_dataset(data, checkpoint, limit=how.limit)
     model = load_model(checkpoint, trust_remote_code=trust_remote_code)
     check_inputs(dataset.feeds, model, str(data))
     layers, found = way(model, _batches(model, dataset, options, how, on_progress))

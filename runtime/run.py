@@ -115,10 +115,10 @@ def _batches(
     """Names of examples and what to feed for them: every file of data by itself, then the images together."""
     if size < 1:
         raise UserError(f"the batch size is {size}, expected 1 or more", hint="give --batch-size 1 or more")
-    preprocessor = ImagePreprocessor.load(directory)
     found = (find_images(path) if path.is_dir() else [require_file(path, INPUT)] for path in inputs)
     files = list(itertools.chain(*found))
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    preprocessor = ImagePreprocessor.load(directory) if images else None
     if images and preprocessor is None:
         raise UserError(
             f"{images[0]} is an image, but {directory} has no {PREPROCESSOR}",
@@ -126,7 +126,7 @@ def _batches(
         )
     for path in files:
         if path.suffix.lower() not in SUFFIXES:
-            for index, feeds in enumerate(_data(path, specs, preprocessor, size, on_progress)):
+            for index, feeds in enumerate(_data(path, specs, directory, size, on_progress)):
                 count = len(next(iter(feeds.values())))
                 yield [f"{path}[{index * size + offset}]" for offset in range(count)], feeds
     starts = range(0, len(images), size)
@@ -137,11 +137,11 @@ def _batches(
 
 
 def _data(
-    path: Path, specs: Sequence[TensorSpec], preprocessor: ImagePreprocessor | None, size: int, on_progress: Progress
+    path: Path, specs: Sequence[TensorSpec], directory: Path, size: int, on_progress: Progress
 ) -> Iterator[Feeds]:
     if path.suffix.lower() == JSON_LINES:
         return read_json_lines(path, specs, size, on_progress)
-    data = load_dataset(path, preprocessor)
+    data = load_dataset(path, directory)
     return counted(data.batches(size), f"running {path.name}", math.ceil(len(data) / size), on_progress)
 
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from benchmarks.tasks.cache import noted
 from benchmarks.tasks.metrics import Metric
 from moe_spec.dataset import Dataset, load_dataset
-from moe_spec.images import ImagePreprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,4 +52,4 @@ class Task:
 
 @functools.lru_cache(maxsize=3)
 def _load(data: Path, checkpoint: Path) -> Dataset:
-    return load_dataset(data, ImagePreprocessor.load(checkpoint))
+    return load_dataset(data, checkpoint)

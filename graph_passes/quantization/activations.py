@@ -28,7 +28,6 @@ from graph_passes.quantization.rest import PRODUCTS
 from graph_passes.weights.weight import Array
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL, OBSERVED
 from moe_spec.runner import Runner, error_between
 
@@ -85,7 +84,7 @@ class Activations:
             raise UserError("--percentile is for activations that become int8", hint="--activations int8")
         if name is None:
             raise UserError("--calibration is for activations that become int8", hint="--activations int8")
-        data = load_dataset(calibration, ImagePreprocessor.load(model_path(model).parent))
+        data = load_dataset(calibration, model_path(model))
         return cls(data, str(calibration), percentile)
 
 

@@ -15,7 +15,6 @@ from moe_spec.companions import copy_companions
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.identity import checkpoint_sha256, checkpoint_weights
-from moe_spec.images import ImagePreprocessor
 from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.record import Json, save_record
@@ -116,7 +115,7 @@ def finetune(
         check(skeleton_of(checkpoint), method, recipe.steps)
     if isinstance(method, RouterKD):
         check_teacher(skeleton_of(checkpoint), skeleton_of(method.teacher))
-    dataset = load_dataset(data, ImagePreprocessor.load(checkpoint))
+    dataset = load_dataset(data, checkpoint)
     job = _Job(checkpoint, dataset, str(data), recipe, trust_remote_code, on_progress)
     model, done = _METHODS[type(method)](job, method)
     cast_like(model, checkpoint, trust_remote_code=trust_remote_code)

@@ -39,7 +39,6 @@ from models.vmoe.idx import FILES
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.images import ImagePreprocessor
 from pruning.calibrate import calibrate
 from tests.models_table import EXPERTS, TINY, TOP_K, VOCABULARY, example_inputs
 
@@ -307,7 +306,7 @@ def test_perplexity_is_that_of_every_token_but_the_first():
 
 def test_accuracy_is_the_share_of_right_labels():
     checkpoint = fashion_mnist()
-    data = load_dataset(checkpoint / "test.npz", ImagePreprocessor.load(checkpoint)).first(50)
+    data = load_dataset(checkpoint / "test.npz", checkpoint).first(50)
     model = load_model(checkpoint)
     right = ACCURACY.measure(model, data)
     assert right > 0.8
@@ -335,7 +334,7 @@ def test_images_become_task_data(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(header + content))
     directory = images(tmp_path)
     assert images(tmp_path) == directory
-    data = load_dataset(directory / "finetune.npz", ImagePreprocessor.load(fashion_mnist()))
+    data = load_dataset(directory / "finetune.npz", fashion_mnist())
     assert data.feeds["pixel_values"].shape == (4, 1, 28, 28)
     np.testing.assert_array_equal(data.labels, range(4))
 

@@ -25,7 +25,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load_dataset(fashion_mnist() / "test.npz", ImagePreprocessor.load(fashion_mnist()))
+    return load_dataset(fashion_mnist() / "test.npz", fashion_mnist())
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_expert_does_some_of_the_work(recipe, evaluation):
 
 
 def test_the_images_are_class_balanced_and_the_two_cuts_are_distinct(shipped):
-    calibration = load_dataset(fashion_mnist() / "calibration.npz", ImagePreprocessor.load(fashion_mnist()))
+    calibration = load_dataset(fashion_mnist() / "calibration.npz", fashion_mnist())
     for data in (calibration, shipped):
         assert data.feeds["pixel_values"].shape == (1000, 1, 28, 28)
         assert data.labels is not None

@@ -17,7 +17,6 @@ from models.vmoe.modeling import VMoeForImageClassification
 from models.vmoe.train import main, train
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
-from moe_spec.images import ImagePreprocessor
 
 TINY = Recipe(epochs=2, batch_size=32, warmup_epochs=1)
 
@@ -57,7 +56,7 @@ def test_the_recipe_ends_in_a_directory_that_loads(data, tmp_path):
     vmoe.register()
     model = AutoModelForImageClassification.from_pretrained(output)
     assert model.config.id2label == dict(enumerate(CLASSES))
-    test = load_dataset(output / "test.npz", ImagePreprocessor.load(output))
+    test = load_dataset(output / "test.npz", output)
     correct = model(torch.from_numpy(test.feeds["pixel_values"])).logits.argmax(-1).numpy() == test.labels
     assert written["accuracy"]["test.npz"] == round(float(correct.mean()), 6)
     assert test.labels is not None

@@ -1,4 +1,5 @@
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -8,9 +9,10 @@ import moe_spec.dataset
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.images import ImagePreprocessor
 
-GREY = ImagePreprocessor(height=2, width=3, mean=(0.5,), std=(0.25,))
+GREY = {"size": {"height": 2, "width": 3}, "image_mean": [0.5], "image_std": [0.25], "rescale_factor": 1 / 255}
+COLOUR = GREY | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+QWEN3_VL = COLOUR | {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
 
 
 @pytest.fixture
@@ -18,9 +20,21 @@ def path(tmp_path):
     return tmp_path / "data.npz"
 
 
-def refusal(path, preprocessor=None):
+def model(directory, preprocessor):
+    """A model with that preprocessor_config.json."""
+    directory.mkdir()
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return directory
+
+
+@pytest.fixture
+def grey(tmp_path):
+    return model(tmp_path / "grey", GREY)
+
+
+def refusal(path, *models):
     with pytest.raises(UserError) as caught:
-        load_dataset(path, preprocessor)
+        load_dataset(path, *models)
     return caught.value.what
 
 
@@ -47,17 +61,33 @@ def test_batches_hold_every_example_once(path):
     assert np.concatenate([batch["y"] for batch in batches]).tolist() == list(range(0, 70, 10))
 
 
-def test_images_become_pixel_values(path):
+def test_images_become_pixel_values(path, grey):
     images = np.array([[[0, 255, 51], [102, 153, 204]]], np.uint8)
     np.savez(path, images=images)
-    pixels = load_dataset(path, GREY).feeds["pixel_values"]
+    pixels = load_dataset(path, grey).feeds["pixel_values"]
     expected = np.array([[[[-2, 2, -1.2], [-0.4, 0.4, 1.2]]]], np.float32)
     np.testing.assert_allclose(pixels, expected, atol=1e-6, strict=True)
 
 
-def test_images_without_a_preprocessor_are_refused(path):
+def test_the_first_model_with_a_preprocessor_says_what_becomes_of_images(path, grey, tmp_path):
     np.savez(path, images=np.zeros((1, 2, 3), np.uint8))
-    assert refusal(path) == f"{path} holds images, but the model has no preprocessor_config.json"
+    (tmp_path / "without").mkdir()
+    pixels = load_dataset(path, tmp_path / "without", grey / "model.onnx").feeds["pixel_values"]
+    assert pixels.tolist() == [[[[-2] * 3] * 2]]
+
+
+def test_without_images_no_preprocessor_is_read(path, tmp_path):
+    qwen = model(tmp_path / "qwen", QWEN3_VL)
+    np.savez(path, input_ids=np.ones((3, 2), np.int64))
+    assert load_dataset(path, qwen).feeds["input_ids"].shape == (3, 2)
+    np.savez(path, images=np.zeros((1, 2, 3), np.uint8))
+    assert refusal(path, qwen) == f"{qwen}/preprocessor_config.json: size: key 'height' is missing"
+
+
+def test_images_without_a_preprocessor_are_refused(path, tmp_path):
+    np.savez(path, images=np.zeros((1, 2, 3), np.uint8))
+    message = f"{path} holds images, but the model has no preprocessor_config.json"
+    assert (refusal(path), refusal(path, tmp_path)) == (message, message)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +99,14 @@ def test_images_without_a_preprocessor_are_refused(path):
         (np.zeros(4, np.uint8), "uint8[4]"),
     ],
 )
-def test_images_of_another_kind_are_refused(images, found, path):
+def test_images_of_another_kind_are_refused(images, found, path, grey):
     np.savez(path, images=images)
-    assert refusal(path, GREY) == f"{path}: images are {found}, expected uint8 [N, 2, 3]"
+    assert refusal(path, grey) == f"{path}: images are {found}, expected uint8 [N, 2, 3]"
 
 
-def test_colour_images_say_so(path):
+def test_colour_images_say_so(path, tmp_path):
     np.savez(path, images=np.zeros((4, 2, 3), np.uint8))
-    colour = ImagePreprocessor(height=2, width=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+    colour = model(tmp_path / "colour", COLOUR)
     assert refusal(path, colour) == f"{path}: images are uint8[4, 2, 3], expected uint8 [N, 2, 3, 3]"
 
 

@@ -88,6 +88,15 @@ def test_images_and_npz_go_together(camera, tmp_path):
     }
 
 
+def test_a_preprocessor_is_read_for_images_only(model, tmp_path):
+    preprocessor = model / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps({"size": {"longest_edge": 16777216, "shortest_edge": 65536}}))
+    np.savez(tmp_path / "a.npz", x=tiny.examples(2))
+    assert len(run(model, [tmp_path / "a.npz"]).names) == 2
+    with pytest.raises(UserError, match=f"^{re.escape(str(preprocessor))}: key 'image_mean' is missing\n"):
+        run(model, [tmp_path / "a.npz", save_image(tmp_path / "b.png", 250)])
+
+
 def test_a_folder_is_its_images_in_the_order_of_their_names(camera, tmp_path):
     (tmp_path / "folder" / "more").mkdir(parents=True)
     (tmp_path / "folder" / ".cache").mkdir()

@@ -20,7 +20,6 @@ from models.vmoe.evaluate import evaluate
 from moe_spec.dataset import load_dataset
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import MODEL
 from moe_spec.plan import PruningPlan
 from pruning.calibrate import calibrate
@@ -79,7 +78,7 @@ def test_the_embedded_model_recovers_what_pruning_cost(tmp_path):
     pruned = prune(checkpoint, tmp_path / "plan.json", tmp_path / "pruned")
     recipe = quick(30, learning_rate=1e-3, batch_size=32)
     finetune(pruned, checkpoint / "calibration.npz", Plain(), recipe, tmp_path / "recovered")
-    test = load_dataset(checkpoint / "test.npz", ImagePreprocessor.load(checkpoint)).first(500)
+    test = load_dataset(checkpoint / "test.npz", checkpoint).first(500)
     images, labels = torch.from_numpy(test.feeds["pixel_values"]), torch.from_numpy(test.labels)
     models: list[Any] = [load_model(one) for one in (pruned, tmp_path / "recovered")]
     before, after = (evaluate(model, images, labels).accuracy for model in models)

@@ -21,7 +21,6 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.images import ImagePreprocessor
 from moe_spec.manifest import Manifest
 from runtime.backend import BuildOptions
 from runtime.build import build
@@ -183,7 +182,7 @@ def test_quantised_experts_are_judged_as_verify_judges_them(zoo, device, tmp_pat
     swapped = plant(exported, tmp_path / "swapped", swap_experts, 1).parent
     for source, model in ((exported, right), (swapped, wrong)):
         optimize(source, model, RUNNER, form="dense", precision=precision, prove=False)
-    images = load_dataset(fashion_mnist() / "test.npz", ImagePreprocessor.load(fashion_mnist()))
+    images = load_dataset(fashion_mnist() / "test.npz", fashion_mnist())
     bundle(right, CPU, out, images)
     judged = {"precision": precision.experts, **vars(TOLERANCES[precision.experts])}
     assert json.loads((out / "thresholds.json").read_text()) == judged
