@@ -33,7 +33,7 @@ class ImagePreprocessor:
         """The preprocessor of a model, a directory or a file in it; None where there is none.
 
         Raises:
-            UserError: the file is there but is no image preprocessor.
+            UserError: the file is there but is no image preprocessor, or one that crops.
         """
         path = (model if model.is_dir() else model.parent) / FILE_NAME
         if not path.is_file():
@@ -44,12 +44,20 @@ class ImagePreprocessor:
         mean, std = record.items("image_mean", float), record.items("image_std", float)
         if len(mean) not in (1, 3) or len(std) != len(mean) or 0 in std:
             raise record.fail(f"image_mean {list(mean)} and image_std {list(std)} are not those of 1 or 3 channels")
+        if record.take("do_center_crop", bool, default=None):
+            raise UserError(
+                f"{path}: do_center_crop is true, but images are not cropped here",
+                hint="store model inputs (pixel_values) in an .npz",
+            )
+        if record.take("do_normalize", bool, default=None) is False:
+            mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+        is_rescaled = record.take("do_rescale", bool, default=None) is not False
         return cls(
             height=size.take("height", int),
             width=size.take("width", int),
             mean=mean,
             std=std,
-            rescale_factor=record.take("rescale_factor", float),
+            rescale_factor=record.take("rescale_factor", float, default=cls.rescale_factor) if is_rescaled else 1.0,
         )
 
     def __call__(self, images: npt.NDArray[Any], where: str) -> npt.NDArray[np.float32]:

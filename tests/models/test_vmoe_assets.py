@@ -15,6 +15,7 @@ from models.vmoe.evaluate import evaluate
 from models.vmoe.idx import CLASSES, FILES
 from moe_spec.dataset import load_dataset
 from moe_spec.identity import checkpoint_sha256
+from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
 
 
@@ -76,14 +77,18 @@ def test_the_model_card_says_what_was_measured(recipe):
     assert (fashion_mnist() / "README.md").read_text(encoding="utf-8") == model_card(recipe)
 
 
-def test_the_preprocessor_is_the_one_that_transformers_makes_of_the_same_file():
+@pytest.mark.parametrize("left_out", [(), ("do_normalize",), ("do_rescale",), ("do_normalize", "do_rescale")])
+def test_the_preprocessor_is_the_one_that_transformers_makes_of_the_same_file(left_out, tmp_path):
     with np.load(fashion_mnist() / "test.npz") as archive:
         images = archive["images"][:8]
-    preprocess = ImagePreprocessor.load(fashion_mnist())
+    config = json.loads((fashion_mnist() / PREPROCESSOR).read_text(encoding="utf-8"))
+    (tmp_path / PREPROCESSOR).write_text(json.dumps(config | dict.fromkeys(left_out, False)), encoding="utf-8")
+    preprocess = ImagePreprocessor.load(tmp_path)
     assert preprocess is not None
-    processor = AutoImageProcessor.from_pretrained(fashion_mnist(), local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True)
     theirs = processor([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(preprocess(images, "test.npz"), theirs, rtol=0, atol=1e-6)
+    largest = 255 if "do_rescale" in left_out else 1
+    np.testing.assert_allclose(preprocess(images, "test.npz"), theirs, rtol=0, atol=1e-6 * largest)
 
 
 def test_the_directory_is_a_checkpoint():

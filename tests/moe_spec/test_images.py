@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -22,6 +23,32 @@ def test_a_model_without_images_has_no_preprocessor(tmp_path):
 def test_a_preprocessor_is_what_its_file_says(tmp_path):
     write(tmp_path)
     assert ImagePreprocessor.load(tmp_path) == ImagePreprocessor(4, 6, mean=(0.5,), std=(1.0,), rescale_factor=0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"do_normalize": False}, ImagePreprocessor(4, 6, mean=(0.0,), std=(1.0,), rescale_factor=0.25)),
+        ({"do_rescale": False}, ImagePreprocessor(4, 6, mean=(0.5,), std=(1.0,), rescale_factor=1.0)),
+        ({"rescale_factor": None}, ImagePreprocessor(4, 6, mean=(0.5,), std=(1.0,), rescale_factor=1 / 255)),
+        ({"do_center_crop": False, "do_rescale": True, "do_normalize": True}, None),
+    ],
+)
+def test_what_is_not_to_be_done_is_not_done(changes, expected, tmp_path):
+    write(tmp_path)
+    unchanged = ImagePreprocessor.load(tmp_path)
+    write(tmp_path, **changes)
+    assert ImagePreprocessor.load(tmp_path) == (expected or unchanged)
+
+
+def test_a_preprocessor_that_crops_is_refused(tmp_path):
+    path = write(tmp_path, do_center_crop=True, crop_size={"height": 2, "width": 3})
+    message = (
+        f"{path}: do_center_crop is true, but images are not cropped here\n"
+        "hint: store model inputs (pixel_values) in an .npz"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        ImagePreprocessor.load(tmp_path)
 
 
 def test_channels_have_their_own_mean_and_come_before_the_pixels():
