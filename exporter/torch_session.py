@@ -4,8 +4,7 @@ T tokens, E experts, K of them selected.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,12 +12,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from exporter.tasks import Task, task_like, task_of, with_cache
 from exporter.trace import run_as_set, run_torch
 from models.checkpoints import load_model
-from models.families import family
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 from moe_spec.decoder import has_cache, step_in_memory
 from moe_spec.errors import UserError
@@ -29,13 +28,6 @@ from moe_spec.runner import Arrays, Feeds, Kept
 
 KIND = "checkpoint"
 """``Manifest.kind`` of a checkpoint that stands beside an export of it."""
-
-_SELECTION_BIAS = "e_score_correction_bias"
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": functools.partial(torch.softmax, dim=-1),
-    "sigmoid": torch.sigmoid,
-}
-
 
 class TorchSession:
     """A transformers model, its experts computed as transformers does by default."""
@@ -76,8 +68,9 @@ class ObservedTorchSession(TorchSession):
     def _run(self, feeds: Feeds) -> Arrays:
         seen: Arrays = {}
         with contextlib.ExitStack() as stack:
+            ranked = stack.enter_context(_Ranked())
             for layer in self._layers:
-                stack.enter_context(_watched(self.model, layer, seen))
+                stack.enter_context(_watched(layer, ranked, seen))
             return run_torch(self.model, self.task, feeds) | seen
 
 
@@ -151,24 +144,44 @@ def _shown(layer: MoELayer) -> tuple[str, str]:
     return f"{layer.name}/gates", f"{layer.name}/scores"
 
 
+class _Ranked(TorchFunctionMode):
+    """Within the block it sees what top-k is given: whatever biases and groups a family has, that is what is ranked.
+
+    Attributes:
+        last: what the last one was given.
+    """
+
+    last: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look, and do what was asked for."""
+        if func in (torch.topk, Tensor.topk):
+            self.last = args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
-def _watched(model: PreTrainedModel, layer: MoELayer, seen: Arrays) -> Iterator[None]:
-    """Within the block, what the router of ``layer`` scores and what its experts are given goes to ``seen``."""
+def _watched(layer: MoELayer, ranked: _Ranked, seen: Arrays) -> Iterator[None]:
+    """Within the block, what the router of ``layer`` ranks and what its experts are given goes to ``seen``."""
     gates, scores = _shown(layer)
-    owners, row = (layer.router, model.get_submodule(layer.name)), family(model.config.model_type)
-    bias = next((getattr(owner, _SELECTION_BIAS) for owner in owners if hasattr(owner, _SELECTION_BIAS)), 0)
+
+    def asked(_router: nn.Module, _inputs: Any) -> None:
+        ranked.last = None
 
     def scored(_router: nn.Module, _inputs: Any, answer: tuple[Tensor, ...]) -> None:
-        logits_TE = answer[0].float()  # of a family whose routers give probabilities, these
-        is_scored = row.answers != "logits" or layer.score not in _SCORES
-        seen[scores] = ((logits_TE if is_scored else _SCORES[layer.score](logits_TE)) + bias).numpy()
+        logits_TE = answer[0]  # a sparsemixer ranks these, and asks no top-k
+        seen[scores] = (logits_TE if ranked.last is None else ranked.last).flatten(0, -2).float().numpy()
 
     def given(_experts: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         _, ids_TK, gates_TK = arguments
         gates_TE = torch.zeros(len(ids_TK), layer.num_experts)
         seen[gates] = gates_TE.scatter_(1, ids_TK, gates_TK.float()).numpy()
 
-    hooks = layer.router.register_forward_hook(scored), layer.experts.register_forward_pre_hook(given)
+    hooks = (
+        layer.router.register_forward_pre_hook(asked),
+        layer.router.register_forward_hook(scored),
+        layer.experts.register_forward_pre_hook(given),
+    )
     try:
         yield
     finally:
