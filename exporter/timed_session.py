@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -33,10 +32,6 @@ class TimedSession(TorchSession):
                 hint="time it beside what moe-edge exported of it",
             )
         self._threads = threads
-
-    def _run(self, feeds: Feeds) -> Arrays:
-        wide = {name: array.astype(np.float32, copy=False) for name, array in feeds.items() if array.dtype.kind == "f"}
-        return super()._run({**feeds, **wide})
 
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()

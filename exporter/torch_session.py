@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,9 @@ from moe_spec.runner import Arrays, Feeds, Kept
 KIND = "checkpoint"
 """``Manifest.kind`` of a checkpoint that stands beside an export of it."""
 
+_HALVES = ("float16", "bfloat16")
+
+
 class TorchSession:
     """A transformers model, its experts computed as transformers does by default."""
 
@@ -39,7 +43,7 @@ class TorchSession:
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name, those asked for or all."""
-        values = self._run({name: np.require(array, requirements="W") for name, array in feeds.items()})
+        values = self._run({name: _readable(array) for name, array in feeds.items()})
         return values if outputs is None else {name: values[name] for name in outputs}
 
     def step(self, feeds: Feeds, kept: Kept | None = None) -> tuple[Arrays, Kept]:
@@ -104,6 +108,12 @@ def open_checkpoint(
         plan=plan,
         details={"number_formats": ["float32"]},
     )
+
+
+def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """As torch reads it: it may be written to, and is float32, as the model is, where the export takes halves."""
+    is_half = array.dtype.name in _HALVES  # not by its kind: bfloat16 is none that numpy calls a float
+    return np.require(array, np.float32 if is_half else None, requirements="W")
 
 
 def _task_like(model: PreTrainedModel, like: Manifest) -> Task:
