@@ -193,9 +193,17 @@ def test_a_cache_holds_what_the_model_keeps_of_tokens(zoo):
 
 def test_what_rounding_explains_is_no_failure(zoo, monkeypatch):
     """With no tolerance at all, the graph may still be about as far from float64 as torch itself is."""
-    monkeypatch.setattr(check, "TOLERANCE", 0.0)
+    monkeypatch.setitem(check.TOLERANCES, torch.float32, 0.0)
+    asked: list[Feeds] = []
+
+    def in_double(model, task, feeds):
+        asked.append(feeds)
+        return run_in_double(model, task, feeds)
+
+    monkeypatch.setattr(check, "run_in_double", in_double)
     assert max(entry["max_rel"] for entry in cached_parity(zoo, RUNNER)) > 0
-    with pytest.raises(VerificationError):
+    assert asked
+    with pytest.raises(VerificationError, match=r", allowed is 0e\+00$"):
         cached_parity(zoo, Altered(lambda _, array: array * np.float32(1.00001)))
 
 
