@@ -22,6 +22,18 @@ from moe_spec.errors import UserError
 from moe_spec.files import new_directory, refuse_existing
 from moe_spec.progress import Progress, counted, silent
 
+_COMPUTED = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+"""What configs say that shapes of weights do not: other values make another model of the same weights."""
+
 
 def upcycle(checkpoints: Sequence[Path], top_k: int, out: Path, seed: int = 0, on_progress: Progress = silent) -> Path:
     """Write a Mixtral whose expert ``e`` is the feed-forward network of ``checkpoints[e]``, in every layer.
@@ -62,7 +74,8 @@ def mix(branches: Sequence[PreTrainedModel], top_k: int, on_progress: Progress =
         on_progress: told of every weight.
 
     Raises:
-        UserError: K is not between 1 and E, a branch has biases or is no dense decoder, or shapes differ.
+        UserError: K is not between 1 and E, a branch has biases or is no dense decoder, or shapes or what is computed
+            differ.
     """
     if not 1 <= top_k <= len(branches):
         raise UserError(
@@ -72,6 +85,7 @@ def mix(branches: Sequence[PreTrainedModel], top_k: int, on_progress: Progress =
     weights = [_weights(branch) for branch in branches]
     for index, other in enumerate(weights):
         _require_same_shapes(weights[0], other, index)
+        _require_same_computation(branches[0].config, branches[index].config, index)
     config = _config(branches[0].config, len(branches), top_k)
     with init.no_init_weights():
         model: MixtralForCausalLM = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -118,6 +132,16 @@ def _require_same_shapes(first: Mapping[str, Tensor], other: Mapping[str, Tensor
             raise UserError(
                 f"{name} is {shapes[0]} in checkpoint 0 and {shapes[1]} in checkpoint {index}",
                 hint="give checkpoints of one shape: branches of the same model",
+            )
+
+
+def _require_same_computation(first: Any, other: Any, index: int) -> None:
+    for name in _COMPUTED:
+        values = [getattr(config, name, None) for config in (first, other)]  # a Llama has no sliding window
+        if values[0] != values[1]:
+            raise UserError(
+                f"{name} is {values[0]!r} in checkpoint 0 and {values[1]!r} in checkpoint {index}",
+                hint="give branches of the same model, or the same config.json to all",
             )
 
 

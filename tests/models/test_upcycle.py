@@ -139,6 +139,25 @@ def test_what_is_written_is_loaded_with_its_tokenizer_and_drawn_by_the_seed(bran
             "hint: give checkpoints of one shape: branches of the same model",
         ),
         (
+            lambda: [llama(), llama(), llama(num_attention_heads=8, num_key_value_heads=4, head_dim=HIDDEN // 8)],
+            1,
+            "num_attention_heads is 4 in checkpoint 0 and 8 in checkpoint 2\nhint: give branches of the same model, or "
+            "the same config.json to all",
+        ),
+        (
+            lambda: [llama(), llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5})],
+            1,
+            "rope_parameters is {'rope_type': 'default', 'rope_theta': 777.0} in checkpoint 0 and "
+            "{'rope_type': 'default', 'rope_theta': 500000.0} in checkpoint 1\nhint: give branches of the same "
+            "model, or the same config.json to all",
+        ),
+        (
+            lambda: [mistral(sliding_window=4), mistral(sliding_window=None)],
+            1,
+            "sliding_window is 4 in checkpoint 0 and None in checkpoint 1\nhint: give branches of the same model, or "
+            "the same config.json to all",
+        ),
+        (
             lambda: [TINY["mixtral"]()],
             1,
             "the mixtral model cannot become a Mixtral, whose layers are others\n"
