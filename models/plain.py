@@ -73,7 +73,7 @@ class PlainModel(PreTrainedModel):  # type: ignore[no-untyped-call] # as PlainCo
         digest = hashlib.sha256()
         for name, values in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

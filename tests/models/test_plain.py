@@ -72,6 +72,16 @@ def test_a_hash_tells_weights_apart():
     assert one.sha256() != other.sha256()
 
 
+def test_a_hash_counts_tensors_of_one_number():
+    """As BatchNorm holds one."""
+    hashes = set()
+    for count in (3, 4):
+        model = adapted_net("MoE")
+        model.module.register_buffer("num_batches_tracked", torch.tensor(count))
+        hashes.add(model.sha256())
+    assert len(hashes) == 2
+
+
 def renormalised_not(block):
     adapted = home_made_adapter(block)
     adapted.router.renormalize = False
