@@ -74,7 +74,7 @@ def memory_for_weights(at_most: int | None = None) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes: ``4GB`` is 4 * 10^9, ``4GiB`` 4 * 2^30.
+    """Bytes: ``4GB`` is 4 * 10^9, ``4GiB`` 4 * 2^30, in small letters too.
 
     Raises:
         UserError: no such number.
@@ -82,8 +82,8 @@ def parse_memory(text: str) -> int:
     from accelerate.utils import convert_file_size_to_int
 
     try:
-        size: int = convert_file_size_to_int(text)
-    except ValueError as error:
+        size: int = convert_file_size_to_int(text.upper())  # a small b is a bit there
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--max-memory {text} is no amount of memory", hint="for example 4GB, 900MB or 4GiB") from error
     return size
 

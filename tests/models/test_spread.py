@@ -85,9 +85,14 @@ def test_an_unknown_device_map_is_refused(tmp_path):
 
 def test_memory_is_read_with_its_unit():
     assert (parse_memory("4GB"), parse_memory("900MB"), parse_memory("1GiB")) == (4 * 10**9, 9 * 10**8, 2**30)
+    assert (parse_memory("4gb"), parse_memory("900Mb"), parse_memory("1gib")) == (4 * 10**9, 9 * 10**8, 2**30)
+
+
+@pytest.mark.parametrize("text", ["much", "infGB", "nanGB", "-1GB", "GB", ""])
+def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError) as caught:
-        parse_memory("much")
+        parse_memory(text)
     assert (caught.value.what, caught.value.hint) == (
-        "--max-memory much is no amount of memory",
+        f"--max-memory {text} is no amount of memory",
         "for example 4GB, 900MB or 4GiB",
     )
