@@ -44,7 +44,11 @@ FLOATS: Mapping[str, torch.dtype] = {
 _NO_CHECKPOINT = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError)
 """What transformers raises about files that do not fit together."""
 
+_NO_ARCHITECTURE = (ArithmeticError, AssertionError, AttributeError, IndexError)
+"""What falls out of it where config.json has numbers that make no model."""
+
 _UNFIT = "config.json and the weights must describe the same model; get the checkpoint again"
+_UNFIT_NUMBERS = "look at the numbers in config.json; --debug shows where it failed"
 _UNFIT_CODE = (
     f"its own code may be for another transformers than {transformers.__version__}; --debug shows where it failed"
 )
@@ -267,16 +271,19 @@ def _shards(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _explained(directory: Path, *, trust_remote_code: bool = False) -> Iterator[None]:
-    expected = (Exception,) if trust_remote_code else _NO_CHECKPOINT  # nobody knows what foreign code raises
+    # nobody knows what foreign code raises
+    expected = (Exception,) if trust_remote_code else (*_NO_CHECKPOINT, *_NO_ARCHITECTURE)
     try:
         yield
     except UserError:
         raise
     except expected as error:
-        reason = str(error).strip().splitlines()
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # it says what was refused
+        reason = str(cause or error).strip().splitlines()
+        unfit = _UNFIT_CODE if trust_remote_code else _UNFIT_NUMBERS
         raise UserError(
             f"{directory} cannot be loaded: {reason[0] if reason else type(error).__name__}",
-            hint=_UNFIT if isinstance(error, _NO_CHECKPOINT) else _UNFIT_CODE,
+            hint=_UNFIT if isinstance(error, _NO_CHECKPOINT) else unfit,
         ) from error
 
 

@@ -9,6 +9,18 @@ from transformers import PreTrainedConfig
 TOKEN_CHOICE, EXPERT_CHOICE = "token_choice", "expert_choice"
 """Who chooses: each token its K experts, or each expert its C tokens (https://arxiv.org/abs/2202.09368)."""
 
+_COUNTS = (
+    "image_size",
+    "num_channels",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "moe_every",
+    "patch_size",
+)
+"""Fields that count something that a model cannot be without; a patch size may be None."""
+
 
 @strict
 class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __init_subclass__ is not annotated
@@ -81,9 +93,11 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
         """Called by transformers on reading and saving.
 
         Raises:
-            ValueError: a router that selects more experts than there are, heads that do not share H evenly, an
-                ensemble without members or experts, or experts that cannot choose.
+            ValueError: a size below 1, a router that selects more experts than there are, heads that do not share H
+                evenly, experts in a block that is not there, an ensemble without members or experts, or experts that
+                cannot choose.
         """
+        self._validate_counts()
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"the router selects {self.num_experts_per_tok} of {self.num_experts} experts")
         if self.hidden_size % self.num_attention_heads:
@@ -100,6 +114,14 @@ class VMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call] # its __ini
             raise ValueError(f"routing is {TOKEN_CHOICE!r} or {EXPERT_CHOICE!r}, not {self.routing!r}")
         if self.routing == EXPERT_CHOICE:
             self._validate_expert_choice()
+
+    def _validate_counts(self) -> None:
+        for name in _COUNTS:
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} is {count}, expected at least 1")
+        absent = sorted(set(self.moe_layers or ()) - set(range(self.num_hidden_layers)))
+        if absent:
+            raise ValueError(f"experts are in blocks {absent}, but there are {self.num_hidden_layers} blocks")
 
     def _validate_expert_choice(self) -> None:
         if self.num_experts < 2:

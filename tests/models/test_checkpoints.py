@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -110,7 +111,22 @@ def test_weights_under_a_name_of_their_own_are_refused(checkpoint):
 
 def test_a_config_that_fits_no_model_is_refused(checkpoint):
     edit_config(checkpoint, hidden_size="wide")
-    assert refusal(load_model, checkpoint).startswith(f"{checkpoint} cannot be loaded: ")
+    expected = f"{checkpoint} cannot be loaded: Field 'hidden_size' expected int, got str (value: 'wide')"
+    assert refusal(load_model, checkpoint) == expected
+
+
+@pytest.mark.parametrize("load", [load_model, load_skeleton])
+def test_numbers_that_make_no_model_are_refused(load, checkpoint):
+    edit_config(checkpoint, num_key_value_heads=0)
+    with pytest.raises(UserError, match=f"^{re.escape(str(checkpoint))} cannot be loaded: .* by zero") as caught:
+        load(checkpoint)
+    assert caught.value.hint == "look at the numbers in config.json; --debug shows where it failed"
+
+
+def test_what_a_config_refuses_of_itself_is_said(tmp_path):
+    save_model(TINY["vmoe"](), tmp_path)
+    edit_config(tmp_path, moe_every=0)
+    assert refusal(load_model, tmp_path) == f"{tmp_path} cannot be loaded: moe_every is 0, expected at least 1"
 
 
 def test_cut_weights_are_refused_by_name(checkpoint):

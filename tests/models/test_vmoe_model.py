@@ -57,6 +57,10 @@ def test_the_shipped_architecture_has_the_announced_size():
         ({"num_experts": 2, "num_experts_per_tok": 3}, "the router selects 3 of 2 experts"),
         ({"num_experts_per_tok": 0}, "the router selects 0 of 8 experts"),
         ({"num_attention_heads": 3}, "3 heads do not share 64 channels evenly"),
+        ({"moe_every": 0}, "moe_every is 0, expected at least 1"),
+        ({"patch_size": 0}, "patch_size is 0, expected at least 1"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, expected at least 1"),
+        ({"moe_layers": [1, 4]}, "experts are in blocks [4], but there are 4 blocks"),
     ],
 )
 def test_an_impossible_architecture_is_refused(sizes, what):
