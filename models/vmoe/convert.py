@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from models.vmoe.configuration import VMoeConfig
@@ -29,7 +30,8 @@ def convert(prefix: Path, out: Path, top_k: int = 2) -> VMoeConfig:
     """Write the new directory ``out`` with config.json and safetensors of a VisionTransformerMoe.
 
     Raises:
-        UserError: ``out`` exists, ``prefix`` cannot be read, or its arrays are of another architecture.
+        UserError: ``out`` exists, ``prefix`` cannot be read, its arrays are of another architecture, or K is not
+            between 1 and E.
     """
     refuse_existing(out)
     arrays = parameters_of(read_arrays(prefix))
@@ -37,10 +39,11 @@ def convert(prefix: Path, out: Path, top_k: int = 2) -> VMoeConfig:
         config = config_of(arrays, top_k)
         model = VMoeForImageClassification(config)
         model.load_state_dict(state_of(arrays, config))
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
+    except (KeyError, ValueError, RuntimeError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        reason = str(cause).strip().splitlines()
         raise UserError(
-            f"{prefix} is no VisionTransformerMoe that is known here: {type(error).__name__}: {reason[-1].strip()}",
+            f"{prefix} is no VisionTransformerMoe that is known here: {type(cause).__name__}: {reason[-1].strip()}",
             hint="known: learned positions, classifier token or gap, NoisyTopExpertsPerItemRouter, no ensemble",
         ) from error
     with new_directory(out) as staging:
@@ -60,13 +63,22 @@ def parameters_of(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def config_of(arrays: Mapping[str, Array], top_k: int) -> VMoeConfig:
-    """Sizes of the model that these parameters are of."""
+    """Sizes of the model that these parameters are of.
+
+    Raises:
+        UserError: K is not between 1 and E.
+        ValueError: there are no experts.
+    """
     patch, _, channels, hidden = arrays["embedding/kernel"].shape
     blocks = sorted({int(found[1]) for name in arrays if (found := _BLOCK.match(name))})
     sparse = [block for block in blocks if f"Encoder/encoderblock_{block}/Moe/Router/dense/kernel" in arrays]
+    if not sparse:
+        raise ValueError("none of its blocks has a router")
     class_token = "cls" in arrays
     side = math.isqrt(arrays["Encoder/posembed_input/pos_embedding"].shape[1] - class_token)
     experts, _, width = arrays[f"Encoder/encoderblock_{sparse[0]}/Moe/Mlp/Dense_0/kernel"].shape
+    if not 1 <= top_k <= experts:
+        raise UserError(f"each token is to select {top_k} of {experts} experts", hint=f"--top-k from 1 to {experts}")
     config: Any = VMoeConfig
     made: VMoeConfig = config(
         image_size=side * patch,

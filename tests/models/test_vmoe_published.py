@@ -231,3 +231,25 @@ def test_another_version_and_another_architecture_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"other is no VisionTransformerMoe that is known here: KeyError: 'embedding"):
         convert(tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("drop", "top_k", "said"),
+    [
+        ((), 0, "each token is to select 0 of 4 experts\nhint: --top-k from 1 to 4\n"),
+        ((), 9, "each token is to select 9 of 4 experts\nhint: --top-k from 1 to 4\n"),
+        (
+            SPARSE,
+            2,
+            "{prefix} is no VisionTransformerMoe that is known here: ValueError: none of its blocks has a router\n"
+            "hint: known: learned positions, classifier token or gap, NoisyTopExpertsPerItemRouter, no ensemble\n",
+        ),
+    ],
+)
+def test_a_dense_model_and_a_k_of_no_router_are_refused(drop, top_k, said, tmp_path, capsys):
+    names, prefix = tree(np.random.default_rng(0)), tmp_path / "vit"
+    for number in drop:
+        del names["Encoder"][f"encoderblock_{number}"]["Moe"]
+    write(prefix, {"params": names})
+    assert main([str(prefix), "--top-k", str(top_k), "-o", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"error: {said.format(prefix=prefix)}"
