@@ -25,7 +25,6 @@ NODE, STACKED = "experts", "stacked"
 """Forms of exported layers, as graph_passes calls them."""
 
 ACTIVATIONS: Mapping[str, str] = {
-    "GELU": "gelu",
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
@@ -33,9 +32,16 @@ ACTIVATIONS: Mapping[str, str] = {
     "ReLUSquaredActivation": "relu2",
     "SiLU": "silu",
     "SiLUActivation": "silu",
-    "silu": "silu",
 }
-"""Classes of transformers' ACT2FN, or functions, and the activation that each is."""
+"""Classes of transformers' ACT2FN, and the activation that each is."""
+
+FUNCTIONS: Mapping[Any, str] = {
+    functional.gelu: "gelu",
+    functional.relu: "relu",
+    functional.silu: "silu",
+    torch.relu: "relu",
+}
+"""The same of functions; by themselves, because a name says nothing of what an approximation is."""
 
 
 class Gate(NamedTuple):
@@ -89,16 +95,22 @@ def describe(experts: torch.nn.Module) -> ExpertsOp | None:
 def _activation(experts: torch.nn.Module) -> Activation | None:
     default = getattr(type(experts), "_apply_gate", None) is _default_apply_gate
     gate = Gate() if default else GATES.get(type(experts).__name__)
-    act = getattr(experts, "act_fn", functional.silu)
-    name = getattr(act, "__name__", type(act).__name__)
-    if gate is None or name not in ACTIVATIONS:
+    kind = _kind(getattr(experts, "act_fn", functional.silu))
+    if gate is None or kind is None:
         return None
     return Activation(
-        ACTIVATIONS[name],
+        kind,
         alpha=getattr(experts, gate.alpha) if gate.alpha else 1.0,
         limit=getattr(experts, gate.limit) if gate.limit else NO_LIMIT,
         up_offset=gate.up_offset,
     )
+
+
+def _kind(act: Any) -> str | None:
+    """What an activation is called in `ACTIVATIONS`, if it is one of them."""
+    if type(act) is torch.nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return FUNCTIONS[act] if act in FUNCTIONS else ACTIVATIONS.get(type(act).__name__)
 
 
 def _run(

@@ -1,11 +1,14 @@
 """What our experts function says of transformers' experts modules."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts
@@ -13,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
 from exporter.experts import describe, experts_implementation, stacked
+from models.moe_block import StackedExperts
 from models.moe_layers import find_moe_layers
 from moe_spec.experts_op import Activation, ExpertsOp
 from tests.families.configs import tiny
@@ -69,6 +73,34 @@ def test_experts_are_described_by_what_they_compute(name):
 )
 def test_gates_of_their_own_are_described_too(name, activation):
     assert {op.activation for layer in find_moe_layers(tiny(name)) if (op := describe(layer.experts))} == {activation}
+
+
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        (functional.gelu, "gelu"),
+        (functional.relu, "relu"),
+        (functional.silu, "silu"),
+        (torch.relu, "relu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.ReLU(), "relu"),
+        (nn.SiLU(), "silu"),
+    ],
+)
+def test_activations_of_torch_are_what_they_compute(act, kind):
+    up_ENH, down_EHF = torch.ones(2, 4, 3), torch.ones(2, 3, 4)
+    op = describe(StackedExperts(up_ENH, down_EHF, act, gated=False))
+    assert op is not None
+    assert op.activation == Activation(kind)
+
+
+def test_a_function_of_a_known_name_may_compute_something_else():
+    def gelu(x):
+        return functional.gelu(x, approximate="tanh")
+
+    for act in (gelu, functools.partial(functional.gelu, approximate="tanh")):
+        assert describe(StackedExperts(torch.ones(2, 4, 3), torch.ones(2, 3, 4), act, gated=False)) is None
 
 
 INEXPRESSIBLE = {
