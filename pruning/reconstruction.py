@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from models.moe_layers import MoELayer, find_moe_layers, require_gated_outputs
 from moe_spec.errors import UserError
 from pruning.apply import slice_rows
 from pruning.collect import run_backbone
+from pruning.criteria.scores import finite
 from pruning.inputs import valid_tokens
 from pruning.layers import LayerShape, shapes_of
 from pruning.observe import Seen, observed, outputs_of_all
@@ -68,7 +70,7 @@ def search_model(
 
     Raises:
         UserError: a layer keeps fewer than K experts, routes in groups, which subsets would break, or has gates that
-            multiply what experts read.
+            multiply what experts read; or outputs of experts are not finite.
     """
     layers, row = find_moe_layers(model), family_of(model.config)
     for layer, shape, count in zip(layers, shapes_of(layers), counts, strict=True):
@@ -99,7 +101,10 @@ def search(loss: Loss, experts: int, count: int) -> Found:
 
 
 def layer_loss(layer: MoELayer, hidden_TH: Tensor, narrowed: Callable[[Keep], Router]) -> Loss:
-    """The Frobenius norm of the change of the routed experts' sum (T, H), over the tokens ``hidden_TH``."""
+    """The Frobenius norm of the change of the routed experts' sum (T, H), over the tokens ``hidden_TH``.
+
+    The loss raises a `UserError` where it is infinite or no number.
+    """
     outputs_TEH = outputs_of_all(layer, hidden_TH).transpose(0, 1)
 
     def result(keep: Keep) -> Tensor:
@@ -110,7 +115,13 @@ def layer_loss(layer: MoELayer, hidden_TH: Tensor, narrowed: Callable[[Keep], Ro
         return sum_TH.double()
 
     whole_TH = result(tuple(range(layer.num_experts)))
-    return lambda keep: float((result(keep) - whole_TH).norm())
+
+    def loss(keep: Keep) -> float:
+        norm = float((result(keep) - whole_TH).norm())
+        finite(layer.name, np.array(norm))
+        return norm
+
+    return loss
 
 
 def narrowing(model: nn.Module, layer: MoELayer, row: Family, axes: int) -> Callable[[Keep], Router]:

@@ -36,11 +36,14 @@ def labelled(dataset: Dataset, model: PreTrainedModel, where: str) -> Inputs:
     The labels of a language model are its own tokens, whatever ``labels`` the file holds; padding is not learned.
 
     Raises:
-        UserError: the data does not fit the model, has no labels, or classes that the model does not have.
+        UserError: the data does not fit the model, has no labels, or classes that the model does not have; or there is
+            nothing to learn of a text.
     """
     batch = inputs(dataset, model, where)
     if is_language_model(model):
-        return {**batch, LABELS: next_tokens(batch["input_ids"], batch.get(MASK))}
+        labels_BS = next_tokens(batch["input_ids"], batch.get(MASK))
+        _require_learned(labels_BS, where)
+        return {**batch, LABELS: labels_BS}
     if dataset.labels is None:
         raise UserError(
             f"{where} holds no labels, which training {type(model).__name__} on its task needs",
@@ -82,3 +85,14 @@ def next_tokens(ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
     learned_BS = real_BS[:, 1:] & real_BS[:, :-1]
     labels_BS[:, 1:] = torch.where(learned_BS, ids_BS[:, 1:], IGNORED)
     return labels_BS
+
+
+def _require_learned(labels_BS: Tensor, where: str) -> None:
+    """Refuse texts without a label: the loss of a batch of such texts only is no number."""
+    empty = (labels_BS == IGNORED).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(
+            f"{where}: in {len(empty)} of {len(labels_BS)} texts no token follows another, the first is number "
+            f"{empty[0]}",
+            hint="leave them out; to learn a next token takes two in a row that are no padding",
+        )

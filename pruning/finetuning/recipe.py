@@ -45,9 +45,10 @@ class Recipe:
         require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0")
         require(0 <= self.final_learning_rate < math.inf, "final_learning_rate", self.final_learning_rate, "0 or more")
         require(0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
-        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        require(0 < self.max_grad_norm < math.inf, "max_grad_norm", self.max_grad_norm, "above 0 and finite")
         most, expected = (1, "from 0, below 1") if self.optimizer == SGD else (math.ulp(0), "0, for adamw takes none")
         require(0 <= self.momentum < most, "momentum", self.momentum, expected)
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
 
 
 _ROUTER_NORM = Recipe(

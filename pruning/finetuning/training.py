@@ -1,6 +1,7 @@
 """Train a model in place with transformers' Trainer: nothing on disk, no network, the same result for the same seed."""
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from moe_spec.errors import UserError
 from moe_spec.progress import Progress, silent
 from pruning.finetuning.examples import Inputs
 from pruning.finetuning.objectives import Objective
@@ -43,6 +45,9 @@ def train(
 
     Returns:
         The loss of every step.
+
+    Raises:
+        UserError: the loss of a step is infinite or no number.
     """
     losses: list[float] = []
     acts: list[AfterStep] = [*after_step, functools.partial(on_progress, "training")]
@@ -111,9 +116,16 @@ class _Trainer(Trainer):
     losses: list[float]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor | Any], *_: Any, **__: Any) -> Tensor:
-        """What the Trainer calls for every batch."""
+        """What the Trainer calls for every batch.
+
+        Raises:
+            UserError: the loss is infinite or no number; whatever is learned from it is neither.
+        """
         loss = self.objective(model, inputs)
-        self.losses.append(loss.item())
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"the loss of step {len(self.losses) + 1} is {value}", hint="give a lower --learning-rate")
+        self.losses.append(value)
         return loss
 
 

@@ -100,3 +100,14 @@ def test_what_cannot_be_searched_is_refused_before_anything_runs(name, count, wh
     layer = find_moe_layers(model)[0].name
     with pytest.raises(UserError, match=re.escape(f"layer {layer} {what}")):
         search_model(model, iter(()), [count, count])
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    model = TINY["mixtral"]()
+    layer = find_moe_layers(model)[0]
+    layer.experts.get_parameter("down_proj").data[3] = torch.inf
+    with pytest.raises(UserError) as caught:
+        search_model(model, [example_inputs(model, batch=2, sequence=6, seed=0)], [4, 4])
+    assert caught.value.what == (
+        f"the statistics of layer {layer.name} are not finite: the model overflowed on the calibration data"
+    )

@@ -79,3 +79,24 @@ def test_a_model_without_a_head_is_refused():
     assert caught.value.hint == (
         "give a checkpoint of one of: *ForCausalLM, *ForImageClassification, *ForSequenceClassification"
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "found"),
+    [
+        ([[5], [6]], None, "2 of 2 texts no token follows another, the first is number 0"),
+        (
+            [[5, 6, 7]] * 3,
+            [[1, 1, 0], [0, 1, 0], [1, 0, 1]],
+            "2 of 3 texts no token follows another, the first is number 1",
+        ),
+    ],
+)
+def test_texts_of_which_nothing_can_be_learned_are_refused(ids, mask, found):
+    feeds = {"input_ids": np.array(ids)} | ({} if mask is None else {"attention_mask": np.array(mask)})
+    with pytest.raises(UserError) as caught:
+        labelled(Dataset(feeds, None, ""), TINY["mixtral"](), "train.npz")
+    assert (caught.value.what, caught.value.hint) == (
+        f"train.npz: in {found}",
+        "leave them out; to learn a next token takes two in a row that are no padding",
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_spec.errors import UserError
 from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.recipe import RECIPES
 from pruning.finetuning.training import train
@@ -121,3 +122,18 @@ def test_an_interrupted_training_puts_the_settings_back():
     with pytest.raises(KeyboardInterrupt):
         train(model, columns(model), objective, quick(2))
     assert (model.config.to_dict(), model.router_aux_loss_coef) == before
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_ends_the_training(value):
+    model, factors = TINY["vmoe"](), iter([1.0, 1.0, float(value)])
+
+    def objective(trained, batch):
+        return task_loss(trained, batch) * next(factors)
+
+    with pytest.raises(UserError) as caught:
+        train(model, columns(model), objective, quick(5))
+    assert (caught.value.what, caught.value.hint) == (
+        f"the loss of step 3 is {value}",
+        "give a lower --learning-rate",
+    )
