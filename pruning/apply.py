@@ -104,7 +104,7 @@ def _require_tensors(model: PreTrainedModel, layer: MoELayer, row: Family) -> No
         raise UserError(
             f"the {type(layer.router).__name__} of layer {layer.name} has no {missing[0]!r}, so it does not choose "
             f"experts as {row.model_type} does elsewhere",
-            hint="leave the layer out of the plan",
+            hint="leave the layer out of the plan; fine-tune with --method plain or router-kd",
         )
     if is_led(layer):
         rows = len(there[row.routing_tensors[0]])

@@ -68,7 +68,7 @@ def prune(
         fill_routers(skeleton, stored)
         merges = StoredMerges(skeleton, stored, plan)
     apply_plan(skeleton, plan)  # refusals come before a weight of an expert is read
-    _require_config_counts(skeleton, plan, checkpoint)
+    require_config_counts(skeleton, plan, checkpoint)
     in_memory = not lie_by_layer(pruned, names) or (plan.merges and merges is None)
     in_memory |= merges is not None and not are_saved_as_stored(skeleton, merges, tensors, names)
     in_runs = family_of(skeleton.config).in_runs
@@ -104,13 +104,20 @@ def unloaded_experts(checkpoint: Path, *, trust_remote_code: bool = False) -> li
     return sorted(name for name in tensors if ".experts." in name and name not in loaded)
 
 
-def _require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
+def require_config_counts(pruned: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> None:
+    """Refuse counts that no config.json can say, of a model that ``plan`` was applied to.
+
+    Raises:
+        UserError: layers have different ones, or other ones than experts of the attention, which share them.
+    """
     row = family_of(pruned.config)
-    if row.attention_experts and any(layer.dropped for layer in plan.layers):
+    fewer = any(layer.dropped for layer in plan.layers)
+    top_k = getattr(row.counts(pruned.config), row.top_k_key, None)  # where the attention has experts it is as it was
+    if row.attention_experts and (fewer or any(layer.top_k != top_k for layer in plan.layers)):
         raise UserError(
-            f"the attention of {row.model_type} has as many experts as its MLPs, and the config.json of {checkpoint} "
-            "one count for both",
-            hint="export with the plan instead: moe-edge export CHECKPOINT --plan plan.json",
+            f"the attention of {row.model_type} {'has' if fewer else 'selects'} as many experts as its MLPs, and the "
+            f"config.json of {checkpoint} one count for both",
+            hint="plan for the MLPs, and export with the plan: moe-edge export CHECKPOINT --plan plan.json",
         )
     if len(distinct_shapes(pruned)) > 1:
         counts = ", ".join(f"{layer.name}: {layer.num_experts} (K={layer.top_k})" for layer in find_moe_layers(pruned))

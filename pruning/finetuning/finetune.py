@@ -19,7 +19,7 @@ from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.record import Json, save_record
 from pruning.apply import apply_plan
-from pruning.finetuning import seer
+from pruning.finetuning import seer, task_specific
 from pruning.finetuning.examples import inputs, labelled
 from pruning.finetuning.full_router import check_full, silenced
 from pruning.finetuning.objectives import task_loss
@@ -28,6 +28,7 @@ from pruning.finetuning.recipe import Recipe
 from pruning.finetuning.router_kd import check_teacher, distil
 from pruning.finetuning.task_specific import TaskSpecificPruning, check_dropping
 from pruning.finetuning.training import train
+from pruning.prune import require_config_counts
 
 RECORD, SCHEMA = "finetuning.json", 1
 """How a fine-tuned checkpoint came about, kept in its directory."""
@@ -112,7 +113,10 @@ def finetune(
     checkpoint_weights(checkpoint)  # refuse what is none before the data is blamed
     skeleton_of = functools.partial(load_skeleton, trust_remote_code=trust_remote_code)
     if check := _CHECKS.get(type(method)):
-        check(skeleton_of(checkpoint), method, recipe.steps)
+        skeleton = skeleton_of(checkpoint)
+        if last := check(skeleton, method, recipe.steps):
+            apply_plan(skeleton, last)
+            require_config_counts(skeleton, last, checkpoint)
     if isinstance(method, RouterKD):
         check_teacher(skeleton_of(checkpoint), skeleton_of(method.teacher))
     dataset = load_dataset(data, checkpoint)
@@ -197,18 +201,24 @@ def _router_kd(job: _Job, method: RouterKD) -> Outcome:
     return model, job.done(method, losses, teacher_sha256=checkpoint_sha256(method.teacher))
 
 
-def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> None:
+def _check_task_specific(model: PreTrainedModel, method: TaskSpecific, steps: int) -> PruningPlan:
+    check_dropping(model, method, steps)
+    return task_specific.last_plan(model, method)
+
+
+def _check_seer(model: PreTrainedModel, method: Seer, steps: int) -> PruningPlan | None:
     layers = find_moe_layers(model)
     require_token_choice(layers)
-    seer.lower_steps(method, layers[0].top_k, steps)
+    return seer.last_plan(layers, method, seer.lower_steps(method, layers[0].top_k, steps))
 
 
-_CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], object]] = {
+_CHECKS: Mapping[type, Callable[[PreTrainedModel, Any, int], PruningPlan | None]] = {
     FullRouter: check_full,
-    TaskSpecific: check_dropping,
+    TaskSpecific: _check_task_specific,
     Seer: _check_seer,
 }
-"""What is refused by the shape of a model, before any data is read."""
+"""What is refused by the shape of a model, before any data is read. They give the counts that the training ends with,
+if it changes any: what cannot be is refused now, not once it is trained."""
 
 _METHODS: Mapping[type, Callable[[_Job, Any], Outcome]] = {
     Plain: _plain,

@@ -1,6 +1,6 @@
 """Routers that are sure of themselves, so that K can fall: https://arxiv.org/abs/2404.05089, second stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,10 +47,20 @@ def fine_tune(
 
     with watched(model, lambda name, routing: logits.update({name: routing.logits_TE})):
         losses = train(model, examples, objective, recipe, after_step=[lower], on_progress=on_progress)
-    kept = tuple(_all_experts(layer, min(lowered.values())) for layer in layers if lowered and not is_led(layer))
-    if kept:  # for the counts in the config; what is behind full routers no config says
-        apply_plan(model, PruningPlan("", name_of(options), kept))
+    if plan := last_plan(layers, options, lowered):
+        apply_plan(model, plan)  # for the counts in the config
     return losses
+
+
+def last_plan(layers: Iterable[MoELayer], options: Seer, lowered: Mapping[int, int]) -> PruningPlan | None:
+    """What training leaves of a model: all experts, and the last K of `lower_steps`; None where K is as it was.
+
+    Layers behind full routers are not in it: no config says what they are.
+    """
+    if not lowered:
+        return None
+    plans = tuple(_all_experts(layer, min(lowered.values())) for layer in layers if not is_led(layer))
+    return PruningPlan("", name_of(options), plans) if plans else None
 
 
 def _all_experts(layer: MoELayer, top_k: int) -> LayerPlan:

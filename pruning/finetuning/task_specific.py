@@ -107,6 +107,15 @@ class TaskSpecificPruning(TrainerCallback):
             self.drops.append((step, name, left))
 
 
+def last_plan(model: PreTrainedModel, options: TaskSpecific) -> PruningPlan:
+    """What training leaves of ``model``, but for which experts these are: here the first ones."""
+    plans = (
+        LayerPlan(layer.name, layer.num_experts, min(layer.top_k, options.floor), tuple(range(options.floor)))
+        for layer in find_moe_layers(model)
+    )
+    return PruningPlan("", name_of(options), tuple(plans))
+
+
 def check_dropping(model: PreTrainedModel, options: TaskSpecific, steps: int) -> None:
     """Refuse a model that cannot be pruned while it learns in ``steps`` steps; its weights are not looked at.
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-_BALANCE = "router_aux_loss_coef"
+_BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
+"""What the weight of the balance loss is called; the second by JetMoE."""
+
 _MISSING = object()
 
 
@@ -15,11 +17,11 @@ def without_balance_loss(model: PreTrainedModel) -> Iterator[None]:
 
     That one makes routers use all experts alike, and would call back what is pruned.
     """
-    holders = [holder for holder in (model.config, model) if hasattr(holder, _BALANCE)]
+    weights = [(holder, name) for holder in (model.config, model) for name in _BALANCE if hasattr(holder, name)]
     with contextlib.ExitStack() as stack:
-        for holder in holders:
-            stack.enter_context(restored(holder, _BALANCE))
-            setattr(holder, _BALANCE, 0.0)
+        for holder, name in weights:
+            stack.enter_context(restored(holder, name))
+            setattr(holder, name, 0.0)
         yield
 
 

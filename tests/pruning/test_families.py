@@ -143,7 +143,8 @@ def test_a_layer_that_chooses_by_token_id_is_not_pruned():
     del first.router.e_score_correction_bias
     message = (
         "the DeepseekV4TopKRouter of layer model.layers.0.mlp has no 'gate.e_score_correction_bias', so it does not "
-        "choose experts as deepseek_v4 does elsewhere\nhint: leave the layer out of the plan"
+        "choose experts as deepseek_v4 does elsewhere\nhint: leave the layer out of the plan; fine-tune with --method "
+        "plain or router-kd"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         apply_plan(model, plan)
@@ -182,7 +183,7 @@ def test_experts_of_mlps_are_not_pruned_from_a_checkpoint_whose_attention_has_as
     PruningPlan(checkpoint_sha256(checkpoint), "by hand", layers).save(tmp_path / "plan.json")
     message = (
         f"the attention of jetmoe has as many experts as its MLPs, and the config.json of {checkpoint} one count for "
-        "both\nhint: export with the plan instead: moe-edge export CHECKPOINT --plan plan.json"
+        "both\nhint: plan for the MLPs, and export with the plan: moe-edge export CHECKPOINT --plan plan.json"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         prune(checkpoint, tmp_path / "plan.json", tmp_path / "pruned")

@@ -28,6 +28,7 @@ from pruning.finetuning.options import Plain, RouterKD, Seer, TaskSpecific
 from pruning.options import PlanOptions
 from pruning.plan import plan
 from pruning.prune import prune
+from tests.families.configs import tiny
 from tests.models_table import EXPERTS, HIDDEN, TINY
 from tests.oracle import plan_for
 from tests.pruning.finetuning.examples import quick, saved
@@ -184,6 +185,26 @@ def test_what_cannot_be_is_refused_before_any_data_is_read(name, method, what, t
     with pytest.raises(UserError) as caught:
         finetune(checkpoint, tmp_path / "nothing.npz", method, quick(10), tmp_path / "out")
     assert caught.value.what == what
+
+
+FIXED = "every router of a phimoe model selects K=2 experts, so layer model.layers.0.mlp cannot select 1"
+SHARED = "the attention of jetmoe {} as many experts as its MLPs, and the config.json of {} one count for both"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "what"),
+    [
+        ("jetmoe", TaskSpecific(), SHARED.format("has", "{}")),
+        ("jetmoe", Seer(top_k=1), SHARED.format("selects", "{}")),
+        ("phimoe", TaskSpecific(), FIXED),
+        ("phimoe", Seer(top_k=1), FIXED),
+    ],
+)
+def test_counts_that_no_checkpoint_of_the_family_has_are_refused_before_any_data_is_read(name, method, what, tmp_path):
+    save_model(tiny(name), tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        finetune(tmp_path / name, tmp_path / "nothing.npz", method, quick(10), tmp_path / "out")
+    assert caught.value.what == what.format(tmp_path / name)
 
 
 def test_a_teacher_of_another_width_is_refused_before_any_data_is_read(tmp_path):

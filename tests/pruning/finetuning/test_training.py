@@ -10,7 +10,9 @@ import torch
 from moe_spec.errors import UserError
 from pruning.finetuning.objectives import task_loss
 from pruning.finetuning.recipe import RECIPES
+from pruning.finetuning.temporary import without_balance_loss
 from pruning.finetuning.training import train
+from tests.families.configs import tiny
 from tests.heard import Heard
 from tests.models_table import TINY, example_inputs
 from tests.pruning.finetuning.examples import columns, quick
@@ -110,6 +112,13 @@ def test_the_balance_loss_is_off():
     train(model, columns(model), objective, quick(2))
     assert seen == [0, 0]
     assert model.config.router_aux_loss_coef == 0.01
+
+
+def test_the_balance_loss_of_jetmoe_has_a_name_of_its_own():
+    model: Any = tiny("jetmoe")
+    with without_balance_loss(model):
+        assert (model.config.aux_loss_coef, model.aux_loss_coef) == (0, 0)
+    assert (model.config.aux_loss_coef, model.aux_loss_coef) == (0.01, 0.01)
 
 
 def test_an_interrupted_training_puts_the_settings_back():
