@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from models.families import family_of
+from models.families import Family, family_of
 from models.moe_layers import MoELayer, find_moe_layers, require_token_choice
 
 IMPLEMENTATION = "moe_edge_observe"
@@ -88,9 +88,7 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         return mixed_TH
 
     def router_answered(experts: nn.Module, _router: nn.Module, _inputs: Any, answer: tuple[Tensor, ...]) -> None:
-        first_TE = answer[0]  # transformers' routers and ours: logits, weights, ids
-        # the softmax of log p is p
-        answers[experts] = first_TE if row.answers == "logits" else first_TE.log()
+        answers[experts] = logits_of(row, answer[0])  # transformers' routers and ours: logits, weights, ids
 
     functions: MutableMapping[str, Any] = ALL_EXPERTS_FUNCTIONS
     before = model.get_experts_implementation()
@@ -103,6 +101,11 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             stack.enter_context(layer.router.register_forward_hook(hook))
         model.set_experts_implementation(IMPLEMENTATION)
         yield
+
+
+def logits_of(row: Family, answer_TE: Tensor) -> Tensor:
+    """The logits in a router's first answer; of probabilities p their logarithms, for the softmax of log p is p."""
+    return answer_TE if row.answers == "logits" else answer_TE.clamp(min=_TINY).log()
 
 
 def _runs(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Iterator[Run]:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.families import family_of
 from models.moe_layers import find_moe_layers, require_token_choice
 from pruning.inputs import valid_tokens
+from pruning.observe import logits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Routing:
     """What one router gave in one forward pass, for the T tokens that are no padding.
 
     Attributes:
-        logits_TE: (T, E) float, part of the graph.
+        logits_TE: (T, E) float, part of the graph; their softmax, or whatever `MoELayer.score` is, are the scores.
         gates_TK: (T, K) float, what multiplies the outputs of the selected experts.
         ids_TK: (T, K) int64, the selected experts.
     """
@@ -34,7 +36,7 @@ def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) ->
     Raises:
         UserError: a layer whose experts choose their tokens.
     """
-    layers = find_moe_layers(model)
+    layers, row = find_moe_layers(model), family_of(model.config)
     require_token_choice(layers)
     batch: dict[str, Any] = {}
 
@@ -42,11 +44,11 @@ def watched(model: PreTrainedModel, observer: Callable[[str, Routing], None]) ->
         batch.clear()
         batch.update(keywords)
 
-    def after(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
-        def hook(_router: nn.Module, _arguments: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-            # every router of `models.families` returns logits, gates and ids
-            real_T = valid_tokens(batch, name)
-            observer(name, Routing(*(outputs if real_T is None else (output[real_T] for output in outputs))))
+    def after(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+        def hook(_router: nn.Module, _arguments: Any, answer: tuple[Tensor, ...]) -> None:
+            first_TE, gates_TK, ids_TK, *_ = answer  # of every router of `models.families`
+            seen, real_T = (logits_of(row, first_TE), gates_TK, ids_TK), valid_tokens(batch, name)
+            observer(name, Routing(*(seen if real_T is None else (values[real_T] for values in seen))))
 
         return hook
 

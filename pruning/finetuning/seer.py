@@ -33,12 +33,11 @@ def fine_tune(
     """
     layers = find_moe_layers(model)
     lowered = lower_steps(options, layers[0].top_k, recipe.steps)
-    sigmoid = layers[0].score == "sigmoid"
     logits: dict[str, Tensor] = {}
 
     def objective(trained: nn.Module, batch: Inputs) -> Tensor:
         loss = task_loss(trained, batch)  # the routers speak while it is computed
-        return loss + options.entropy_weight * mean_entropy(logits.values(), sigmoid=sigmoid)
+        return loss + options.entropy_weight * mean_entropy(logits.values(), layers[0].score)
 
     def lower(step: int, _steps: int) -> None:
         if step in lowered:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pruning.collect import SCORES
 from pruning.finetuning.objectives import distance, entropy, mean_entropy
 
 LAYER_A = [[0.50, 0.45, 0.05], [0.50, 0.45, 0.05], [0.10, 0.10, 0.80]]
@@ -34,12 +35,21 @@ def test_dropped_experts_have_no_part_and_no_gradient():
     assert logits_TE.grad[0, 1] == 0
 
 
-def test_sigmoids_are_divided_by_their_sum():
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+def test_scores_are_divided_by_their_sum(score):
     logits_TE = torch.tensor([[2.0, -1.0, 0.5]])
-    p_TE = logits_TE.sigmoid() / logits_TE.sigmoid().sum()
+    p_TE = SCORES[score](logits_TE) / SCORES[score](logits_TE).sum()
     expected = -(p_TE * p_TE.log()).sum(dim=-1)
-    torch.testing.assert_close(entropy(logits_TE, sigmoid=True), expected)
+    torch.testing.assert_close(entropy(logits_TE, score), expected)
     assert (entropy(logits_TE) - expected).abs() > 0.05
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_logits_that_leave_nothing_of_a_score_have_a_gradient(score):
+    logits_TE = torch.tensor([[2.0, -300.0]], requires_grad=True)
+    entropy(logits_TE, score).sum().backward()
+    assert logits_TE.grad is not None
+    assert logits_TE.grad.isfinite().all()
 
 
 def test_the_distance_is_kl_from_the_teacher_times_the_squared_temperature():

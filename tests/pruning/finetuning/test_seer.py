@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import trainer_callback
 
 from models.checkpoints import load_model, save_model
@@ -11,25 +12,44 @@ from pruning.finetuning.objectives import mean_entropy
 from pruning.finetuning.options import Seer
 from pruning.finetuning.routing import watched
 from pruning.finetuning.seer import fine_tune, lower_steps
+from tests.families.configs import tiny
 from tests.heard import Heard
 from tests.models_table import EXPERTS, TINY, example_inputs
 from tests.pruning.finetuning.examples import columns, quick
 
 
-def entropy_of(model, sigmoid=False):
-    logits = []
+def entropy_of(model):
+    logits: list[torch.Tensor] = []
     with torch.no_grad(), watched(model, lambda _, routing: logits.append(routing.logits_TE)):
         model(**{name: column for name, column in columns(model).items() if name != "labels"})
-    return mean_entropy(logits, sigmoid=sigmoid).item()
+    return mean_entropy(logits, find_moe_layers(model)[0].score).item()
 
 
-@pytest.mark.parametrize("name", TINY)
+PECULIAR = ["deepseek_v4", "gemma4"]
+"""Scores that are the root of a softplus, and a router that answers with probabilities."""
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_the_entropy_is_that_of_the_scores(name):
+    model, entropies = tiny(name), []
+
+    def note(_router, _inputs, answer):
+        scores_TE = answer[0] if name == "gemma4" else functional.softplus(answer[0]).sqrt()
+        p_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        entropies.append(-(p_TE * p_TE.log()).sum(dim=-1).mean().item())
+
+    for layer in find_moe_layers(model):
+        layer.router.register_forward_hook(note)
+    assert entropy_of(model) == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*TINY, "deepseek_v4"])
 def test_the_entropy_falls_with_its_weight(name):
     after = []
     for weight in (0.0, 1.0):
-        model = TINY[name]()
+        model = tiny(name)
         fine_tune(model, columns(model), Seer(entropy_weight=weight), quick(20))
-        after.append(entropy_of(model, sigmoid=name == "deepseek_v3"))
+        after.append(entropy_of(model))
     assert after[1] < after[0] - 0.02
 
 
