@@ -211,16 +211,31 @@ def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":
 
 def _summary(plan: "PruningPlan", output: Path) -> str:
     from pruning.by_hand import CRITERION
-    from pruning.merging.mergers import MERGERS
 
     kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in plan.layers), strict=True))
-    if plan.merges:
-        notes = MERGERS[plan.criterion].notes(plan.layers[0].router)
-        summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, by {plan.criterion}"
-        return "\n".join([summary, *(f"  note: {note}" for note in notes)])
     how = plan.criterion if plan.criterion == CRITERION else f"by {plan.criterion}"
     summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
-    return "\n".join([summary, *_means(plan, output), *_spent(plan.options)])
+    if plan.merges:
+        summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, {how}"
+    notes = (f"  note: {note}" for note in _notes(plan))
+    return "\n".join([summary, *notes, *_means(plan, output), *_spent(plan.options)])
+
+
+def _notes(plan: "PruningPlan") -> Iterator[str]:
+    """Where the plan is not what the paper of its criterion does."""
+    from pruning.criteria import NOTES
+    from pruning.merging.mergers import MERGERS
+
+    if plan.merges:
+        yield from MERGERS[plan.criterion].notes(plan.layers[0].router)
+    if plan.criterion in NOTES:
+        yield NOTES[plan.criterion]
+    exact = plan.options.get("exact", [])
+    if not all(exact):
+        yield (
+            f"{exact.count(False)} of {len(exact)} layers have too many subsets to try them all: their experts went "
+            "one by one, each time the one that is missed least"
+        )
 
 
 def _means(plan: "PruningPlan", output: Path) -> Iterator[str]:

@@ -211,7 +211,7 @@ def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> O
         LayerPlan(layer.name, layer.experts, layer.top_k, one.keep, one.scores)
         for layer, one in zip(layers, found, strict=True)
     )
-    return tuple(plans), {}
+    return tuple(plans), {"exact": [one.exact for one in found]}
 
 
 def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]) -> Outcome:

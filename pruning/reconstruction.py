@@ -4,7 +4,7 @@ Expert pruning of "Not All Experts are Equal", https://arxiv.org/abs/2402.14800:
 others are made unselectable, and the subset with the smallest Frobenius norm of the output's change stays. Each layer
 is searched on what the whole model feeds it (the paper's layer-wise search; not its progressive one). There are
 E over r subsets; above `MAX_SUBSETS` experts are removed one after the other, each time the one that is missed least,
-which is not the paper's method.
+which is not the paper's method. The plan says so, layer by layer: ``exact`` of its options.
 """
 
 import contextlib

@@ -28,6 +28,7 @@ __all__ = [
     "CRITERIA",
     "DATA_FREE_CRITERIA",
     "NAEE",
+    "NOTES",
     "PAPERS",
     "WEIGHT_CRITERIA",
     "Criterion",
@@ -56,6 +57,12 @@ CHANGE_CRITERIA: Mapping[str, Callable[..., list[Scores]]] = {"router-norm": rou
 
 NAEE = "naee"
 """The criterion that ranks nothing: it searches on data (`pruning.reconstruction`)."""
+
+NOTES: Mapping[str, str] = {
+    "easy-ep": "the paper adds what experts give to the residual stream, and takes the cosine of before and after; "
+    "this plan adds it to what they read, which most families normalise first",
+}
+"""Points in which a criterion is not what the paper does: ``plan`` says them."""
 
 PAPERS: Mapping[str, tuple[str, str]] = {
     "seer-actual": ("SEER-MoE", "https://arxiv.org/abs/2404.05089"),

@@ -18,8 +18,9 @@ def seer_soft(layer: LayerStatistics) -> Scores:
 def easy_ep(layer: LayerStatistics) -> Scores:
     """Weighted output norms, added up where they turn the hidden state: ``S_e = sum g_e ||f_e|| max(0, 1 - cos)``.
 
-    The cosine is that of a token's hidden state before and after the routed experts. EASY-EP,
-    https://arxiv.org/abs/2504.06792, of which the router stays full (``--router full``).
+    EASY-EP, https://arxiv.org/abs/2504.06792, of which the router stays full (``--router full``). The cosine is that of
+    a token's hidden state before and after the routed experts are added. The authors' code takes the residual stream
+    for that state; here it is what the experts read, which most families normalise first.
     """
     return layer["gated_norm_change"]
 

@@ -10,6 +10,7 @@ from models.moe_layers import find_moe_layers
 from moe_spec.identity import onnx_sha256
 from moe_spec.plan import PruningPlan
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
+from pruning.criteria import NOTES
 from tests.cli.helpers import invoke, leftovers
 from tests.graph_passes.block_models import Spec, save
 from tests.models_table import TINY, example_inputs
@@ -52,6 +53,27 @@ def test_plan_writes_a_plan_and_one_line(source, tmp_path):
         "floor": 1,
         "target": None,
     }
+
+
+def test_where_a_criterion_is_not_what_its_paper_does_plan_says_so(source, tmp_path):
+    out = tmp_path / "plan.json"
+    assert invoke("plan", source, "--criterion", "easy-ep", "--keep", 4, "-o", out) == (
+        0, f"{out}: keeps 8 of 16 experts in 2 layers, by easy-ep\n  note: {NOTES['easy-ep']}\n", ""
+    )  # fmt: skip
+
+
+def test_a_search_that_did_not_try_all_subsets_says_so(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("pruning.reconstruction.MAX_SUBSETS", 7)
+    images = example_inputs(TINY["vmoe"](), batch=2, sequence=0, seed=0)["pixel_values"]
+    np.savez(tmp_path / "data.npz", pixel_values=images.numpy())
+    out, arguments = tmp_path / "plan.json", ("--data", tmp_path / "data.npz", "--criterion", "naee", "--keep", 6)
+    note = (
+        "2 of 2 layers have too many subsets to try them all: their experts went one by one, each time the one that "
+        "is missed least"
+    )
+    code, stdout, _ = invoke("plan", checkpoint, *arguments, "-o", out)
+    assert (code, stdout) == (0, f"{out}: keeps 12 of 16 experts in 2 layers, by naee\n  note: {note}\n")
+    assert PruningPlan.load(out).options["exact"] == [False, False]
 
 
 def test_json_holds_the_whole_plan(source, tmp_path):

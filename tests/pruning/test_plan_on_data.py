@@ -93,6 +93,7 @@ def test_naee_keeps_what_its_search_finds(files, tmp_path):
     ids = np.load(files / "data.npz")["input_ids"][:4]
     found = search_model(model, [{"input_ids": torch.from_numpy(ids)}], [4, 4])
     assert [layer.keep for layer in made.layers] == [one.keep for one in found]
+    assert made.options["exact"] == [True, True]
     assert [layer.name for layer in made.layers] == [layer.name for layer in find_moe_layers(model)]
 
 
