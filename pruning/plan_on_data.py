@@ -215,18 +215,19 @@ def _search(model: PreTrainedModel, batches: Batches, options: PlanOptions) -> O
 
 
 def _rounds(model: PreTrainedModel, batches: Batches, options: PlanOptions, keeps: Sequence[Keep]) -> Outcome:
-    """Prune ``model`` in place, a part in each round; the ids that stay are those of the model as it was."""
+    """Prune ``model`` in place, a part between rounds; the ids that stay are those of the model as it was."""
     criterion = by_statistics(options.criterion)
     assert criterion is not None
     parents = find_moe_layers(model)
     kept = {layer.name: tuple(range(layer.num_experts)) for layer in parents}
     plans: tuple[LayerPlan, ...] = ()
-    for keep in keeps:
-        kernels = options.kernels if keep == keeps[-1] else ANY  # what is left in between runs nowhere else
+    for number, keep in enumerate(keeps):
+        if plans:  # of the round before; the last one is carried out elsewhere, maybe where more is possible
+            apply_plan(model, PruningPlan("", options.criterion, plans))
+        kernels = options.kernels if number == len(keeps) - 1 else ANY  # what is left in between runs nowhere else
         step = dataclasses.replace(options, keep=keep, kernels=kernels)
         seen = Statistics("", (), collect(model, batches()))
         plans = choose(candidates_of(seen, options, criterion), step)
-        apply_plan(model, PruningPlan("", options.criterion, plans))
         kept = {plan.name: tuple(kept[plan.name][expert] for expert in plan.keep) for plan in plans}
     if len(keeps) == 1:
         return plans, {}

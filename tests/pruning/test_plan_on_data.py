@@ -87,6 +87,11 @@ def test_rounds_keep_routing_groups_whole(files, tmp_path):
         assert layer.groups.survivors(layer.keep, 8) == [2, 2]
 
 
+def test_a_plan_that_only_a_graph_can_carry_out_is_made(files, tmp_path):
+    made = plan(files, tmp_path, PlanOptions(1, clamp_top_k=True), "deepseek_v3")
+    assert [(len(layer.keep), layer.top_k) for layer in made.layers] == [(1, 1)] * 2
+
+
 def test_naee_keeps_what_its_search_finds(files, tmp_path):
     made = plan(files, tmp_path, PlanOptions(0.5, "naee"), limit=4)
     model = load_model(files / "mixtral")
