@@ -17,6 +17,7 @@ from pruning.criteria import (
     CHANGE_CRITERIA,
     CRITERIA,
     DATA_FREE_CRITERIA,
+    NAEE,
     WEIGHT_CRITERIA,
     Criterion,
     Scores,
@@ -99,7 +100,12 @@ def find_candidates(source: Path, options: PlanOptions, layers_of: LayersOf, *, 
     if criterion := by_statistics(options.criterion):
         return _by_statistics(source, options, criterion)
     without_statistics = [*DATA_FREE_CRITERIA, *WEIGHT_CRITERIA, *CHANGE_CRITERIA]
-    require_known(options.criterion, "criterion", [*CRITERIA, SHAPE, *MERGERS, *without_statistics])
+    require_known(options.criterion, "criterion", [*CRITERIA, SHAPE, *MERGERS, *without_statistics, NAEE])
+    if options.criterion == NAEE:
+        raise UserError(
+            "criterion 'naee' searches on data, and there is none",
+            hint="moe-edge plan CHECKPOINT --data DATA.npz --criterion naee",
+        )
     if options.protect:
         raise UserError(
             f"--protect finds super experts in statistics, but criterion {options.criterion!r} takes none",

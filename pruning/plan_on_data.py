@@ -127,6 +127,11 @@ def _check(options: PlanOptions, how: DataOptions) -> None:
         raise UserError(
             "criterion 'naee' searches once, for the K of the model", hint="leave out --rounds and --clamp-top-k"
         )
+    if options.criterion == NAEE and options.protect:
+        raise UserError(
+            "--protect keeps super experts whatever they score, but criterion 'naee' ranks nothing by scores",
+            hint="leave out --protect",
+        )
     several = options.criterion == NAEE or how.rounds > 1
     if several and (options.scope != "layer" or options.router != ROWS):
         raise UserError(

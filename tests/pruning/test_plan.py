@@ -147,6 +147,13 @@ def test_protection_needs_statistics(checkpoint):
     )
 
 
+def test_a_search_needs_data(source):
+    assert refusal(source, keep=4, criterion="naee") == (
+        "criterion 'naee' searches on data, and there is none",
+        "moe-edge plan CHECKPOINT --data DATA.npz --criterion naee",
+    )
+
+
 def test_weights_are_ranked_without_statistics(checkpoint):
     made = make_plan(checkpoint, PlanOptions(keep=4, criterion="aimer"))
     assert (made.model_sha256, made.statistics_sha256) == (checkpoint_sha256(checkpoint), None)

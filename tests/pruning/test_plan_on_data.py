@@ -119,6 +119,11 @@ def test_progress_counts_the_examples_of_all_rounds(files, tmp_path):
         (PlanOptions(4, "uncurl"), {"rounds": 2}, "criterion 'uncurl' merges experts, which is done in one round"),
         (PlanOptions(4, "naee"), {"rounds": 2}, "criterion 'naee' searches once, for the K of the model"),
         (PlanOptions(1, "naee", clamp_top_k=True), {}, "criterion 'naee' searches once, for the K of the model"),
+        (
+            PlanOptions(4, "naee", protect=True),
+            {},
+            "--protect keeps super experts whatever they score, but criterion 'naee' ranks nothing by scores",
+        ),
         (PlanOptions(4, scope="model"), {}, "'model' is no scope"),
         (PlanOptions(4, pretrained=Path("base")), {}, "criterion 'reap' compares with no other checkpoint"),
         (PlanOptions(4, scope="global"), {"rounds": 2}, ROUNDS_REFUSED.format("global", "rows")),
