@@ -1,6 +1,7 @@
 """Criteria: what is known of one MoE layer's experts, as one number each. Higher is kept; ties go to the lower id.
 
-Criteria by statistics take a layer's sums; an expert that no token selected scores 0 by each of them.
+Criteria by statistics take a layer's sums; an expert that no token selected scores 0 by each of them but ``seer-soft``,
+which adds up what the router gave it all the same.
 """
 
 from collections.abc import Callable, Mapping
