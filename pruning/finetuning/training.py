@@ -32,7 +32,9 @@ def train(
     after_step: Iterable[AfterStep] = (),
     on_progress: Progress = silent,
 ) -> list[float]:
-    """Train ``model`` in place; it ends in eval mode on the CPU. Parameters that need no gradient stay as they are.
+    """Train ``model`` in place, on one GPU where there is any; it ends in eval mode on the CPU.
+
+    Parameters that need no gradient stay as they are.
 
     Args:
         model: in float32.
@@ -68,7 +70,7 @@ def train(
 
 
 def _arguments(recipe: Recipe, directory: str) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=directory,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -86,6 +88,10 @@ def _arguments(recipe: Recipe, directory: str) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    # on several GPUs the Trainer trains replicas, with a batch each, and our hooks are on the original; it does this
+    # itself for a model that is spread over them
+    arguments._n_gpu = 1
+    return arguments
 
 
 def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

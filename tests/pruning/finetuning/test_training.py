@@ -146,3 +146,15 @@ def test_a_loss_that_is_no_number_ends_the_training(value):
         f"the loss of step 3 is {value}",
         "give a lower --learning-rate",
     )
+
+
+def test_several_gpus_train_no_replicas(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model, seen = TINY["vmoe"](), []
+
+    def objective(trained, batch):
+        seen.append((trained is model, len(batch["labels"])))
+        return task_loss(trained, batch)
+
+    train(model, columns(model), objective, quick(2))
+    assert seen == [(True, 8)] * 2
