@@ -15,7 +15,7 @@ from pruning.candidates import Candidates, LayersOf, find_candidates, rank, unra
 from pruning.layers import of_checkpoint
 from pruning.means import check_replaceable, with_means
 from pruning.merging.mergers import MERGERS
-from pruning.merging.plan import merge_instead, parts_of
+from pruning.merging.plan import check_capacity, merge_instead, parts_of
 from pruning.options import PlanOptions, check_options
 
 
@@ -108,12 +108,14 @@ def check_counts(layers: Sequence[RankedLayer], options: PlanOptions) -> None:
     """Refuse a budget that ``layers``, all of whose scores are 0, cannot work with; then no scores make it possible.
 
     Raises:
-        UserError: what the scope refuses, or routing groups that experts cannot be merged in.
+        UserError: what the scope refuses, or groups that experts cannot be merged in.
     """
     counts = SCOPES[options.scope].spread(layers, options.keep)
-    if options.criterion in MERGERS:
+    if merger := MERGERS.get(options.criterion):
         for layer, count in zip(layers, counts, strict=True):
             parts_of(layer.name, layer.groups, count, options.router)
+            if options.scope == "layer":  # else scores decide who has how many
+                check_capacity(layer.name, layer.experts, count, merger, options.router)
 
 
 def replaced(plans: Sequence[LayerPlan], candidates: Candidates) -> tuple[LayerPlan, ...]:

@@ -74,7 +74,7 @@ def centroids(layer: LayerStatistics, scores: Scores, count: int) -> Groups:
 
     Distance is 1 minus the mean of two similarities: the cosine of the outputs, mean over all tokens, and the cosine
     of the logits. A group holds at most ``CENTROID_CAPACITY`` experts, so most centroids of a large layer stay alone,
-    and those that no centroid takes are dropped. REAM, https://arxiv.org/abs/2604.04356.
+    and those that no centroid takes are dropped; the authors' code refuses to. REAM, https://arxiv.org/abs/2604.04356.
     """
     similarity_EE = (layer["output_cosine"] / max(layer.token_count, 1) + logit_cosine(layer)) / 2
     chosen = _best(scores, count)
@@ -123,6 +123,7 @@ class Merger:
         dense: whether it needs statistics for which every expert runs on every token.
         router: what becomes of the router, unless the user says.
         published: the same in the paper.
+        capacity: the most experts that become one; None for any number.
         deviations: other points in which this is not what the paper does.
     """
 
@@ -132,6 +133,7 @@ class Merger:
     router: str
     published: str
     dense: bool = False
+    capacity: int | None = None
     deviations: tuple[str, ...] = ()
 
     def notes(self, router: str) -> tuple[str, ...]:
@@ -150,6 +152,10 @@ _COUNTS = (
 )
 _SEQUENCE = "the paper looks at a layer once those before it are merged, this plan at the whole model"
 _BY_WEIGHTS = "the paper aligns neurons by weights and activations, this plan by weights"
+_SIMILARITY = (
+    "the authors' code compares outputs by (1 + cos) / 2, and logits by the distance of their directions, as a share "
+    "of the largest; this plan takes two cosines"
+)
 
 MERGERS: Mapping[str, Merger] = {
     "uncurl": Merger(_FREQUENCY, spectral, align=True, router=NEW, published=NEW),
@@ -157,7 +163,14 @@ MERGERS: Mapping[str, Merger] = {
     "hc-smoe": Merger(_FREQUENCY, agglomerative_euclidean, align=False, router=MEAN, published=ALIAS, dense=True),
     "hc-smoe-cosine": Merger(_FREQUENCY, agglomerative_cosine, align=False, router=MEAN, published=ALIAS, dense=True),
     "ream": Merger(
-        _REAP, centroids, align=True, router=ROWS, published=ROWS, dense=True, deviations=(_SEQUENCE, _BY_WEIGHTS)
+        _REAP,
+        centroids,
+        align=True,
+        router=ROWS,
+        published=ROWS,
+        dense=True,
+        capacity=CENTROID_CAPACITY,
+        deviations=(_SEQUENCE, _BY_WEIGHTS, _SIMILARITY),
     ),
 }
 """Every merger, by the name that ``plan --criterion`` takes."""

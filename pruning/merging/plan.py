@@ -50,6 +50,21 @@ def parts_of(layer: str, groups: Groups | None, count: int, router: str) -> int:
     return groups.count
 
 
+def check_capacity(layer: str, experts: int, count: int, merger: Merger, router: str) -> None:
+    """Refuse groups that cannot hold all experts of a layer where the rows of all lead to one.
+
+    Raises:
+        UserError: there are too few.
+    """
+    fewest = 1 if merger.capacity is None else -(-experts // merger.capacity)
+    if router == ALIAS and count < fewest:
+        raise UserError(
+            f"layer {layer} merges its {experts} experts into {count} groups of at most {merger.capacity}, but with "
+            f"--router {ALIAS} each has to be in one",
+            hint=f"keep at least {fewest}: --keep {fewest}; or drop the others: --router rows",
+        )
+
+
 def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, router: str) -> LayerPlan:
     """``plan`` with as many survivors and the same K, but merged by ``merger``.
 
@@ -65,10 +80,11 @@ def merge_instead(plan: LayerPlan, layer: LayerStatistics, merger: Merger, route
 
     Raises:
         UserError: statistics that the merger needs and the layer lacks, or that are not finite; or survivors that
-            routing groups cannot have the same number of.
+            routing groups cannot have the same number of, or whose groups do not hold all that they have to.
     """
     for values in layer.sums.values():
         finite(layer.name, values)
+    check_capacity(layer.name, layer.experts, len(plan.keep), merger, router)
     parts = parts_of(layer.name, layer.groups, len(plan.keep), router)
     count = len(plan.keep) // parts
     scores_E = merger.scores(layer)

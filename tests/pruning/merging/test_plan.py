@@ -6,8 +6,11 @@ import pytest
 from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 from moe_spec.layer_plan import LayerPlan, Merge
+from pruning.budget.ranked import RankedLayer
 from pruning.merging.mergers import MERGERS
 from pruning.merging.plan import check_merging, merge_instead
+from pruning.options import PlanOptions
+from pruning.plan import check_counts
 from tests.pruning.merging.observed import observed
 
 UNCURL = observed([(1, 0), (2, 0), (0, 1), (0, 3)], tokens=(3, 1, 2, 2))
@@ -135,7 +138,7 @@ def test_a_merger_says_where_it_is_not_what_its_paper_does():
         "into it",
     )
     assert MERGERS["hc-smoe"].notes("alias") == ()
-    assert [len(row.notes(row.router)) for row in MERGERS.values()] == [1, 2, 1, 1, 2]
+    assert [len(row.notes(row.router)) for row in MERGERS.values()] == [1, 2, 1, 1, 3]
 
 
 def test_rows_that_share_experts_may_be_of_different_routing_groups():
@@ -143,6 +146,17 @@ def test_rows_that_share_experts_may_be_of_different_routing_groups():
     made = merge_instead(budget(layer, (0, 1, 2)), layer, MERGERS["m-smoe"], "alias")
     assert (made.router, len(made.keep), made.top_k) == ("alias", 3, layer.top_k)
     assert {expert for merge in made.merge for expert in merge.experts} == {0, 1, 2, 3}
+
+
+def test_groups_that_cannot_hold_all_experts_are_refused_where_rows_share_them():
+    layers = [RankedLayer("layers.0.mlp", top_k=1, groups=None, scores=np.zeros(33))]
+    assert refusal(check_counts, layers, PlanOptions(2, "ream", router="alias")) == (
+        "layer layers.0.mlp merges its 33 experts into 2 groups of at most 16, but with --router alias each has to be "
+        "in one",
+        "keep at least 3: --keep 3; or drop the others: --router rows",
+    )
+    check_counts(layers, PlanOptions(3, "ream", router="alias"))
+    check_counts(layers, PlanOptions(2, "ream"))
 
 
 def test_no_row_may_lead_nowhere_where_rows_share_experts():
