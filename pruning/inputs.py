@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_spec.dataset import MASK
 from moe_spec.errors import UserError, did_you_mean
 
+IDS = "input_ids"
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 """What the decoder of an encoder-decoder reads."""
 
@@ -24,8 +25,8 @@ def check_inputs(feeds: Mapping[str, npt.NDArray[Any]], model: PreTrainedModel, 
     """Refuse arrays that ``model`` has no input for, or cannot take; ``where`` names their file.
 
     Raises:
-        UserError: the main input is missing, an array is unknown, of another shape or kind, or ids are not in the
-            vocabulary.
+        UserError: an input is missing, an array is unknown, of another shape or kind, ids are not in the vocabulary, or
+            positions or texts go beyond what the model has embeddings for.
     """
     main = model.main_input_name
     takes = {main, *(name for name in OPTIONAL_INPUTS if name in inspect.signature(model.forward).parameters)}
@@ -39,8 +40,8 @@ def check_inputs(feeds: Mapping[str, npt.NDArray[Any]], model: PreTrainedModel, 
         raise UserError(f"{where} lacks the array {main!r}", hint=f"store the model's input as {main!r}")
     if main == "pixel_values":
         _check_pixels(feeds[main], model.config, where)
-    elif main == "input_ids":
-        _check_ids(feeds, model.config.get_text_config().vocab_size, where)
+    elif main == IDS:
+        _check_texts(feeds, model, where)
 
 
 def tensors_of(
@@ -76,22 +77,62 @@ def _check_pixels(pixels: npt.NDArray[Any], config: Any, where: str) -> None:
         )
 
 
-def _check_ids(feeds: Mapping[str, npt.NDArray[Any]], vocabulary: int, where: str) -> None:
-    ids = feeds["input_ids"]
+def _check_texts(feeds: Mapping[str, npt.NDArray[Any]], model: PreTrainedModel, where: str) -> None:
+    config: Any = model.config
+    if config.is_encoder_decoder and DECODER_IDS not in feeds:
+        raise UserError(
+            f"{where} lacks the array {DECODER_IDS!r}",
+            hint="store what the decoder reads beside the input_ids of the encoder",
+        )
+    for name in (IDS, DECODER_IDS):
+        if name in feeds:
+            _check_ids(name, feeds[name], config.get_text_config().vocab_size, where)
+    rows = _rows_of_embeddings(model)
+    longest = rows.get("position_ids")
+    if longest is not None and feeds[IDS].shape[1] > longest:
+        raise UserError(
+            f"{where}: {IDS} are {list(feeds[IDS].shape)}, but the model takes texts of at most {longest} tokens",
+            hint=f"cut them to {longest}",
+        )
+    for name, array in feeds.items():
+        _check_beside(name, array, feeds, where)
+        most = rows.get(name)
+        if most is not None and not 0 <= array.min() <= array.max() < most:
+            raise UserError(
+                f"{where}: {name} go from {array.min()} to {array.max()}, but the model has {most} of them",
+                hint=f"store {name} from 0 to {most - 1}",
+            )
+
+
+def _check_ids(name: str, ids: npt.NDArray[Any], vocabulary: int, where: str) -> None:
     if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.size == 0:
         raise UserError(
-            f"{where}: input_ids are {ids.dtype}{list(ids.shape)}, expected integers [N, S]",
+            f"{where}: {name} are {ids.dtype}{list(ids.shape)}, expected integers [N, S]",
             hint="pad token ids to one length; attention_mask 0 marks the padding",
         )
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise UserError(
-            f"{where}: input_ids go from {ids.min()} to {ids.max()}, but the vocabulary has {vocabulary} entries",
+            f"{where}: {name} go from {ids.min()} to {ids.max()}, but the vocabulary has {vocabulary} entries",
             hint="tokenise with the tokenizer of this model",
         )
-    for name, array in feeds.items():
-        beside = DECODER_IDS if name.startswith("decoder_") and DECODER_IDS in feeds else "input_ids"
-        if array.shape != feeds[beside].shape:
-            raise UserError(
-                f"{where}: {name} is {list(array.shape)}, but {beside} are {list(feeds[beside].shape)}",
-                hint=f"store one {name} entry a token",
-            )
+
+
+def _check_beside(name: str, array: npt.NDArray[Any], feeds: Mapping[str, npt.NDArray[Any]], where: str) -> None:
+    """What a token has beside its id: as many entries, masks any number, the rest integers."""
+    ids = DECODER_IDS if name.startswith("decoder_") and DECODER_IDS in feeds else IDS
+    if array.shape != feeds[ids].shape:
+        raise UserError(
+            f"{where}: {name} is {list(array.shape)}, but {ids} are {list(feeds[ids].shape)}",
+            hint=f"store one {name} entry a token",
+        )
+    kinds, expected = ("biuf", "numbers") if name in (MASK, DECODER_MASK) else ("biu", "integers")
+    if array.dtype.kind not in kinds:
+        raise UserError(f"{where}: {name} is {array.dtype}, expected {expected}", hint=f"store {name} as {expected}")
+
+
+def _rows_of_embeddings(model: Any) -> Mapping[str, int]:
+    """How many rows of embeddings lie beside those of words, by the input that looks them up; few models have any."""
+    words = model.get_input_embeddings()
+    beside = next(module for module in model.modules() if any(child is words for child in module.children()))
+    children = {name: child for name, child in beside.named_children() if isinstance(child, nn.Embedding)}
+    return {name.replace("_embeddings", "_ids"): child.num_embeddings for name, child in children.items()}

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from models.checkpoints import save_model
-from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.statistics import Statistics
 from pruning.calibrate import calibrate
+from pruning.inputs import check_inputs
+from tests.families.configs import tiny
 from tests.heard import Heard
 from tests.models_table import TINY
 from tests.pruning.test_collect import assert_same_sums
@@ -93,6 +94,54 @@ GRANITE_TAKES = "known: attention_mask, input_ids, position_ids"
             "store one attention_mask entry a token",
         ),
         (
+            "granitemoe",
+            {"input_ids": ids(), "attention_mask": np.full((5, 4), "1")},
+            "data.npz: attention_mask is <U1, expected numbers",
+            "store attention_mask as numbers",
+        ),
+        (
+            "granitemoe",
+            {"input_ids": ids(), "position_ids": np.ones((5, 4))},
+            "data.npz: position_ids is float64, expected integers",
+            "store position_ids as integers",
+        ),
+        (
+            "moe_bert",
+            {"input_ids": ids(sequence=65)},
+            "data.npz: input_ids are [5, 65], but the model takes texts of at most 64 tokens",
+            "cut them to 64",
+        ),
+        (
+            "moe_bert",
+            {"input_ids": ids(), "token_type_ids": np.full((5, 4), 2)},
+            "data.npz: token_type_ids go from 2 to 2, but the model has 2 of them",
+            "store token_type_ids from 0 to 1",
+        ),
+        (
+            "moe_bert",
+            {"input_ids": ids(), "position_ids": np.full((5, 4), -1)},
+            "data.npz: position_ids go from -1 to -1, but the model has 64 of them",
+            "store position_ids from 0 to 63",
+        ),
+        (
+            "switch_transformers",
+            {"input_ids": ids()},
+            "data.npz lacks the array 'decoder_input_ids'",
+            "store what the decoder reads beside the input_ids of the encoder",
+        ),
+        (
+            "switch_transformers",
+            {"input_ids": ids(), "decoder_input_ids": np.full((5, 3), 128)},
+            "data.npz: decoder_input_ids go from 128 to 128, but the vocabulary has 128 entries",
+            "tokenise with the tokenizer of this model",
+        ),
+        (
+            "switch_transformers",
+            {"input_ids": ids(), "decoder_input_ids": ids()[:, 0]},
+            "data.npz: decoder_input_ids are int32[5], expected integers [N, S]",
+            "pad token ids to one length; attention_mask 0 marks the padding",
+        ),
+        (
             "vmoe",
             {"input_ids": ids()},
             "data.npz holds the array 'input_ids', which the vmoe model does not take",
@@ -107,8 +156,6 @@ GRANITE_TAKES = "known: attention_mask, input_ids, position_ids"
     ],
 )
 def test_data_that_does_not_fit_the_model_is_refused(name, arrays, what, hint):
-    from pruning.inputs import check_inputs
-
     with pytest.raises(UserError) as caught:
-        check_inputs(Dataset(arrays, None, "").feeds, TINY[name](), "data.npz")
+        check_inputs(arrays, tiny(name), "data.npz")
     assert (caught.value.what, caught.value.hint) == (what, hint)
