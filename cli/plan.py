@@ -119,7 +119,12 @@ def plan(
             "--protect", help="Keep super experts, whose outputs are far larger than all others', whatever they score."
         ),
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Task data, .npz: plan on it, without statistics.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Task data, .npz: plan on it, without statistics. The model runs on the CPU, unlike in calibrate."
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Prune in so many steps, and look at the data again after each.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward pass.")] = 32,
     limit: Annotated[

@@ -80,7 +80,8 @@ def plan_on_data(
 
     Args:
         checkpoint: transformers directory of a known MoE family; it stays as it is.
-        data: .npz of model inputs or of images (``moe_spec.dataset``); labels are not used.
+        data: .npz of model inputs or of images (``moe_spec.dataset``); labels are not used. The model looks at them on
+            the CPU, whatever else there is.
         options: budget, and a criterion that ranks by statistics, or one of ``pruning.merging``, or ``naee``
             (`pruning.reconstruction`).
         out: plan to write; must not exist.
