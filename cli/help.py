@@ -52,7 +52,7 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "ONNX Runtime": _ONNX_RUNTIME,
     },
     "run": {
-        "Text": ("prompts", "chat", "max_new_tokens", "stops", "temperature", "top_p", "seed"),
+        "Text": ("prompts", "chat", "max_new_tokens", "stops", "temperature", "top_k", "top_p", "seed"),
         "ONNX Runtime": _ONNX_RUNTIME,
     },
 }  # fmt: skip

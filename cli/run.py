@@ -65,14 +65,21 @@ def run(
             "or 0.",
         ),
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draw from so many of the likeliest tokens, 0 for all; by default generation_config.json's, or all.",
+        ),
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Draw from the likeliest tokens that together have this probability; by default "
+            help="Draw from the likeliest of these that together have this probability; by default "
             "generation_config.json's, or 1."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draws; by default 0.")] = None,
     stops: Annotated[list[str] | None, typer.Option("--stop", help="Text before which an answer ends.")] = None,
     threads: Threads = 0,
     provider: ProviderName = None,
@@ -93,6 +100,7 @@ def run(
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
     }

@@ -164,6 +164,12 @@ def test_options_that_make_no_sense_together_are_refused(arguments, message, mod
     assert invoke("run", model, *arguments) == (1, "", f"error: {message}\n")
 
 
+def test_a_seed_is_a_natural_number():
+    code, out, err = invoke("run", "decoder", "--prompt", "w5", "--seed", -1)
+    assert (code, out) == (2, "")
+    assert "--seed" in err
+
+
 def test_what_runs_it_changes_no_answer(model, tmp_path):
     data = save(tmp_path / "a.npz", 3)
     expected = done("run", model, "--input", data)

@@ -137,10 +137,22 @@ def test_only_the_nucleus_is_drawn_from_as_often_as_it_is_likely():
     np.testing.assert_allclose(counts, [0, 2 / 3, 0, 1 / 3], atol=0.03)
 
 
+def test_only_the_likeliest_are_drawn_from_and_the_nucleus_is_of_them():
+    logits = np.log(np.array([[0.1, 0.5, 0.15, 0.25]]))
+    random = np.random.default_rng(0)
+    drawn = [int(choose(logits, Sampling(temperature=1.0, top_k=3, top_p=0.8), random)[0]) for _ in range(3000)]
+    counts = np.bincount(drawn, minlength=4) / len(drawn)
+    np.testing.assert_allclose(counts, [0, 2 / 3, 0, 1 / 3], atol=0.03)  # of all four, the third would be in it
+
+
 def test_a_low_temperature_is_greedy():
     logits = np.random.default_rng(0).standard_normal((5, 40))
     cold = choose(logits, Sampling(temperature=1e-3), np.random.default_rng(1))
     assert cold.tolist() == logits.argmax(axis=1).tolist()
+
+
+CHAT_MODEL = '{"do_sample": true, "temperature": 0.6, "top_p": 0.95, "top_k": 20}'
+"""As most chat models have it."""
 
 
 @pytest.mark.parametrize(
@@ -153,8 +165,12 @@ def test_a_low_temperature_is_greedy():
         ('{"do_sample": true, "top_p": 0.9}', {}, Sampling(temperature=1.0, top_p=0.9)),
         ('{"do_sample": true, "temperature": 0.6}', {"temperature": 0.0, "seed": None}, Sampling()),
         ('{"stop_strings": "END"}', {}, Sampling(stop_strings=("END",))),
-        ('{"stop_strings": ["a", "b"]}', {"stop_strings": ["c"]}, Sampling(stop_strings=("c",))),
+        ('{"stop_strings": ["a", "b"]}', {"stop_strings": ("c",)}, Sampling(stop_strings=("c",))),
         ('{"max_new_tokens": 9}', {"max_new_tokens": 3}, Sampling(max_new_tokens=3)),
+        (CHAT_MODEL, {}, Sampling(temperature=0.6, top_k=20, top_p=0.95)),
+        (CHAT_MODEL, {"temperature": 0.0}, Sampling()),
+        (CHAT_MODEL, {"top_k": 0}, Sampling(temperature=0.6, top_p=0.95)),
+        ('{"do_sample": true, "temperature": null, "top_p": null}', {}, Sampling(temperature=1.0)),
     ],
 )
 def test_generation_config_says_what_is_not_given(config, given, expected, tmp_path):
@@ -163,11 +179,46 @@ def test_generation_config_says_what_is_not_given(config, given, expected, tmp_p
     assert Sampling.of(tmp_path, **given) == expected
 
 
+def test_what_generation_config_asks_for_in_vain_is_warned_of(tmp_path, caplog):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"repetition_penalty": 1.05, "min_p": 0.1, "num_beams": 1, "typical_p": null}')
+    assert Sampling.of(tmp_path) == Sampling()
+    Sampling.of(tmp_path, temperature=1.0)
+    assert caplog.messages == [
+        f"{path} asks for repetition_penalty, which is not done here",  # min_p is for draws
+        f"{path} asks for min_p, repetition_penalty, which is not done here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ('{"max_new_tokens": "64"}', "key 'max_new_tokens' holds '64', expected int"),
+        ('{"eos_token_id": [2, "</s>"]}', "key 'eos_token_id' holds '</s>', expected int"),
+        ('{"do_sample": true, "temperature": [1]}', "key 'temperature' holds [1], expected float"),
+    ],
+)
+def test_a_generation_config_with_other_types_is_refused(config, what, tmp_path):
+    (tmp_path / "generation_config.json").write_text(config)
+    with pytest.raises(UserError) as refusal:
+        Sampling.of(tmp_path)
+    assert (refusal.value.what, refusal.value.hint) == (
+        f"{tmp_path}/generation_config.json: {what}",
+        "export the model again",
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more\nhint: give another max_new_tokens"),
         ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more\nhint: give another temperature"),
+        ({"top_k": -1}, "top_k is -1, expected 0 or more\nhint: give another top_k"),
+        ({"seed": -1}, "seed is -1, expected 0 or more\nhint: give another seed"),
+        (
+            {"top_k": 5},
+            "temperature is 0.0, expected more than 0 where top_k is given\nhint: give another temperature",
+        ),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0, at most 1\nhint: give another top_p"),
         (
             {"stop_strings": ("a", "")},
