@@ -4,6 +4,8 @@ import re
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 import torch
 
@@ -247,4 +249,47 @@ def test_what_is_no_decoder_writes_nothing(tmp_path):
     assert (refusal.value.what, refusal.value.hint) == (
         "the model takes x and gives logits: it generates no text",
         "give a decoder, which takes input_ids and gives logits",
+    )
+
+
+def bigrams(path, inputs, body="logits = Gather(table, input_ids)", logits="batch, sequence, 5"):
+    """A model of five tokens, which come one after the other."""
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    bigrams ({inputs}) => (float[{logits}] logits) {{ {body} }}
+    """
+    model = onnx.parser.parse_model(text)
+    table = np.roll(np.eye(5, dtype=np.float32), 1, axis=1)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    onnx.save(model, path)
+    return path
+
+
+IDS_ONLY = "int32[batch, sequence] input_ids"
+WITH_MASK = f"{IDS_ONLY}, bool[batch, sequence] attention_mask, int32[batch, sequence] position_ids"
+
+
+@pytest.mark.parametrize("inputs", [IDS_ONLY, WITH_MASK])
+def test_a_model_is_given_what_it_takes_in_its_own_formats(inputs, tmp_path):
+    model = bigrams(tmp_path / "model.onnx", inputs)
+    assert generated(model, [[4, 0], [1, 2]], Sampling(max_new_tokens=3)).tolist() == [[1, 2, 3], [3, 4, 0]]
+
+
+def test_prompts_of_several_lengths_need_a_mask(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        generated(bigrams(tmp_path / "model.onnx", IDS_ONLY), [[1], [1, 2]], Sampling())
+    assert (refusal.value.what, refusal.value.hint) == (
+        "the prompts have 1 and 2 tokens, and the model takes no attention_mask, without which it cannot tell padding",
+        "give it one prompt at a time",
+    )
+
+
+def test_what_classifies_texts_writes_none(tmp_path):
+    body = "every = Gather(table, input_ids) \n axis = Constant<value_ints = [1]>() \n "
+    body += "logits = ReduceMean<keepdims = 0>(every, axis)"
+    with pytest.raises(UserError) as refusal:
+        generated(bigrams(tmp_path / "model.onnx", IDS_ONLY, body, "batch, 5"), [[1]], Sampling())
+    assert (refusal.value.what, refusal.value.hint) == (
+        "logits is [batch, 5], expected three axes: the model generates no text",
+        "give a decoder, whose logits are of every token; of a classifier give the ids with --input",
     )
