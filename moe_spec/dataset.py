@@ -110,6 +110,14 @@ def load_dataset(path: Path, *models: Path, limit: int | None = None) -> Dataset
     return dataset if limit is None else dataset.first(limit)
 
 
+def write_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]], compression: int = zipfile.ZIP_DEFLATED) -> None:
+    """What numpy.savez_compressed writes, whatever the arrays are called: that has arguments called ``file``."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     hint = "write it with numpy.savez_compressed; pickled objects are never read"
     try:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_spec.dataset import load_dataset
+from moe_spec.dataset import load_dataset, write_npz
 from moe_spec.decoder import PRESENT, complete
 from moe_spec.errors import UserError
 from moe_spec.files import new_file, refuse_existing, require_file
 from moe_spec.images import FILE_NAME as PREPROCESSOR
 from moe_spec.images import ImagePreprocessor
-from moe_spec.manifest import TensorSpec
+from moe_spec.manifest import FILE_NAME, Manifest, TensorSpec
 from moe_spec.progress import Progress, counted, silent
+from moe_spec.record import parse_object
 from moe_spec.runner import LOGITS, Arrays, Feeds
 from runtime.backends import open_session
+from runtime.engine import profiles_of
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.image_files import SUFFIXES, find_images, read_images
 from runtime.inputs.json_lines import SUFFIX as JSON_LINES
@@ -36,7 +38,7 @@ class Predictions:
 
     Attributes:
         names: of the examples: a path, with an index where the file holds several.
-        outputs: (N, ...) by name.
+        outputs: (N, ...) by name; of an output without axes, such as a loss, a value for each batch.
         classes: name of the likeliest class of each example; None where the model does not classify.
         probabilities: (N, C) float64 softmax of the logits; None likewise.
     """
@@ -52,7 +54,7 @@ class Predictions:
         if self.classes is not None and self.probabilities is not None:
             arrays |= {"classes": np.array(self.classes), "probabilities": self.probabilities}
         with new_file(path) as staging:
-            np.savez_compressed(staging, **arrays)  # type: ignore[arg-type]  # numpy's stub takes names for flags
+            write_npz(staging, arrays)
 
 
 def run(
@@ -72,7 +74,8 @@ def run(
         inputs: .npz files (model inputs, or ``images`` for models with a preprocessor), .jsonl files (an example a
             line), PNG or JPEG files, and folders of such images.
         out: .npz to write; it must not exist yet.
-        batch_size: examples that are run at once.
+        batch_size: examples that are run at once; of a model that takes more at least or fewer at most, as many as it
+            takes. Where the last ones are too few for it, an example is repeated, and what it gives is left out.
         threads: that one operator may use on a CPU; 0 for one a core.
         execution: how ONNX Runtime is to run it.
         on_progress: told of every batch.
@@ -84,13 +87,18 @@ def run(
         refuse_existing(out)
         if out.suffix != ".npz":
             raise UserError(f"{out} is no .npz", hint=f"write to {out.with_suffix('.npz')}")
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}, expected 1 or more", hint="give --batch-size 1 or more")
     with open_session(model, threads, execution) as session:
+        least, most = _batch_range(model, session.inputs)
         names: list[str] = []
         batches: list[Arrays] = []
         wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]
-        for found, feeds in _batches(_directory(model), session.inputs, inputs, batch_size, on_progress):
+        size = min(max(batch_size, least), most)
+        for found, feeds in _batches(_directory(model), session.inputs, inputs, size, on_progress):
             names += found
-            batches.append(session.run(complete(session.inputs, feeds), wanted))
+            given = complete(session.inputs, _padded(feeds, least))
+            batches.append(_without_padding(session.run(given, wanted), len(found), least))
     outputs = _concatenate(batches)
     labels = _labels(_directory(model))
     logits = outputs.get(LOGITS)
@@ -109,12 +117,36 @@ def _directory(model: Path) -> Path:
     return model if model.is_dir() else model.parent
 
 
+def _batch_range(model: Path, inputs: Sequence[TensorSpec]) -> tuple[int, int]:
+    """How many examples a run takes at least and at most: by an engine's profiles, or as the graph has it."""
+    profiles = profiles_of(Manifest.load(model)) if (model / FILE_NAME).is_file() else ()
+    ranges = [(shapes.min[0], shapes.max[0]) for profile in profiles for shapes in profile.values() if shapes.min]
+    fixed = {spec.shape[0] for spec in inputs if spec.shape}
+    ranges = ranges or [(size, size) for size in fixed if isinstance(size, int) and len(fixed) == 1]
+    return min((least for least, _ in ranges), default=1), max((most for _, most in ranges), default=sys.maxsize)
+
+
+def _padded(feeds: Feeds, least: int) -> Feeds:
+    """``feeds`` with the last example again where there are less than ``least``."""
+    if len(next(iter(feeds.values()))) >= least:
+        return feeds
+    return {
+        name: np.pad(array, ((0, least - len(array)), *((0, 0),) * (array.ndim - 1)), "edge")
+        for name, array in feeds.items()
+    }
+
+
+def _without_padding(outputs: Arrays, examples: int, least: int) -> Arrays:
+    """Of ``outputs`` of a padded batch the part of the ``examples``, each of which may have several rows."""
+    if examples >= least:
+        return outputs
+    return {name: array[: len(array) * examples // least] if array.ndim else array for name, array in outputs.items()}
+
+
 def _batches(
     directory: Path, specs: Sequence[TensorSpec], inputs: Sequence[Path], size: int, on_progress: Progress
 ) -> Iterator[tuple[list[str], Feeds]]:
     """Names of examples and what to feed for them: every file of data by itself, then the images together."""
-    if size < 1:
-        raise UserError(f"the batch size is {size}, expected 1 or more", hint="give --batch-size 1 or more")
     found = (find_images(path) if path.is_dir() else [require_file(path, INPUT)] for path in inputs)
     files = list(itertools.chain(*found))
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
@@ -146,7 +178,7 @@ def _data(
 
 
 def _concatenate(batches: Sequence[Arrays]) -> Arrays:
-    """Outputs of all batches, examples on axis 0."""
+    """Outputs of all batches, examples on axis 0; on the axis of those that have none, batches."""
     if not batches:
         raise UserError("there is nothing to run", hint="give .npz, .jsonl or image files with --input")
     shapes = {name: {batch[name].shape[1:] for batch in batches} for name in batches[0]}
@@ -156,16 +188,16 @@ def _concatenate(batches: Sequence[Arrays]) -> Arrays:
             f"the inputs give outputs of different shapes: {', '.join(ragged)}",
             hint="run files of one length at a time",
         )
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return {name: np.concatenate([np.atleast_1d(batch[name]) for batch in batches]) for name in batches[0]}
 
 
 def _labels(directory: Path) -> list[str] | None:
-    """Class names by id, from config.json; None where it names none."""
+    """Class names by id, from config.json; None where it names none, or not those from 0 on."""
     config = directory / "config.json"
     if not config.is_file():
         return None
-    try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("id2label")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config} is no complete JSON: {error}", hint="export the model again") from error
-    return [named[str(index)] for index in range(len(named))] if named else None
+    named = parse_object(config, config.read_bytes(), "export the model again").get("id2label")
+    if not isinstance(named, dict) or not named:
+        return None
+    labels = [label for index in range(len(named)) if isinstance(label := named.get(str(index)), str)]
+    return labels if len(labels) == len(named) else None

@@ -1,7 +1,6 @@
 """Inputs drawn at random, where there is no data."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_spec.decoder import POSITIONS, axis_lengths, has_cache
-from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
+from moe_spec.record import parse_object
 from moe_spec.runner import Feeds
 
 RANDOM_SHAPES = ((1, 1, 3), (2, 7, 0), (5, 4, 6))
@@ -77,9 +76,7 @@ class RandomFeeds:
 def _vocabulary(config: Path) -> int:
     if not config.is_file():
         return 2
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config} is no complete JSON: {error}", hint="export the model again") from error
-    size = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
-    return size if isinstance(size, int) and size > 0 else 2
+    values = parse_object(config, config.read_bytes(), "export the model again")
+    text = values.get("text_config")
+    sizes = (values.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), 2)

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import onnx
@@ -8,10 +10,12 @@ import PIL.Image
 import pytest
 
 from moe_spec.errors import UserError
+from moe_spec.manifest import Manifest, TensorSpec
 from runtime.backend import BuildOptions
 from runtime.backends import open_session
 from runtime.build import build
-from runtime.run import run
+from runtime.profiles import ShapeRange, profile_to_json
+from runtime.run import _batch_range, run
 from runtime.targets import find_target
 from tests.runtime import tiny
 
@@ -140,10 +144,79 @@ def test_a_bare_onnx_file_gives_raw_outputs(model, tmp_path):
     assert found.outputs["logits"].shape == (3, 3)
 
 
-def test_labels_that_do_not_fit_the_outputs_name_nothing(model, tmp_path):
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"0": "one", "1": "two"},
+        {"1": "one", "2": "two", "3": "three"},
+        {"0": 7, "1": 8, "2": 9},
+        ["one", "two", "three"],
+    ],
+)
+def test_labels_that_do_not_fit_the_outputs_name_nothing(labels, model, tmp_path):
     np.savez(tmp_path / "a.npz", x=tiny.examples(3))
-    (model / "config.json").write_text(json.dumps({"id2label": {"0": "one", "1": "two"}}))
+    (model / "config.json").write_text(json.dumps({"id2label": labels}))
     assert run(model, [tmp_path / "a.npz"]).classes is None
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (b"[1, 2]", "holds a list, expected a JSON object"),
+        (
+            b'{"id2label": {"0": "caf\xe9"}}',
+            "is no complete JSON: 'utf-8' codec can't decode byte 0xe9 in position 23: invalid continuation byte",
+        ),
+    ],
+)
+def test_a_config_that_is_no_object_or_no_text_is_named(config, what, model, tmp_path):
+    np.savez(tmp_path / "a.npz", x=tiny.examples(3))
+    (model / "config.json").write_bytes(config)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{model}/config.json {what}')}\nhint: export the model again$"):
+        run(model, [tmp_path / "a.npz"])
+
+
+def save_graph(path, text):
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> g {text}'), path)
+    return path
+
+
+def test_an_output_without_axes_has_a_value_for_each_batch(tmp_path):
+    text = "(float[n, 2] x) => (float[n, 2] y, float loss) { y = Relu(x) \n loss = ReduceSum<keepdims = 0>(y) }"
+    np.savez(tmp_path / "a.npz", x=np.ones((5, 2), np.float32))
+    found = run(save_graph(tmp_path / "g.onnx", text), [tmp_path / "a.npz"], batch_size=2)
+    assert (found.outputs["y"].shape, found.outputs["loss"].tolist()) == ((5, 2), [4, 4, 2])
+
+
+def test_an_output_may_have_the_name_of_an_argument_of_numpy(tmp_path):
+    path = save_graph(
+        tmp_path / "g.onnx", "(float[n] x) => (float[n] file, float[n] y) { file = Relu(x) \n y = Neg(x) }"
+    )
+    np.savez(tmp_path / "a.npz", x=np.arange(3, dtype=np.float32))
+    run(path, [tmp_path / "a.npz"], tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as saved:
+        assert {name: saved[name].tolist() for name in saved} == {"file": [0, 1, 2], "y": [0, -1, -2]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_a_model_with_a_fixed_batch_runs_any_number_of_examples(batch_size, tmp_path):
+    types = "(float[4, 2] x) => (float[4, 2] y, float[8] rows) <int64[1] flat = {-1}>"
+    text = f"{types} {{ y = Neg(x) \n rows = Reshape(y, flat) }}"
+    examples = np.arange(12, dtype=np.float32).reshape(6, 2)
+    np.savez(tmp_path / "a.npz", x=examples)
+    found = run(save_graph(tmp_path / "g.onnx", text), [tmp_path / "a.npz"], batch_size=batch_size)
+    np.testing.assert_array_equal(found.outputs["y"], -examples)
+    np.testing.assert_array_equal(found.outputs["rows"], -examples.ravel())
+    assert found.names == tuple(f"{tmp_path}/a.npz[{index}]" for index in range(6))
+
+
+def test_the_profiles_of_an_engine_say_how_many_examples_it_takes(model, tmp_path):
+    inputs = (TensorSpec("x", "float32", ("batch", 8)),)
+    assert _batch_range(model, inputs) == (1, sys.maxsize)
+    profiles = [{"x": ShapeRange((least, 8), (most, 8), (most, 8))} for least, most in ((32, 32), (8, 16))]
+    details = {"profiles": [profile_to_json(profile) for profile in profiles]}
+    dataclasses.replace(Manifest.load(model), details=details).save(model)
+    assert _batch_range(model, inputs) == (8, 32)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +253,12 @@ def test_an_image_for_a_model_without_a_preprocessor_is_refused(model, tmp_path)
 
 
 def test_outputs_of_different_lengths_are_not_mixed(tmp_path):
-    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n, m] x) => (float[n, m] y) { y = Relu(x) }'
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    path = save_graph(tmp_path / "g.onnx", "(float[n, m] x) => (float[n, m] y) { y = Relu(x) }")
     for length in (2, 3):
         np.savez(tmp_path / f"{length}.npz", x=np.zeros((1, length), np.float32))
     message = "the inputs give outputs of different shapes: y\nhint: run files of one length at a time"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        run(tmp_path / "g.onnx", [tmp_path / "2.npz", tmp_path / "3.npz"])
+        run(path, [tmp_path / "2.npz", tmp_path / "3.npz"])
 
 
 def test_outputs_are_checked_before_any_work(model, tmp_path):

@@ -21,10 +21,11 @@ from models.vmoe.assets import fashion_mnist
 from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
-from moe_spec.manifest import Manifest
+from moe_spec.manifest import Manifest, TensorSpec
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.bundle.bundle import bundle
+from runtime.bundle.golden import Case, save_case
 from runtime.bundle.scripts import DEVICE, LIBRARY, PACKAGES
 from runtime.profiles import ShapeRange, parse_profiles
 from runtime.targets import find_target
@@ -238,6 +239,13 @@ def test_raw_files_are_what_the_archives_hold(bundled):
             for name, entry in (case["inputs"] | case["outputs"]).items():
                 assert (bundled / entry["file"]).read_bytes() == arrays[name].tobytes()
                 assert list(arrays[name].shape) == entry["shape"]
+
+
+def test_a_golden_case_holds_arrays_of_any_name(tmp_path):
+    case = Case(2, {"file": np.arange(2)}, {"allow_pickle": np.arange(3)})
+    save_case(0, case, (TensorSpec("allow_pickle", "int64", ("n",)),), tmp_path)
+    with np.load(tmp_path / "golden" / "0.npz") as saved:
+        assert {name: saved[name].tolist() for name in saved} == {"file": [0, 1], "allow_pickle": [0, 1, 2]}
 
 
 def test_build_py_builds_for_a_gpu_that_is_elsewhere(model, tmp_path):

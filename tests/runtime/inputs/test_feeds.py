@@ -75,6 +75,19 @@ def test_a_cut_config_is_named(tmp_path):
         RandomFeeds.of((IDS,), tmp_path)
 
 
+@pytest.mark.parametrize("config", ['{"text_config": null}', '{"text_config": [7]}', '{"vocab_size": "many"}'])
+def test_a_vocabulary_that_is_none_is_none(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert RandomFeeds.of((IDS,), tmp_path).vocabulary == 2
+
+
+def test_a_config_that_is_a_list_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("[7]")
+    message = f"{tmp_path}/config.json holds a list, expected a JSON object\nhint: export the model again"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        RandomFeeds.of((IDS,), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("feeds", "message"),
     [
