@@ -52,7 +52,7 @@ def bench(
     spinning: Spinning = True,
     cache: Cache = None,
     length: Annotated[
-        int, typer.Option(min=1, help="Length of dynamic axes other than the batch, such as tokens.")
+        int, typer.Option(min=1, help="Length of dynamic axes other than the batch, such as tokens; of --data its own.")
     ] = 32,
     past: Annotated[
         int | None, typer.Option(min=0, help="Tokens in a decoder's cache when one more is timed; by default --length.")

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_spec.dataset import Dataset
-from moe_spec.decoder import IDS, complete, has_cache
+from moe_spec.decoder import IDS, PAST, complete, has_cache
 from moe_spec.errors import UserError
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
@@ -139,9 +139,10 @@ def bench(
         warmup: runs before the first that is timed.
         threads: that one operator may use on a CPU; 0 for one a core.
         execution: how ONNX Runtime is to run the models.
-        length: of dynamic axes that do not lead an input, e.g. tokens of a sequence.
+        length: of dynamic axes that do not lead an input, e.g. tokens of a sequence; of ``data`` it is their own.
         past: tokens in the cache of decoders that have one, at a step of decoding; None for ``length``.
-        data: examples to feed; by default random ones (`RandomFeeds`).
+        data: examples to feed; by default random ones (`RandomFeeds`). Memory is measured with random ones, as long as
+            these.
         rivals: what else takes turns with the models, on the same feeds.
         on_progress: told of every turn, not while a run is timed, and of every process that measures memory.
 
@@ -197,6 +198,8 @@ class _Run:
 def _runs(who: Contestant, session: Timed, size: int, length: int, past: int, data: Dataset | None) -> Iterator[_Run]:
     """A run of any model; of a decoder with a cache a prompt, and a token behind one."""
     feeds = _feeds(who, session, size, length, 0, data)
+    if data is not None:
+        length = _length(session, feeds, length)
     tokens = feeds[IDS].size if IDS in feeds else None
     if not has_cache(session.inputs):
         yield _Run(who, functools.partial(session.run, feeds), size, "", length, 0, tokens)
@@ -208,6 +211,21 @@ def _runs(who: Contestant, session: Timed, size: int, length: int, past: int, da
         generation = Generation(session, _feeds(who, session, size, past, 0, None) if past else None, token)
         yield _Run(who, generation.read, size, None, past, 0, None)
     yield _Run(who, generation.write, size, DECODE, 1, past, size)
+
+
+def _length(session: Timed, feeds: Feeds, default: int) -> int:
+    """The longest of the dynamic axes that do not lead an input and are not of a cache; ``default`` without any."""
+    leading = {spec.shape[0] for spec in session.inputs if spec.shape}
+    lengths = [
+        length
+        for spec in session.inputs
+        if spec.name in feeds and not spec.name.startswith(PAST)
+        for dim, length in zip(
+            spec.shape, feeds[spec.name].shape, strict=False
+        )  # what does not fit is refused by a run
+        if isinstance(dim, str) and dim not in leading
+    ]
+    return max(lengths, default=default)
 
 
 def median_latencies(

@@ -153,6 +153,13 @@ def test_data_is_fed_where_it_is_given(model):
     assert len(bench([model], (4,), repeats=1, warmup=0, data=data)) == 1
 
 
+def test_memory_is_measured_at_the_length_of_the_data(model):
+    """A row tells of one shape."""
+    data = Dataset({"x": tiny.examples(2, sequence=9)}, None, "")
+    _, theirs = bench([model], (2,), repeats=1, warmup=0, length=3, data=data, rivals=[Rival(model)])
+    assert theirs.load_ms == 2901.0
+
+
 @pytest.mark.parametrize(
     ("sizes", "data", "message"),
     [
