@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the tokenizer's files beside a model; the one file that needs ``moe-edge[text]``."""
+"""Text to tokens and back, by the tokenizer's files beside a model; this file and `chat` need ``moe-edge[text]``."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,9 @@ class Tokenizer:
         """
         if self.template is None:
             raise UserError(f"{self.where} has no {TEMPLATE}, so the model knows no chat", hint="leave out --chat")
-        text = _render(self.template, [{"role": "user", "content": message}], self.special, self.where)
+        from runtime.text.chat import render
+
+        text = render(self.template, [{"role": "user", "content": message}], self.special, self.where)
         ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -91,20 +93,7 @@ def _template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     found = config.get("chat_template")
+    if isinstance(found, list):  # several by name; the others are for tools and documents
+        named = [row for row in found if isinstance(row, dict) and row.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return found if isinstance(found, str) else None
-
-
-def _render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str], where: Path) -> str:
-    """A template is code of somebody else: it runs in jinja's sandbox."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"the chat template of {where} fails: {error}", hint=_AGAIN) from error
