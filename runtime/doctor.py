@@ -128,7 +128,9 @@ def _extra(name: str, modules: Sequence[str], distributions: Mapping[str, Sequen
                 importlib.import_module(module)
         except ModuleNotFoundError as error:
             missing.append(str(error.name))
-        except (ImportError, OSError, RuntimeError) as error:  # a library of its own is missing or does not fit
+        except (
+            Exception
+        ) as error:  # whatever a package raises that does not fit its libraries, such as numpy's ValueError
             broken.append(f"{module} cannot be imported: {' '.join(str(error).split())}")
         else:
             (distribution, *_) = distributions.get(module, [module])

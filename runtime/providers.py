@@ -92,6 +92,7 @@ class Provider:
         memory: where its tensors lie, as ONNX Runtime calls devices.
         writes_graph: whether ONNX Runtime can write a graph as it optimises it for this provider: not where that
             compiles the graph.
+        sizes_on_cpu: whether ONNX Runtime keeps what computes sizes on the CPU, though the provider has kernels for it.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Provider:
     defaults: Defaults = lambda _threads, _cache: {}
     memory: str = CPU
     writes_graph: bool = False
+    sizes_on_cpu: bool = False
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -110,6 +112,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         CUDA, "CUDAExecutionProvider", "'onnxruntime-gpu[cuda,cudnn]'", None,
         "an NVIDIA GPU with its driver, CUDA, cuDNN", _CUDA_OPTIONS, _cuda, memory="cuda", writes_graph=True,
+        sizes_on_cpu=True,
     ),
     Provider(
         "tensorrt", "TensorrtExecutionProvider", "'onnxruntime-gpu[cuda,cudnn]' tensorrt", None,

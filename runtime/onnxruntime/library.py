@@ -30,6 +30,19 @@ _ERRORS: tuple[type[Exception], ...] = (RuntimeError, *_OWN_ERRORS)
 """ONNX Runtime's errors have no common base; a bound run fails with RuntimeError."""
 _DEVICE_TYPE = "device_type"
 """Which of a plugin's devices is meant: ours to read."""
+_OF_SIZES = frozenset({
+    "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather", "Greater",
+    "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Range",
+    "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Unsqueeze", "Where",
+})  # fmt: skip
+"""What sizes are computed with; graphs with dynamic axes always compute some. A provider with ``sizes_on_cpu`` has
+kernels of all of these. Where one is on the CPU nonetheless, ONNX Runtime put it there because it reads nothing but
+sizes, small constants and the graph's inputs, and a way to the GPU and back takes longer (GetCpuPreferredNodes in its
+source, https://github.com/microsoft/onnxruntime/issues/17930): no weights, and nothing that a layer computed. An op
+without a kernel, which takes others along, is none of these, and is named. Not seen at work: CUDA never ran here."""
+_LET_THEM = (
+    "write another form: moe-edge optimize --form dense; or let run, bench or verify leave them there: --cpu-fallback"
+)
 
 
 def version() -> str:
@@ -136,17 +149,21 @@ def check_placement(
 ) -> None:
     """Say which nodes of ``path`` do not run on ``provider``; ``placed`` are its ops by provider, with their counts.
 
+    What computes sizes may be on the CPU where ONNX Runtime wants it there.
+
     Raises:
         UserError: there are some, and ``cpu_fallback`` does not allow it.
     """
     left = placed.get(CPU, collections.Counter())
+    if provider.sizes_on_cpu:
+        left = collections.Counter({op: count for op, count in left.items() if op not in _OF_SIZES})
     if not left:
         return
     ops = ", ".join(f"{op} {count}" for op, count in sorted(left.items()))
     everything = sum(count for found in placed.values() for count in found.values())
     where = f"{left.total()} of {everything} nodes of {path} run on the CPU, not on {provider.name}: {ops}"
     if not cpu_fallback:
-        raise UserError(where, hint="let them: --cpu-fallback; or write another form: moe-edge optimize --form dense")
+        raise UserError(where, hint=_LET_THEM)
     LOGGER.warning(where)
 
 
@@ -182,7 +199,10 @@ def _choose(provider: Provider, options: Any, given: Mapping[str, str]) -> list[
 
 def _device(provider: Provider, wanted: str | None) -> Any:
     """The first device that a plugin finds, or the first of the type ``wanted``."""
-    plugin = importlib.import_module(str(provider.plugin))
+    try:
+        plugin = importlib.import_module(str(provider.plugin))
+    except Exception as error:  # whatever a package raises that does not fit its libraries
+        raise _not_started(provider, f"{provider.plugin} cannot be imported: {error}") from error
     try:
         if not any(device.ep_name == provider.official for device in ort.get_ep_devices()):
             ort.register_execution_provider_library(provider.official, plugin.get_library_path())

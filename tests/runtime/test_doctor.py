@@ -67,8 +67,9 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch):
     assert extra("report").what == "vl_convert, jinja2 are not installed"
 
 
-def test_a_package_that_breaks_says_why(monkeypatch, tmp_path):
-    (tmp_path / "jinja2.py").write_text("raise OSError('libjinja.so:\\n not found')")
+@pytest.mark.parametrize("kind", ["OSError", "ValueError", "AttributeError"])
+def test_a_package_that_breaks_says_why(kind, monkeypatch, tmp_path):
+    (tmp_path / "jinja2.py").write_text(f"raise {kind}('libjinja.so:\\n not found')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "jinja2", raising=False)
     assert extra("text").what == "jinja2 cannot be imported: libjinja.so: not found"

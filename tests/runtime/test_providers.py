@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,12 +152,37 @@ def test_nodes_that_fall_to_the_cpu_are_refused_or_told(caplog):
     with pytest.raises(UserError) as caught:
         check_placement(Path("a.onnx"), openvino, placed, cpu_fallback=False)
     assert str(caught.value) == (
-        f"{what}\nhint: let them: --cpu-fallback; or write another form: moe-edge optimize --form dense"
+        f"{what}\nhint: write another form: moe-edge optimize --form dense; or let run, bench or verify leave them "
+        "there: --cpu-fallback"
     )
     assert caplog.messages == []
     check_placement(Path("a.onnx"), openvino, placed, cpu_fallback=True)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.WARNING, what)]
     check_placement(Path("a.onnx"), openvino, {"openvino": placed["cpu"]}, cpu_fallback=False)
+
+
+def test_what_computes_sizes_may_stay_on_the_cpu_where_onnx_runtime_wants_it_there(caplog):
+    """Stand-in for what a session on CUDA reports; none ran here."""
+    sizes = collections.Counter({"Gather": 2, "Concat": 1})
+    placed = {"cuda": collections.Counter({"MatMul": 3, "Shape": 1}), "cpu": sizes}
+    check_placement(Path("a.onnx"), find_provider("cuda"), placed, cpu_fallback=False)
+    placed["cpu"] = sizes + collections.Counter({"TopK": 1})
+    with pytest.raises(UserError) as caught:
+        check_placement(Path("a.onnx"), find_provider("cuda"), placed, cpu_fallback=False)
+    assert caught.value.what == "1 of 8 nodes of a.onnx run on the CPU, not on cuda: TopK 1"
+    with pytest.raises(UserError) as caught:  # which may lack a kernel for Gather, so that weights are gathered there
+        check_placement(Path("a.onnx"), find_provider("openvino"), {"cpu": sizes}, cpu_fallback=False)
+    assert caught.value.what == "3 of 3 nodes of a.onnx run on the CPU, not on openvino: Concat 1, Gather 2"
+    assert caplog.messages == []
+
+
+def test_a_plugin_that_cannot_be_imported_says_why(model, monkeypatch, tmp_path):
+    (tmp_path / "onnxruntime_qnn.py").write_text("raise ValueError('numpy.dtype size changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime_qnn", raising=False)
+    assert refusal(model, Execution("qnn")).partition("\n")[0] == (
+        "ONNX Runtime cannot start qnn: onnxruntime_qnn cannot be imported: numpy.dtype size changed"
+    )
 
 
 def test_the_cpu_runs_everything_by_both_of_its_names(model, caplog):
