@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,9 +61,22 @@ def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
         return
     SAID.info(summary)
     if as_json:
-        piece(json.dumps(payload, indent=1, sort_keys=True) + "\n")
+        piece(json.dumps(_finite(payload), indent=1, sort_keys=True, allow_nan=False) + "\n")
     else:
         out.print(summary, markup=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON does not have, which a model may well compute.
+
+    >>> _finite({"loss": float("nan"), "scores": (1.5, float("-inf"))})
+    {'loss': None, 'scores': [1.5, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def piece(text: str) -> None:

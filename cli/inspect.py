@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint, model, engine, bundle, plan, statistics or report.
+"""Say what is in a checkpoint, model, engine, bundle, plan, statistics, fine-tuning or report.
 
 Of a model: its MoE layers, with their number of experts, K (how many of them a token gets), kind of router, and bytes;
 layers that look like MoE and were not recognised, with the reason; and experts that no input can choose.
@@ -22,7 +22,7 @@ from cli.options import AsJson, TrustRemoteCode
 from cli.trust import warn_of_code
 from moe_spec.errors import UserError
 from moe_spec.files import not_there
-from moe_spec.record import Json
+from moe_spec.record import Json, parse_object
 
 if TYPE_CHECKING:
     from graph_passes.record.block import MoEBlock
@@ -162,20 +162,15 @@ def _checkpoint(path: Path, *, trust_remote_code: bool) -> Description:
 
 
 def _json(path: Path) -> Description:
-    import json
-
     by_artifact: Mapping[str, Callable[[Path], Description]] = {
         "bench": _bench,
+        "finetuning": _finetuning,
         "manifest": lambda manifest: _directory(manifest.parent),
         "parity": _parity,
         "plan": _plan,
     }
     known = f"known artifacts: {', '.join(by_artifact)}"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no complete JSON: {error}", hint=known) from error
-    artifact = str(content.get("artifact")) if isinstance(content, dict) else ""
+    artifact = str(parse_object(path, path.read_bytes(), known).get("artifact"))
     if artifact not in by_artifact:
         raise UserError(f"{path} is no artifact of moe-edge", hint=known)
     return by_artifact[artifact](path)
@@ -198,12 +193,24 @@ def _bench(path: Path) -> Description:
     return "\n".join([f"{path}: {report.machine}", *cost(report.rows)]), report.to_json()
 
 
+def _finetuning(path: Path) -> Description:
+    from report.artifacts import load_finetuning
+
+    record = load_finetuning(path)
+    teacher = "" if record.teacher_sha256 is None else f", taught by {record.teacher_sha256[:12]}"
+    lines = [f"{path}: {record.method} fine-tuning of model {record.model_sha256[:12]}{teacher}"]
+    options = {**record.options, **record.recipe}
+    lines += [f"  {name}: {value}" for name, value in options.items() if value is not None]
+    return "\n".join(lines), dataclasses.asdict(record)
+
+
 def _plan(path: Path) -> Description:
     from moe_spec.layer_plan import ROWS
     from moe_spec.plan import PruningPlan
 
     plan = PruningPlan.load(path)
-    lines = [f"{path}: plan by {plan.criterion} for model {plan.model_sha256[:12]}"]
+    by = plan.criterion.removeprefix("by ")  # one is called "by hand"
+    lines = [f"{path}: plan by {by} for model {plan.model_sha256[:12]}"]
     lines += [
         f"  {layer.name}: keeps {len(layer.keep)} of {layer.experts}, K={layer.top_k}"
         f"{'' if layer.router == ROWS else f', router {layer.router}'}: {list(layer.keep)}"

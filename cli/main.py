@@ -1,5 +1,6 @@
 """The ``moe-edge`` command: one verb a file, and errors that end in an exit code."""
 
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -51,6 +52,8 @@ Example: moe-edge plan --help
 """
 
 _INTERRUPTED = "interrupted; nothing half-written is left"
+_OF_PATHS = (errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+"""What a system says of a path that somebody gave."""
 _Misuse: Any = typer.BadParameter.__base__  # click's UsageError, of which typer has its own that it gives no name
 
 
@@ -163,6 +166,8 @@ def _mendable(failure: OSError) -> UserError:
     if isinstance(failure, PermissionError) and failure.filename is not None:
         hint = f"who may read and write it: ls -ld {failure.filename}"
         return UserError(f"{failure.filename}: {failure.strerror}", hint=hint)
+    if failure.errno in _OF_PATHS and failure.filename is not None:
+        return UserError(f"{failure.filename}: {failure.strerror}", hint="check the path, or give another one")
     raise failure
 
 

@@ -15,6 +15,7 @@ Example: moe-edge targets optimized/ --target jetson-orin --memory 8 --maxShapes
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,11 +62,12 @@ def targets(
         return
     from runtime.fit import GIGABYTE
     from runtime.fit import targets as fits_of
-    from runtime.profiles import parse_profile
+    from runtime.profiles import fixed_profile
 
-    profile = parse_profile(None, max_shapes, None)
-    bytes_there = None if memory is None else int(memory * GIGABYTE)
-    rows = fits_of(model, target or [], [] if profile is None else [profile], bytes_there)
+    if memory is not None and not math.isfinite(memory):
+        raise UserError(f"--memory is {memory}, expected a number of GB", hint="leave it out for what the makers say")
+    profiles = [] if max_shapes is None else [fixed_profile("--maxShapes", max_shapes)]
+    rows = fits_of(model, target or [], profiles, None if memory is None else int(memory * GIGABYTE))
     taken = [row.target for row in rows if not row.why_not]
     console.result(
         f"{model}: {len(taken)} of {len(rows)} targets take it; {_needs(rows[0])}",

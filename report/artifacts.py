@@ -166,7 +166,12 @@ def _files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def _finetuning(path: Path) -> Finetuning:
+def load_finetuning(path: Path) -> Finetuning:
+    """What `finetune` wrote beside a checkpoint.
+
+    Raises:
+        UserError: the file is broken, or something else.
+    """
     record = load_record(path, "finetuning", 1, "make it again with `moe-edge finetune`")
     return Finetuning(
         method=record.take("method", str),
@@ -183,7 +188,7 @@ _LOADERS: Mapping[str, Callable[[Path], Any]] = {
     "plan": PruningPlan.load,
     "parity": ParityReport.load,
     "bench": BenchReport.load,
-    "finetuning": _finetuning,
+    "finetuning": load_finetuning,
 }
 """By what stands at ``artifact`` in the file."""
 _STATISTICS, _CHECKPOINT = "statistics", "checkpoint"

@@ -53,8 +53,7 @@ def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None)
     if minimum is None and optimum is None and maximum is None:
         return None
     if optimum is not None and minimum is None and maximum is None:
-        shapes = _parse("--optShapes", optimum)
-        return {name: ShapeRange(shape, shape, shape) for name, shape in shapes.items()}
+        return fixed_profile("--optShapes", optimum)
     missing = [option for option, text in given.items() if text is None]
     if missing:
         raise UserError(
@@ -67,6 +66,18 @@ def parse_profile(minimum: str | None, optimum: str | None, maximum: str | None)
         listing = "; ".join(f"{option} names {', '.join(found)}" for option, found in names.items())
         raise UserError(f"the profile's options name different inputs: {listing}", hint="name the same inputs in each")
     return {name: ShapeRange(*(parsed[option][name] for option in given)) for name in names["--minShapes"]}
+
+
+def fixed_profile(option: str, text: str) -> Profile:
+    """The profile that takes no other shapes than those of ``option``.
+
+    >>> fixed_profile("--maxShapes", "x:64x8")
+    {'x': ShapeRange(min=(64, 8), opt=(64, 8), max=(64, 8))}
+
+    Raises:
+        UserError: bad syntax.
+    """
+    return {name: ShapeRange(shape, shape, shape) for name, shape in _parse(option, text).items()}
 
 
 def parse_profiles(

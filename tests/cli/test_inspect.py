@@ -11,6 +11,7 @@ from moe_spec.identity import checkpoint_sha256, onnx_sha256
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
+from moe_spec.record import save_record
 from moe_spec.statistics import KEYS, LayerStatistics, Statistics
 from runtime.backend import BuildOptions
 from runtime.bench import BenchRow
@@ -112,7 +113,7 @@ def test_a_plan(made):
     text, payload = described(made / "plan.json")
     identity = onnx_sha256(made / "block.onnx")
     assert text == (
-        f"{made / 'plan.json'}: plan by by hand for model {identity[:12]}\n  {NAME}: keeps 3 of 8, K=2: [0, 2, 5]\n"
+        f"{made / 'plan.json'}: plan by hand for model {identity[:12]}\n  {NAME}: keeps 3 of 8, K=2: [0, 2, 5]\n"
     )
     assert payload["layers"][0]["keep"] == list(KEEP)
 
@@ -149,6 +150,38 @@ def test_a_report_of_cost(tmp_path):
     )
 
 
+def test_a_fine_tuning(tmp_path):
+    record = {
+        "method": "seer", "model_sha256": "m" * 64, "data_sha256": "d" * 64, "teacher_sha256": None, "losses": [1.5],
+        "options": {"top_k": 1}, "recipe": {"steps": 60, "warmup": None},
+    }  # fmt: skip
+    save_record(tmp_path / "finetuning.json", "finetuning", 1, record)
+    text, payload = described(tmp_path / "finetuning.json")
+    assert text == f"{tmp_path / 'finetuning.json'}: seer fine-tuning of model mmmmmmmmmmmm\n  top_k: 1\n  steps: 60\n"
+    assert payload["recipe"] == record["recipe"]
+
+
+def test_brackets_without_end_are_an_error(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    code, out, err = invoke("inspect", tmp_path / "deep.json")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / 'deep.json'} is no complete JSON: ")
+    assert err.endswith(f"\nhint: {KNOWN}\n")
+
+
+def test_a_name_that_no_disk_takes_is_an_error():
+    code, _, err = invoke("inspect", "n" * 300)
+    assert (code, err.startswith("error: nnn")) == (1, True)
+
+
+def test_what_is_no_number_is_null_for_machines(tmp_path):
+    row = BenchRow("small", 8, "", 1.25, 1.5, 2.0, 6400.0, None, 3.0, 1 << 20, 12345)
+    BenchReport((row,), {}, "a machine").save(tmp_path / "bench.json")
+    text = (tmp_path / "bench.json").read_text()
+    (tmp_path / "bench.json").write_text(text.replace("6400.0", "NaN"))
+    assert described(tmp_path / "bench.json")[1]["rows"][0]["examples_per_second"] is None
+
+
 def test_statistics(tmp_path):
     path = tmp_path / "statistics.safetensors"
     sums = {key: np.array([3.0, 1.0, 0.0, 4.0]) for key, row in KEYS.items() if row.axes == "E"}
@@ -183,7 +216,7 @@ def test_refusals_are_shown(tmp_path):
     assert payload["unrecognised"][0]["refusals"][0]["form"] == "experts"
 
 
-KNOWN = "known artifacts: bench, manifest, parity, plan"
+KNOWN = "known artifacts: bench, finetuning, manifest, parity, plan"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +235,13 @@ KNOWN = "known artifacts: bench, manifest, parity, plan"
             "known: a directory, *.onnx, *.json, *.safetensors",
         ),
         ("config.json", b'{"model_type": "mixtral"}', "is no artifact of moe-edge", KNOWN),
-        ("list.json", b"[1, 2]", "is no artifact of moe-edge", KNOWN),
+        ("list.json", b"[1, 2]", "holds a list, expected a JSON object", KNOWN),
+        (
+            "latin.json",
+            b'{"artifact": "\xe9"}',
+            "is no complete JSON: 'utf-8' codec can't decode byte 0xe9 in position 14: invalid continuation byte",
+            KNOWN,
+        ),
         ("odd.json", b'{"artifact": ["plan"]}', "is no artifact of moe-edge", KNOWN),
         (
             "cut.json",

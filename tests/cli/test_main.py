@@ -64,6 +64,26 @@ def test_a_file_that_may_not_be_read_is_an_error(failing):
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENAMETOOLONG, "File name too long"),
+        (errno.EISDIR, "Is a directory"),
+        (errno.ENOTDIR, "Not a directory"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_the_system_says_of_a_path_is_an_error(number, said, failing):
+    assert failing(OSError(number, said, "a/b")) == (
+        1,
+        "",
+        f"error: a/b: {said}\nhint: check the path, or give another one\n",
+    )
+    with pytest.raises(OSError, match=said):
+        failing(OSError(number, said))  # of no path
+
+
 def test_what_is_no_mistake_of_the_user_is_not_hidden(failing):
     with pytest.raises(OSError, match="out of luck"):
         failing(OSError("out of luck"))

@@ -79,3 +79,18 @@ def test_what_is_asked_of_a_model_needs_one(option, value):
         "",
         f"error: {option} is about a model, but there is none\nhint: moe-edge targets MODEL {option} ...\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--maxShapes=x:1x",),
+            "--maxShapes=x:1x: cannot read 'x:1x'\nhint: give NAME:DIMxDIM,... as trtexec does, e.g. "
+            "--minShapes=x:1x3x8,y:1",
+        ),
+        (("--memory", "inf"), "--memory is inf, expected a number of GB\nhint: leave it out for what the makers say"),
+    ],
+)
+def test_what_cannot_be_read_is_named_as_it_was_given(arguments, message, model):
+    assert invoke("targets", model, *arguments) == (1, "", f"error: {message}\n")
