@@ -5,10 +5,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install tools demo screenshot test check format clean
+.PHONY: help venv install tools demo screenshot test check format clean
 
 help:  ## say what can be made
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-12s%s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/pip-works  ## an empty .venv, for what is to be there before the rest: torch without CUDA
 
 install: $(VENV)/installed  ## the command moe-edge, with all that it can do, into .venv
 
