@@ -1,8 +1,8 @@
-"""What Python users build on: one plain function a verb, modules that say what they are, imports that stay light."""
+"""What Python users build on: plain functions for every verb, modules that say what they are, imports that stay light."""
 
 import ast
-import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from docs.generate.python_api import COMMAND_LINE_ONLY, FUNCTIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cli", "pruning", "exporter", "graph_passes", "runtime", "report", "models", "moe_spec", "benchmarks")
+BY_PYTHON = [verb for verb in VERBS if verb not in COMMAND_LINE_ONLY]
 
 HEAVY = (
     *("torch", "transformers", "scipy", "sklearn", "onnx", "onnx_graphsurgeon", "onnxruntime", "tensorrt_rtx"),
@@ -33,18 +34,44 @@ def test_every_verb_has_its_row():
     assert tuple(FUNCTIONS) == VERBS
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_is_a_plain_documented_function(verb):
-    function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
+@pytest.mark.parametrize("name", [name for names in FUNCTIONS.values() for name in names])
+def test_a_verb_is_plain_documented_functions(name):
+    function = pkgutil.resolve_name(name)
     assert inspect.isfunction(function)
+    assert f"{function.__module__}.{function.__name__}" == name
     assert inspect.getdoc(function)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in COMMAND_LINE_ONLY])
-def test_the_function_of_a_verb_says_what_it_raises_and_knows_no_command_line(verb):
-    function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
+@pytest.mark.parametrize("name", [name for verb in BY_PYTHON for name in FUNCTIONS[verb]])
+def test_the_functions_of_a_verb_say_what_they_raise_and_know_no_command_line(name):
+    function = pkgutil.resolve_name(name)
     assert "Raises:" in (inspect.getdoc(function) or "")
     assert not [name for name, kind in inspect.get_annotations(function).items() if "typer" in repr(kind)]
+
+
+@pytest.mark.parametrize("verb", BY_PYTHON)
+def test_a_verb_calls_the_functions_of_its_row(verb):
+    """As far as its imports tell: what is of its name and imported stands in its row, and all of the row is imported."""
+    named = names_in(ROOT / "cli" / f"{verb}.py")
+    assert set(FUNCTIONS[verb]) <= named
+    assert {name for name in named if name.endswith(f".{verb}")} <= set(FUNCTIONS[verb])
+
+
+def names_in(path: Path) -> set[str]:
+    """Full names of what a module imports from others, and of what it takes of modules."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    taken = {
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    return {*imported.values(), *(f"{imported[name]}.{part}" for name, part in taken if name in imported)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

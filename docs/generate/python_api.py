@@ -5,34 +5,39 @@ import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-FUNCTIONS: Mapping[str, str] = {
-    "inspect": "cli.inspect",
-    "families": "models.support",
-    "targets": "runtime.fit",
-    "doctor": "runtime.doctor",
-    "upcycle": "models.upcycle",
-    "calibrate": "pruning.calibrate",
-    "merge": "moe_spec.statistics",
-    "plan": "pruning.plan",
-    "prune": "pruning.prune",
-    "finetune": "pruning.finetuning.finetune",
-    "export": "exporter.export",
-    "optimize": "graph_passes.optimize",
-    "build": "runtime.build",
-    "bundle": "runtime.bundle.bundle",
-    "verify": "runtime.verify",
-    "bench": "runtime.bench",
-    "run": "runtime.run",
-    "report": "report.report",
-    "demo": "cli.demo",
+FUNCTIONS: Mapping[str, Sequence[str]] = {
+    "inspect": ("cli.inspect.inspect",),
+    "families": ("models.support.families",),
+    "targets": ("runtime.fit.targets",),
+    "doctor": ("runtime.doctor.doctor",),
+    "upcycle": ("models.upcycle.upcycle",),
+    "calibrate": ("pruning.calibrate.calibrate", "graph_passes.calibrate.calibrate"),
+    "merge": ("moe_spec.statistics.merge",),
+    "plan": ("pruning.plan.plan", "pruning.plan_on_data.plan_on_data", "pruning.by_hand.plan_by_hand"),
+    "prune": ("pruning.prune.prune",),
+    "finetune": ("pruning.finetuning.finetune.finetune",),
+    "export": ("exporter.export.export",),
+    "optimize": ("graph_passes.optimize.optimize",),
+    "build": ("runtime.build.build",),
+    "bundle": ("runtime.bundle.bundle.bundle",),
+    "verify": ("cli.judge.judge",),
+    "bench": ("runtime.bench.bench",),
+    "run": ("runtime.run.run", "runtime.text.answer.answer"),
+    "report": ("report.report.report",),
+    "demo": ("cli.demo.demo",),
 }
-"""The module in which each verb is a plain function of the same name."""
+"""The plain functions that each verb calls: one, or one for each kind of what it may be given."""
 
 COMMAND_LINE_ONLY = ("inspect", "demo")
 """They put together what several packages offer."""
 
 TAKEN: Mapping[str, Sequence[str]] = {
-    "Plans": ("pruning.options.PlanOptions", "pruning.plan_on_data.plan_on_data", "pruning.plan_on_data.DataOptions"),
+    "Plans": (
+        "pruning.options.PlanOptions",
+        "pruning.plan_on_data.DataOptions",
+        "pruning.by_hand.parse_experts",
+        "pruning.layers.of_checkpoint",
+    ),
     "Data": ("moe_spec.dataset.Dataset", "moe_spec.dataset.load_dataset"),
     "Fine-tuning": ("pruning.finetuning.finetune.Finetuning",),
     "Running": ("moe_spec.runner.Runner", "runtime.onnxruntime.backend.OnnxRuntimeRunner"),
@@ -66,10 +71,10 @@ def functions_page() -> str:
     """Every verb as a function, and what they take."""
     parts = [
         "# Python API",
-        "Every verb is a plain function: paths and options in, an artifact out. None prints, none exits; what a user "
-        "can mend is a `UserError`.",
+        "Every verb is a plain function, or one for each kind of what it is given, such as a checkpoint and an ONNX "
+        "model: paths and options in, an artifact out. None prints, none exits; what a user can mend is a `UserError`.",
         "## Verbs",
-        *(_directive(f"{FUNCTIONS[verb]}.{verb}") for verb in FUNCTIONS if verb not in COMMAND_LINE_ONLY),
+        *(_directive(name) for verb in FUNCTIONS if verb not in COMMAND_LINE_ONLY for name in FUNCTIONS[verb]),
     ]
     for title, names in TAKEN.items():
         parts += [f"## {title}", *map(_directive, names)]
