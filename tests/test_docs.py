@@ -10,7 +10,7 @@ from mkdocs.config import load_config
 
 from docs.generate import repository
 from docs.generate.hooks import GENERATED
-from tests.markdown import read_blocks, run_markdown
+from tests.markdown import read_blocks, run_markdown, unfounded
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,6 +39,12 @@ def test_a_block_that_is_not_run_says_why():
     reasons = [block for block in left_alone if not _MAKE.fullmatch(block.text)]
     assert reasons
     assert [block.where for block in reasons if not block.text.startswith("# Not run ")] == []
+
+
+def test_what_is_shown_was_printed_or_says_why_nobody_looked():
+    measured = ROOT / "benchmarks"  # each document of it is what one command printed
+    shown = [path for path in FILES if not path.is_relative_to(measured)]
+    assert [where for path in shown for where in unfounded(path)] == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text()], ids=lambda page: page.stem)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.tasks.corpus import DOMAINS
 from benchmarks.tasks.sources import SMOLLM2, fetch
 from moe_spec.errors import UserError
-from tests.markdown import UntrueError, read_blocks, run_markdown
+from tests.markdown import UntrueError, is_abridged, read_blocks, run_markdown, unfounded
 
 FOLDER = Path(__file__).parents[1] / "samples"
 SAMPLES = sorted(FOLDER.glob("*/README.md"))
@@ -68,6 +68,7 @@ def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path, new_
         ("```bash\nfalse\ntrue\n```\n", "{path}:1 ended with 1:\n"),
         ("```bash exit=1\ntrue\n```\n", "{path}:1 ended with 0:\n"),
         ("```bash\necho a 1\n```\n\n```text\na b\n```\n", "{path}:5 is not what was printed:\na 1\n"),
+        ("```bash\necho keeps 3 of 8\n```\n```text\nkeeps 4 of 8\n```\n", "{path}:4 is not what was printed:\nkeeps 3 of 8\n"),
         ("```bash\ntouch a b\n```\n```files\nb\n```\n", "{path}:4 leaves out ['a']"),
         ("```bash\ntouch a\n```\n```files\n*\nb/*\n```\n", "{path}:4 declares what is not there: ['b/*']"),
     ],
@@ -78,3 +79,37 @@ def test_what_a_file_says_wrongly_is_named(markdown, reason, tmp_path):
     directory.mkdir()
     with pytest.raises(UntrueError, match=f"^{re.escape(reason.format(path=path))}$"):
         run_markdown(path, directory)
+
+
+PRINTED = "PASS: 1000 examples of task data, float32, 0 flips, accuracy 92.8% (reference 92.8%)"
+
+
+@pytest.mark.parametrize(
+    ("said", "so"),
+    [
+        ("PASS: 1000 examples of task data, float32, 4 flips, accuracy 92.6% (reference 93.0%)", True),
+        ("PASS: 1000 examples of task data, float32, 900 flips, accuracy 92.8% (reference 92.8%)", False),
+        ("PASS: 1000 examples of task data, float32, 0 flips, accuracy 10.0% (reference 92.8%)", False),
+        ("PASS: 1000 examples of task data, float32, 0 flips, accuracy 92.8% (reference 10.0%)", False),
+        ("PASS: 1000 examples of task data, float16, 0 flips, accuracy 92.8% (reference 92.8%)", False),
+        ("PASS: 500 examples of task data, float32, 0 flips, accuracy 92.8% (reference 92.8%)", False),
+    ],
+)
+def test_numbers_have_to_be_as_near_as_their_words_say(said, so):
+    assert is_abridged(said, PRINTED) == so
+
+
+@pytest.mark.parametrize(
+    ("markdown", "lines"),
+    [
+        ("```bash\necho\n```\n\n```text\na\n```\n", []),
+        ("```bash norun\necho\n```\n\n```text\na\n```\n", [5]),
+        ("```bash norun\necho\n```\n\n```text unchecked:\na\n```\n", [5]),
+        ("```bash norun\necho\n```\n\n```text unchecked: it takes a GPU\na\n```\n", []),
+        ("```text\na\n```\n```text\nb\n```\n", [1, 4]),
+    ],
+)
+def test_what_nothing_printed_is_named(markdown, lines, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(markdown)
+    assert unfounded(path) == [f"{path}:{line}" for line in lines]

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shlex
@@ -31,6 +32,8 @@ from runtime.bench_report import BenchReport
 from runtime.run import run
 from runtime.verification.report import ParityReport
 from tests.cli.helpers import INTERRUPTIBLE, invoke, leftovers
+from tests.markdown import is_abridged, read_blocks
+from tests.test_readme import README
 
 TEST_IMAGES = fashion_mnist() / "test.npz"
 STEPS = [
@@ -206,6 +209,18 @@ def test_the_table_fits_a_terminal_of_80_columns(demo):
     lines = [line.split()[-8:] for line in out.getvalue().splitlines() if line.startswith(("torch", "ONNX,"))]
     assert [line[:3] for line in lines] == [[str(row.experts), f"{row.accuracy:.1%}", row.parity] for row in rows]
     assert "…" not in out.getvalue()
+
+
+def test_readme_shows_what_a_demo_prints(demo):
+    """But for engines, of which here are none, and for what times are."""
+    root, rows = demo
+    (shown,) = [block.text for block in read_blocks(README) if "V-MoE on Fashion-MNIST" in block.text]
+    table, verdict = shown.rstrip().rsplit("\n", 1)
+    out = io.StringIO()
+    built = [dataclasses.replace(row, engine_bytes=row.onnx_bytes) for row in rows]
+    Console(file=out, width=80).print(_table(built))
+    assert is_abridged(table, out.getvalue())
+    assert verdict.startswith(json.loads((root / "demo.json").read_text())["verdict"]["headline"])
 
 
 def test_an_output_that_exists_is_left_as_it_is(tmp_path):
