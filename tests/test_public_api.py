@@ -1,4 +1,4 @@
-"""What Python users build on: plain functions for every verb, modules that say what they are, imports that stay light."""
+"""What Python users build on: plain functions for verbs, modules that say what they are, imports that stay light."""
 
 import ast
 import inspect
@@ -51,7 +51,7 @@ def test_the_functions_of_a_verb_say_what_they_raise_and_know_no_command_line(na
 
 @pytest.mark.parametrize("verb", BY_PYTHON)
 def test_a_verb_calls_the_functions_of_its_row(verb):
-    """As far as its imports tell: what is of its name and imported stands in its row, and all of the row is imported."""
+    """As far as imports tell: what it imports of its own name stands in its row, and all of the row is imported."""
     named = names_in(ROOT / "cli" / f"{verb}.py")
     assert set(FUNCTIONS[verb]) <= named
     assert {name for name in named if name.endswith(f".{verb}")} <= set(FUNCTIONS[verb])

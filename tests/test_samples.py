@@ -68,7 +68,7 @@ def test_a_sample_runs_and_prints_and_leaves_what_it_says(readme, tmp_path, new_
         ("```bash\nfalse\ntrue\n```\n", "{path}:1 ended with 1:\n"),
         ("```bash exit=1\ntrue\n```\n", "{path}:1 ended with 0:\n"),
         ("```bash\necho a 1\n```\n\n```text\na b\n```\n", "{path}:5 is not what was printed:\na 1\n"),
-        ("```bash\necho keeps 3 of 8\n```\n```text\nkeeps 4 of 8\n```\n", "{path}:4 is not what was printed:\nkeeps 3 of 8\n"),
+        ("```bash\necho K=3\n```\n```text\nK=4\n```\n", "{path}:4 is not what was printed:\nK=3\n"),
         ("```bash\ntouch a b\n```\n```files\nb\n```\n", "{path}:4 leaves out ['a']"),
         ("```bash\ntouch a\n```\n```files\n*\nb/*\n```\n", "{path}:4 declares what is not there: ['b/*']"),
     ],
