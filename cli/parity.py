@@ -1,10 +1,8 @@
 """What reports of parity and of cost say to people."""
 
-import math
 from collections.abc import Sequence
 
 from cli import console
-from moe_spec.decoder import PRESENT
 from runtime.bench import BenchRow
 from runtime.verification.report import LayerParity, OutputParity, ParityReport
 
@@ -17,7 +15,7 @@ def summary(report: ParityReport) -> str:
     if report.accuracy is not None:
         summary += f", accuracy {report.accuracy.candidate:.1%} (reference {report.accuracy.reference:.1%})"
     layers = [_layer(layer) for layer in report.layers or ()]
-    outputs = [_output(output) for output in _worst_of_cache(report.outputs)]
+    outputs = [_output(output) for output in report.telling_outputs]
     notes = [f"  note: {note}" for note in report.notes]
     return "\n".join([summary, *layers, *outputs, *_interval(report), *_greedy(report), *cost(report.cost), *notes])
 
@@ -44,20 +42,7 @@ def _interval(report: ParityReport) -> list[str]:
 
 
 def _greedy(report: ParityReport) -> list[str]:
-    greedy = report.greedy
-    if greedy is None:
-        return []
-    return [
-        f"  greedy: {greedy.mean:.1f} of {greedy.tokens} tokens are the same on average, at least {greedy.shortest}, "
-        f"behind {greedy.prompts} prompts"
-    ]
-
-
-def _worst_of_cache(outputs: Sequence[OutputParity]) -> list[OutputParity]:
-    """A cache is an output for each tensor of each layer: one of them is shown."""
-    kept = [output for output in outputs if output.name.startswith(PRESENT)]
-    shown = [output for output in outputs if output not in kept]
-    return shown + sorted(kept, key=lambda output: math.inf if output.max_rel is None else output.max_rel)[-1:]
+    return [] if report.greedy is None else [f"  greedy: {report.greedy.says}"]
 
 
 def _layer(layer: LayerParity) -> str:

@@ -35,6 +35,16 @@ class GreedyParity:
     mean: float
     shortest: int
 
+    @property
+    def says(self) -> str:
+        """In words.
+
+        >>> GreedyParity(prompts=1, tokens=16, mean=12.5, shortest=9).says
+        '12.5 of 16 tokens are the same on average, at least 9, behind 1 prompt'
+        """
+        same = f"{self.mean:.1f} of {self.tokens} tokens are the same on average, at least {self.shortest}"
+        return f"{same}, behind {self.prompts} prompt{'s' * (self.prompts != 1)}"
+
 
 def compare_greedy(
     reference: Session,

@@ -1,9 +1,11 @@
 """parity.json: what `verify` measured and what it made of it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_spec.decoder import PRESENT
 from moe_spec.record import Json, load_record, save_record
 from runtime.bench import BenchRow
 from runtime.text.greedy import GreedyParity
@@ -115,7 +117,7 @@ class ParityReport:
         reasons: why not; empty when it passed.
         first_wrong_layer: the lowest layer that went wrong, when it failed: that of ``fault`` where one was found, else
             the lowest whose routing differs by more than rounding.
-        candidate_sha256: hash of the candidate's manifest.json; of a checkpoint, which has none, that of the model.
+        candidate_sha256: hash of the candidate's manifest.json; of a checkpoint or a lone .onnx file, its identity.
         reference_sha256: likewise, of the reference.
         data: what was fed, in words.
         data_sha256: hash of the task data; None for random feeds.
@@ -155,6 +157,13 @@ class ParityReport:
     def flips(self) -> int | None:
         """Flips in all layers; None where they could not be seen."""
         return None if self.layers is None else sum(layer.flips for layer in self.layers)
+
+    @property
+    def telling_outputs(self) -> tuple[OutputParity, ...]:
+        """What people look at: a cache is an output for each tensor of each layer, and the worst stands for all."""
+        kept = [output for output in self.outputs if output.name.startswith(PRESENT)]
+        worst = sorted(kept, key=lambda output: math.inf if output.max_rel is None else output.max_rel)[-1:]
+        return (*(output for output in self.outputs if output not in kept), *worst)
 
     def with_fault(self, fault: Fault) -> "ParityReport":
         """The report, and where the fault is that it tells of."""
