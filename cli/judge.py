@@ -11,11 +11,13 @@ from cli.sides import Opened, forced_model, graph_of, sides_of
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError, VerificationError
 from moe_spec.files import sha256_file
+from moe_spec.identity import is_onnx, onnx_sha256
 from moe_spec.manifest import FILE_NAME
 from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from runtime.bench import BenchRow, bench
 from runtime.execution import BY_DEFAULT, Execution
+from runtime.model_dir import model_file
 from runtime.verification.bisect import find_fault
 from runtime.verification.cut_run import CutPair
 from runtime.verification.report import ParityReport
@@ -91,9 +93,11 @@ def judge(
 
 
 def _sha256(model: Path, of_copy: str) -> str:
-    """Of the manifest of ``model`` itself, where it has one, not of the copy that ran."""
+    """What ``model`` itself is called by what is made from it, not the copy that ran."""
     manifest = model / FILE_NAME
-    return sha256_file(manifest) if manifest.is_file() else of_copy
+    if manifest.is_file():
+        return sha256_file(manifest)
+    return onnx_sha256(model_file(model)) if is_onnx(model) else of_copy
 
 
 def _cost(
