@@ -10,7 +10,7 @@ from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import checkpoint_sha256, is_checkpoint
 from moe_spec.manifest import FILE_NAME, Manifest
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import PLAN, PruningPlan
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.record import load_record
 from moe_spec.statistics import Statistics, holds_statistics
@@ -95,17 +95,31 @@ class Artifacts:
         return {found.sha256: records[found.path] for found in self.checkpoints if found.path in records}
 
     @property
+    def plans_within(self) -> Mapping[str, Found[PruningPlan]]:
+        """The plans that checkpoints came of, each in the directory of its own, by the identities of these.
+
+        A plan that is *for* the checkpoint that it lies in says nothing of where that came from.
+        """
+        return {
+            found.sha256: plan
+            for found in self.checkpoints
+            for plan in self.plans
+            if plan.path.rpartition("/")[2] == PLAN
+            and folder_of(plan.path) == found.path
+            and plan.value.model_sha256 != found.sha256
+        }
+
+    @property
     def pruned(self) -> Mapping[str, PruningPlan]:
         """The plans of checkpoints that `prune` wrote, by the identity of these."""
-        plans = {folder_of(found.path): found.value for found in self.plans}
-        there = {found.sha256: plans[found.path] for found in self.checkpoints if found.path in plans}
-        return {sha256: plan for sha256, plan in there.items() if sha256 not in self.trained}
+        return {sha256: plan.value for sha256, plan in self.plans_within.items() if sha256 not in self.trained}
 
     @property
     def own_plans(self) -> tuple[Found[PruningPlan], ...]:
         """Without the copies that `prune` puts into its checkpoints."""
-        copies = {found.path for found in self.checkpoints if found.sha256 in self.pruned}
-        return tuple(found for found in self.plans if folder_of(found.path) not in copies)
+        within = self.plans_within
+        copies = {within[sha256].path for sha256 in self.pruned}
+        return tuple(found for found in self.plans if found.path not in copies)
 
 
 def folder_of(path: str) -> str:
@@ -132,8 +146,8 @@ def collect(directory: Path, name: str = "", on_progress: Progress = silent) -> 
             f"{directory} {found}, expected a directory with artifacts", hint="moe-edge demo -o demo-output"
         )
     finds: dict[str, list[Found[Any]]] = {kind: [] for kind in (*_LOADERS, _STATISTICS, _CHECKPOINT)}
-    problems = []
-    paths = list(_files(directory))
+    problems: list[tuple[str, str]] = []
+    paths = list(_files(directory, problems))
     for path in counted(paths, "reading artifacts", len(paths), on_progress):
         where = path.relative_to(directory).as_posix()
         try:
@@ -157,8 +171,13 @@ def collect(directory: Path, name: str = "", on_progress: Progress = silent) -> 
     )
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(directory):
+def _files(directory: Path, problems: list[tuple[str, str]]) -> Iterator[Path]:
+    """All but what is hidden; folders that cannot be looked into are added to ``problems``."""
+
+    def note(error: OSError) -> None:
+        problems.append((Path(error.filename).relative_to(directory).as_posix(), str(error.strerror)))
+
+    for root, folders, names in os.walk(directory, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
