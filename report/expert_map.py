@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.plan import PruningPlan
 from report.artifacts import Artifacts, folder_of
+from report.lineage import drops
 from report.variants import Variant
 from runtime.verification.report import LayerParity
 
@@ -109,7 +110,7 @@ def expert_maps(artifacts: Artifacts, variants: Sequence[Variant]) -> tuple[Expe
             layers=tuple(_layers(plan, artifacts, variants)),
         )
         for label, plan in _plans(artifacts, variants)
-        if any(len(layer.keep) < layer.experts for layer in plan.layers)
+        if drops(plan)
     ]
     return tuple(sorted(maps, key=lambda found: -found.kept))
 

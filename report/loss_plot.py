@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from report.charts import POINT, SAYS, SILENT, Spec, both
 from report.variants import Variant, distinct
-from report.verdict import COSTS, FAILS, SHIP, Verdict, is_pruned
+from report.verdict import COSTS, FAILS, SHIP, Verdict, kind_of, loss_of
 from report.words import number, percent, plural, points, size
 
 _MOST = 12
@@ -17,9 +17,14 @@ _COLOURS = ("var(--green)", "var(--orange)", "var(--vermillion)")
 _SHAPES = ("circle", "cross", "triangle-up")
 
 
-def loss_plot(variants: Sequence[Variant], verdict: Verdict) -> Markup | None:
-    """Points of accuracy lost, a row for each pruned variant; None where no loss is known."""
-    rows = _rows(variants, verdict)
+def loss_plot(variants: Sequence[Variant], verdict: Verdict) -> tuple[Markup, str] | None:
+    """Points of accuracy lost, a row for each pruned or rounded variant, and what there is to say of it.
+
+    None where no loss is known.
+    """
+    judged = _judged(variants, verdict)
+    shown = [variant for variant in judged if variant.label == verdict.chosen or variant in judged[-_MOST:]]
+    rows = [_row(variant, loss, verdict) for variant in shown if (loss := loss_of(variant, variants)) is not None]
     if not rows:
         return None
     allowed = 100 * verdict.max_loss
@@ -75,27 +80,34 @@ def loss_plot(variants: Sequence[Variant], verdict: Verdict) -> Markup | None:
             },
         ],
     }
-    return both(spec, f"Points of accuracy lost by each pruned variant, {limit}", wide=300, narrow=180)
+    kind = kind_of(judged)
+    caption = (
+        f"Points of accuracy that each {kind} variant loses, smallest last. The shaded part is what may be lost; lines "
+        "are 95\N{NO-BREAK SPACE}% intervals."
+    )
+    if len(shown) < len(judged):
+        caption += f" {len(judged) - len(shown)} larger ones are left out: the table below has them."
+    chart = both(spec, f"Points of accuracy lost by each {kind} variant, {limit}", wide=300, narrow=180)
+    return chart, caption
 
 
-def _rows(variants: Sequence[Variant], verdict: Verdict) -> list[dict[str, Any]]:
-    """Largest first."""
-    baseline = verdict.baseline
-    rows: list[dict[str, Any]] = []
-    for variant in sorted(distinct(variants), key=lambda variant: -variant.rank[0]):
-        accuracy, state = variant.accuracy, verdict.decisions[variant.label]
-        if accuracy is None or baseline is None or state not in _STATES or not is_pruned(variant, variants):
-            continue
-        loss = baseline.value - accuracy.value
-        rows.append(
-            {
-                "name": f"{variant.label}, {size(variant.file_bytes)}",
-                "loss": 100 * loss,
-                "low": 100 * (baseline.value - accuracy.high),
-                "high": 100 * (baseline.value - accuracy.low),
-                "state": _STATES[state],
-                "says": f"{variant.label}: {points(-loss)} points, {percent(accuracy.value)} of "
-                f"{plural(accuracy.examples, 'example')}, {size(variant.file_bytes)}: {_STATES[state]}",
-            }
-        )
-    return rows[:_MOST]
+def _judged(variants: Sequence[Variant], verdict: Verdict) -> list[Variant]:
+    """Those of which the loss is known, largest first."""
+    first = sorted(variants, key=lambda variant: variant.label != verdict.chosen)  # stands for its other forms
+    known = [variant for variant in distinct(first) if verdict.decisions[variant.label] in _STATES]
+    known = [variant for variant in known if not variant.unpruned and loss_of(variant, variants) is not None]
+    return sorted(known, key=lambda variant: -variant.rank[0])
+
+
+def _row(variant: Variant, loss: float, verdict: Verdict) -> dict[str, Any]:
+    accuracy, state = variant.accuracy, _STATES[verdict.decisions[variant.label]]
+    assert accuracy is not None
+    return {
+        "name": f"{variant.label}, {size(variant.file_bytes)}",
+        "loss": 100 * loss,
+        "low": 100 * (loss - (accuracy.high - accuracy.value)),
+        "high": 100 * (loss + (accuracy.value - accuracy.low)),
+        "state": state,
+        "says": f"{variant.label}: {points(-loss)} points, {percent(accuracy.value)} of "
+        f"{plural(accuracy.examples, 'example')}, {size(variant.file_bytes)}: {state}",
+    }

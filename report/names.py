@@ -6,6 +6,7 @@ from typing import Any
 from moe_spec.plan import PruningPlan
 from report.artifacts import Artifacts, Found, folder_of
 from report.variants import EXPORTED
+from report.words import short
 
 DATA, CHECKPOINT, MODEL = "DATA", "CHECKPOINT", "MODEL"
 _LETTERS = 8
@@ -84,3 +85,9 @@ def _graphs(artifacts: Artifacts) -> Iterator[str]:
     yield from (model.value.parent_sha256 for model in artifacts.models if model.value.kind != EXPORTED)
     for report in (found.value for found in artifacts.parities):
         yield from (report.candidate_sha256, report.reference_sha256)
+
+
+def called(artifacts: Artifacts, sha256: str) -> str:
+    """What a page calls a model or checkpoint: its path, or the beginning of its hash where it is not in the run."""
+    finds: tuple[Found[Any], ...] = (*artifacts.checkpoints, *artifacts.models)
+    return next((found.path for found in finds if found.sha256 == sha256), short(sha256))

@@ -4,14 +4,13 @@ import base64
 import hashlib
 import importlib.metadata
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from moe_spec.decoder import PRESENT
 from moe_spec.errors import UserError
 from report import plots, words
 from report.artifacts import Artifacts, Found
@@ -19,15 +18,16 @@ from report.chain import Node, chain
 from report.commands import commands, missing
 from report.expert_map import MOST_CELLS, ExpertMap, LayerMap, expert_maps, shown
 from report.loss_plot import loss_plot
-from report.names import Names
-from report.variants import Variant, cost_keys, distinct, pareto, targets_of
-from report.verdict import COSTS, FAILS, PROVEN, SHIP, UNVERIFIED, WHOLE, Verdict, is_pruned, unpruned
+from report.names import Names, called
+from report.variants import Variant, cost_keys, distinct, pareto, strays, targets_of
+from report.verdict import COSTS, FAILS, GONE, PROVEN, SHIP, UNVERIFIED, WHOLE, Verdict, kind_of, loss_of, whole_of
 from report.words import NONE, milliseconds, number, percent, plural, points, short, size, span
 from runtime.backend import ENGINE
 from runtime.bench_report import BenchReport
 from runtime.fit import NO, SOME, UNKNOWN, Fit, targets
-from runtime.targets import TARGETS
-from runtime.verification.report import OutputParity, ParityReport
+from runtime.model_dir import unknown_formats
+from runtime.targets import TARGETS, Target
+from runtime.verification.report import ParityReport
 
 Row = dict[str, Any]
 
@@ -86,7 +86,7 @@ def render(directory: Path, artifacts: Artifacts, variants: Sequence[Variant], v
         marks=_MARKS,
         none_known=NONE,
         tiles=list(_tiles(variants, verdict)),
-        loss_chart=loss_plot(variants, verdict),
+        loss_chart=loss_plot(variants, verdict) or (None, ""),
         style=Markup(style),  # noqa: S704 - our own files
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
@@ -96,8 +96,8 @@ def render(directory: Path, artifacts: Artifacts, variants: Sequence[Variant], v
         problems=artifacts.problems,
         **_variants(artifacts, variants, verdict),
         **_maps(artifacts, variants),
-        **_parity(variants),
-        **_memory(directory, artifacts, variants),
+        **_parity(artifacts, variants),
+        **_memory(directory, artifacts, variants, verdict),
         **_provenance(artifacts),
     )
 
@@ -132,28 +132,32 @@ def _tiles(variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
     if verdict.baseline is not None:
         low, high = percent(verdict.baseline.low), percent(verdict.baseline.high)
         yield {"name": "Unpruned accuracy", "value": percent(verdict.baseline.value), "note": f"{low} to {high}"}
-    pruned = [variant for variant in passed if is_pruned(variant, variants)]
+    pruned = [variant for variant in passed if not variant.unpruned]
     rated = [(variant.accuracy.value, variant) for variant in pruned if variant.accuracy is not None]
     if rated:
         value, best = max(rated, key=lambda pair: pair[0])
-        lost = "" if verdict.baseline is None else f", {points(value - verdict.baseline.value)} points"
-        yield {"name": "Best pruned", "value": percent(value), "note": f"{best.label}{lost}"}
-    whole = unpruned(variants)
+        loss = loss_of(best, variants)
+        lost = "" if loss is None else f", {points(-loss)} points"
+        yield {"name": f"Best {kind_of([best])}", "value": percent(value), "note": f"{best.label}{lost}"}
     if pruned:
         least = min(pruned, key=lambda variant: variant.rank)
-        note = "" if whole is None else f", {percent(least.file_bytes / whole.file_bytes, 0)} of the unpruned"
-        yield {"name": "Smallest proven", "value": size(least.file_bytes), "note": f"{least.label}{note}"}
+        said = ", ".join([least.label, *_share_of_whole(least, variants)])
+        yield {"name": "Smallest proven", "value": size(least.file_bytes), "note": said}
+
+
+def _share_of_whole(variant: Variant, variants: Sequence[Variant]) -> list[str]:
+    """Its size beside that of the model with all experts; nothing where that is not known."""
+    whole = whole_of(variant, variants)
+    return [] if whole is None else [f"{percent(variant.file_bytes / whole.file_bytes, 0)} of the unpruned"]
 
 
 def _chosen(chosen: Variant, variants: Sequence[Variant], verdict: Verdict) -> Iterator[Row]:
     """What the one that may ship gains over the unpruned model, and what it gives for that."""
-    accuracy, baseline = chosen.accuracy, verdict.baseline
-    if accuracy is not None and baseline is not None:
-        lost = f"{points(accuracy.value - baseline.value)} points, unpruned {percent(baseline.value)}"
+    accuracy, loss, whole = chosen.accuracy, loss_of(chosen, variants), whole_of(chosen, variants)
+    if accuracy is not None and loss is not None and verdict.baseline is not None:
+        lost = f"{points(-loss)} points, unpruned {percent(verdict.baseline.value)}"
         yield {"name": "Accuracy", "value": percent(accuracy.value), "note": lost}
-    whole = unpruned(variants)
-    note = "" if whole is None else f"{percent(chosen.file_bytes / whole.file_bytes, 0)} of the unpruned"
-    yield {"name": "Size", "value": size(chosen.file_bytes), "note": note}
+    yield {"name": "Size", "value": size(chosen.file_bytes), "note": "".join(_share_of_whole(chosen, variants))}
     for key in cost_keys([chosen])[:1]:
         took = chosen.latency(key)
         before = None if whole is None else whole.latency(key)
@@ -165,14 +169,13 @@ def _variants(artifacts: Artifacts, variants: Sequence[Variant], verdict: Verdic
     keys = cost_keys(variants)
     by_size = _front(variants, [variant.file_bytes for variant in variants])
     by_latency = [_front(variants, [variant.latency(key) for variant in variants]) for key in keys]
-    first = distinct(variants)
     charts = [(plots.size_plot(variants), "Bytes of graph and weights.")]
     charts += [
         (plots.latency_plot(variants, key), f"Median latency, {_latency_title(key)}, as bench.json says.")
         for key in keys
     ]
     return {
-        "variants": [_row(variant, keys, verdict, [by_size, *by_latency], variant in first) for variant in variants],
+        "variants": [_row(variant, variants, keys, verdict, [by_size, *by_latency]) for variant in variants],
         "latency_columns": [f"#{_latency_title(key)}" for key in keys],
         "rivals": _rivals(artifacts, keys),
         "machines": list(dict.fromkeys(_machine(bench.value) for bench in artifacts.benches if bench.value.machine)),
@@ -211,16 +214,20 @@ def _front(variants: Sequence[Variant], costs: Sequence[float | None]) -> set[st
 
 
 def _row(
-    variant: Variant, keys: Sequence[tuple[str, int]], verdict: Verdict, fronts: Sequence[set[str]], is_first: bool
+    variant: Variant,
+    variants: Sequence[Variant],
+    keys: Sequence[tuple[str, int]],
+    verdict: Verdict,
+    fronts: Sequence[set[str]],
 ) -> Row:
-    accuracy, report, baseline = variant.accuracy, variant.parity, verdict.baseline
+    accuracy, report, loss = variant.accuracy, variant.parity, loss_of(variant, variants)
     oracle = variant.model.value.details.get("oracle")
     errors = [entry["max_rel"] for entry in oracle if isinstance(entry, dict)] if isinstance(oracle, list) else []
     costs = [size(variant.file_bytes), *(milliseconds(variant.latency(key)) for key in keys)]
     memory = [row.memory_bytes for row in variant.cost if row.memory_bytes is not None]
     return {
         "label": variant.label,
-        "first": is_first,
+        "first": variant in distinct(variants),
         "decision": _DECISIONS[verdict.decisions[variant.label]],
         "criterion": variant.criterion,
         "experts": span([block.experts for block in variant.blocks]),
@@ -228,7 +235,7 @@ def _row(
         "form": "+".join(variant.forms),
         "accuracy": percent(None if accuracy is None else accuracy.value),
         "interval": accuracy and f"{100 * accuracy.low:.1f}–{percent(accuracy.high)}",
-        "points": points(None if accuracy is None or baseline is None else accuracy.value - baseline.value),
+        "points": points(None if loss is None else -loss),
         "report": report,
         "flips": "flips not seen" if report is None or report.flips is None else plural(report.flips, "flip"),
         "proof": number(max(errors, default=None)),
@@ -284,65 +291,58 @@ def _cells(one: ExpertMap, layer: LayerMap) -> Iterator[Row]:
         yield {"classes": " ".join(classes), "texts": texts_shown, "says": says}
 
 
-def _parity(variants: Sequence[Variant]) -> Row:
-    rows = [_report(variant, found) for variant in variants for found in variant.parities]
+def _parity(artifacts: Artifacts, variants: Sequence[Variant]) -> Row:
+    named = [(_called(variant, found), found) for variant in variants for found in variant.parities]
+    named += [(path or f"{found.path}, {GONE}", found) for path, found in strays(artifacts, variants)]
+    rows = [_report(label, found.value, called(artifacts, found.value.reference_sha256)) for label, found in named]
     for row in rows:
         row["open"] = not row["report"].passed or len(rows) == 1
     return {"parities": rows, "error_chart": plots.error_plot(variants)}
 
 
-def _report(variant: Variant, found: Found[ParityReport]) -> Row:
-    report = found.value
+def _called(variant: Variant, found: Found[ParityReport]) -> str:
+    return variant.label + (f" ({found.path})" if len(variant.parities) > 1 else "")
+
+
+def _report(label: str, report: ParityReport, reference: str) -> Row:
     routed = [layer for layer in report.layers or () if layer.margin_tokens]
-    several = f" ({found.path})" if len(variant.parities) > 1 else ""
     judged = report.precision if report.precision.startswith("as ") else f"as {report.precision}"
     seen = "flips not observable" if report.flips is None else plural(report.flips, "flip")
     notes = [*report.notes]
     if report.greedy is not None:
-        notes.append(
-            f"Greedy decoding: {report.greedy.mean:.1f} of {report.greedy.tokens} tokens are the same on average, at "
-            f"least {report.greedy.shortest}, behind {plural(report.greedy.prompts, 'prompt')}."
-        )
+        notes.append(f"Greedy decoding: {report.greedy.says}.")
     if report.accuracy is not None:
         change = " to ".join(map(points, (report.accuracy.low, report.accuracy.high)))
         notes.append(f"Accuracy against the reference changes by {change} points, with 95 % confidence.")
     return {
-        "label": variant.label + several,
+        "label": label,
         "report": report,
-        "summary": f"{report.examples:,} examples of {report.data}, judged {judged}, {seen}",
-        "chart": plots.margin_plot(routed, report.tolerance.margin, variant.label) if routed else None,
-        "outputs": _worst_of_cache(report.outputs),
+        "summary": f"{report.examples:,} examples of {report.data}, beside {reference}, judged {judged}, {seen}",
+        "chart": plots.margin_plot(routed, report.tolerance.margin, label) if routed else None,
+        "outputs": report.telling_outputs,
         "notes": notes,
     }
 
 
-def _worst_of_cache(outputs: Sequence[OutputParity]) -> list[OutputParity]:
-    """A cache is an output for each tensor of each layer: the worst of them is shown."""
-    kept = [output for output in outputs if output.name.startswith(PRESENT)]
-    worst = sorted(kept, key=lambda output: float("inf") if output.max_rel is None else output.max_rel)[-1:]
-    return [output for output in outputs if output not in kept] + worst
-
-
-def _memory(directory: Path, artifacts: Artifacts, variants: Sequence[Variant]) -> Row:
+def _memory(directory: Path, artifacts: Artifacts, variants: Sequence[Variant], verdict: Verdict) -> Row:
     graphs = [variant for variant in variants if variant.model.value.kind != ENGINE]
     measured = [variant for variant in graphs if variant.parity is not None] or graphs
     engine_parents = [variant for variant in graphs if variant.engines and variant not in measured]
-    fits = {
-        variant.label: found
-        for variant in [*measured, *engine_parents][:_MOST_FITS]
-        if (found := _fits(directory / variant.model.path))
-    }
+    asked = [*measured, *engine_parents]
+    taken = sorted(asked, key=lambda variant: variant.label != verdict.chosen)[:_MOST_FITS]
+    paths = {variant.label: directory / variant.model.path for variant in asked if variant in taken}
+    fits = {label: found for label, path in paths.items() if (found := _fits(path))}
     devices = {
         target.name: (target.gigabytes[0] * 10**9, target.gigabytes[1] * 10**9)
         for target in TARGETS
         if target.gigabytes is not None
     }
-    first = {label: next(iter(rows.values())) for label, rows in fits.items()}
+    first = {label: next(iter(found.values())) for label, found in fits.items()}
+    rows = [_fit_row(target, {paths[label]: found[target.name] for label, found in fits.items()}) for target in TARGETS]
     return {
-        "fits": [_fit_row(target.name, [rows[target.name] for rows in fits.values()]) for target in TARGETS]
-        if fits
-        else [],
+        "fits": rows if fits else [],
         "fit_labels": list(fits),
+        "fits_left_out": plural(len(asked) - len(taken), "model") if len(asked) > len(taken) else "",
         "memory_chart": plots.memory_plot(first, devices),
         "engines": list(_engines(directory, artifacts)),
     }
@@ -356,17 +356,20 @@ def _fits(model: Path) -> dict[str, Fit]:
         return {}
 
 
-def _fit_row(target: str, fits: Sequence[Fit]) -> Row:
-    memory = next((fit.memory for fit in fits if fit.memory is not None), None)
+def _fit_row(target: Target, fits: Mapping[Path, Fit]) -> Row:
+    """A row of the table; ``fits`` by the directory of the model."""
+    memory = next((fit.memory for fit in fits.values() if fit.memory is not None), None)
     return {
-        "target": target,
+        "target": target.name,
         "memory": NONE if memory is None else f"{span([end / 10**9 for end in memory])} GB",
-        "cells": [_fit_cell(fit) for fit in fits],
+        "cells": [_fit_cell(fit, model, target) for model, fit in fits.items()],
     }
 
 
-def _fit_cell(fit: Fit) -> Row:
-    state, says = ("form", "↻ another form") if fit.why_not else _FITS.get(fit.fits, ("yes", "✓ fits"))
+def _fit_cell(fit: Fit, model: Path, target: Target) -> Row:
+    state, says = _FITS.get(fit.fits, ("yes", "✓ fits"))
+    if fit.why_not:  # a form can be written anew, numbers that are rounded stay so
+        state, says = ("no", "✗ not as it is") if unknown_formats(model, target) else ("form", "↻ another form")
     why = "; ".join(fit.why_not) or f"needs {size(fit.needs)} or more"
     return {"state": state, "says": says, "why": why}
 
