@@ -86,8 +86,8 @@ def inspect_model(path: Path) -> Model:
     """
     file = model_path(path)
     manifest = Manifest.load(file.parent) if (file.parent / FILE_NAME).is_file() else None
-    identity = _identify(file, manifest)
     loaded = load_model(file)
+    identity = _identify(file, loaded.locations, manifest)
     graph = loaded.graph
     reading = read_blocks(graph, file.parent)
     blocks = with_ids(reading.blocks, () if manifest is None else manifest.blocks)
@@ -104,8 +104,8 @@ def inspect_model(path: Path) -> Model:
     )
 
 
-def _identify(file: Path, manifest: Manifest | None) -> Future[str]:
-    """Hash the ONNX file in a thread that nobody waits for at an early end; where a manifest knows, take its word."""
+def _identify(file: Path, locations: Sequence[str], manifest: Manifest | None) -> Future[str]:
+    """Hash the model in a thread that nobody waits for at an early end; where a manifest knows, take its word."""
     identity: Future[str] = Future()
     if manifest is not None:
         identity.set_result(manifest.source_sha256)
@@ -113,8 +113,8 @@ def _identify(file: Path, manifest: Manifest | None) -> Future[str]:
 
     def work() -> None:
         try:
-            identity.set_result(onnx_sha256(file))
-        except OSError as error:
+            identity.set_result(onnx_sha256(file, locations))
+        except (OSError, UserError) as error:
             identity.set_exception(error)
 
     Thread(target=work, daemon=True).start()

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import onnx
-import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -15,7 +14,7 @@ from graph_passes.graph.protos import every_graph
 from graph_passes.graph.walk import constants, every_node
 from graph_passes.simplify import Simplified, simplify
 from graph_passes.weights.data_file import DataFile, external
-from graph_passes.weights.stored import ExternalValues, LazyWeight, external_info, of_constant, place_in
+from graph_passes.weights.stored import ExternalValues, LazyWeight, location_of, locations_of, of_constant, place_in
 from moe_spec.errors import UserError
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.files import inside, require_file
@@ -141,31 +140,16 @@ def _gather_constants(graph: onnx.GraphProto) -> None:
 
 def copy_weights(source: Path, target: Path) -> None:
     """Copy the external data files that the ONNX file ``source`` names into directory ``target``, under their names."""
-    model = _parse(source)
-    tensors = (tensor for part in every_graph(model.graph) for tensor in _stored(part))
-    for location in sorted({location for tensor in tensors if (location := _location(tensor))}):
+    for location in locations_of(_parse(source)):
         path = inside(target, location, target / MODEL)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(source.parent, location, source), path)
 
 
-def _stored(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """Initialisers, and what Constant nodes hold."""
-    held = [entry.t for node in graph.node for entry in node.attribute if entry.type == onnx.AttributeProto.TENSOR]
-    return [*graph.initializer, *held]
-
-
-def _location(tensor: onnx.TensorProto) -> str:
-    """The file that holds the bytes of ``tensor``; nothing where they stand in the .onnx file."""
-    if not onnx.external_data_helper.uses_external_data(tensor):
-        return ""
-    return str(external_info(tensor).location)
-
-
 def link_weights(graph: gs.Graph, source: Path, target: Path) -> None:
     """Put the graph's external data files into ``target``, without a copy where the file system allows."""
     stored = (tensor._values for tensor in constants(graph))
-    locations = {_location(values.tensor) for values in stored if isinstance(values, ExternalValues)}
+    locations = {location_of(values.tensor) for values in stored if isinstance(values, ExternalValues)}
     for location in sorted(locations):
         original, link = inside(source, location, source / MODEL), inside(target, location, target / MODEL)
         if link.exists():

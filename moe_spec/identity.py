@@ -1,10 +1,10 @@
 """The identity of a model: one hash that a plan, statistics and manifests agree on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moe_spec.errors import UserError
-from moe_spec.files import not_there, sha256_files, sha256_text
+from moe_spec.files import inside, not_there, sha256_files, sha256_text
 from moe_spec.manifest import MODEL
 from moe_spec.progress import Progress, silent
 
@@ -19,7 +19,8 @@ def checkpoint_sha256(directory: Path, on_progress: Progress = silent) -> str:
     Raises:
         UserError: the directory is no checkpoint, or its weights are pickled.
     """
-    return _hash_of([directory / "config.json", *checkpoint_weights(directory)], on_progress)
+    weights = [path.name for path in checkpoint_weights(directory)]
+    return _hash_of(directory, ["config.json", *weights], on_progress)
 
 
 def checkpoint_weights(directory: Path) -> list[Path]:
@@ -62,10 +63,17 @@ def is_onnx(path: Path) -> bool:
     return path.suffix == ".onnx" or (path / MODEL).is_file()
 
 
-def onnx_sha256(model: Path) -> str:
-    """Hash of an ONNX file and of the external data file beside it."""
-    data = model.with_name(model.name + ".data")
-    return _hash_of([model, *([data] if data.is_file() else [])])
+def onnx_sha256(model: Path, locations: Iterable[str] = ()) -> str:
+    """Hash of an ONNX file and of its weights: ``<file>.data`` and the files that it names, ``locations``.
+
+    A file that is not there is left out; who reads its weights refuses that.
+
+    Raises:
+        UserError: a location leads out of the directory.
+    """
+    names = {f"{model.name}.data", *(Path(location).as_posix() for location in locations)} - {model.name}
+    there = [name for name in sorted(names) if inside(model.parent, name, model).is_file()]
+    return _hash_of(model.parent, [model.name, *there])
 
 
 def pruned_sha256(source_sha256: str, keeps: Mapping[str, Sequence[int]]) -> str:
@@ -85,6 +93,6 @@ def pruned_sha256(source_sha256: str, keeps: Mapping[str, Sequence[int]]) -> str
     return sha256_text("\n".join([source_sha256, *lines]))
 
 
-def _hash_of(paths: Sequence[Path], on_progress: Progress = silent) -> str:
-    digests = sha256_files(paths, on_progress)
-    return sha256_text("\n".join(f"{path.name} {digest}" for path, digest in zip(paths, digests, strict=True)))
+def _hash_of(directory: Path, names: Sequence[str], on_progress: Progress = silent) -> str:
+    digests = sha256_files([directory / name for name in names], on_progress)
+    return sha256_text("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))

@@ -17,15 +17,23 @@ from graph_passes.simplify.constants import lift_constants
 from graph_passes.simplify.functions import check_calls, has_calls, inline_functions
 from graph_passes.simplify.importing import import_graph
 from graph_passes.simplify.names import make_names_unique
+from graph_passes.weights.stored import locations_of
 from moe_spec.manifest import PassEntry
 
 
 @dataclasses.dataclass(frozen=True)
 class Simplified:
-    """A graph as readers see it, and what was done to it for that."""
+    """A graph as readers see it.
+
+    Attributes:
+        graph: it.
+        passes: what was done to it for that.
+        locations: the files beside the model that hold weights, also of what can never run.
+    """
 
     graph: gs.Graph
     passes: tuple[PassEntry, ...]
+    locations: tuple[str, ...]
 
     @property
     def reduced(self) -> bool:
@@ -49,6 +57,7 @@ def simplify(model: onnx.ModelProto, path: Path) -> Simplified:
         inline_functions(model, path)
         check_file(model, path)
         _normalise(model.graph)
+    locations = locations_of(model)
     graph = import_graph(model, path)
     flat = measure(graph, directory)
     folded = fold_conditions(graph)
@@ -58,6 +67,7 @@ def simplify(model: onnx.ModelProto, path: Path) -> Simplified:
             pass_entry("inline-functions", inlined, called if inlined else flat, flat),
             pass_entry("fold-conditions", folded, flat, measure(graph, directory)),
         ),
+        locations,
     )
 
 

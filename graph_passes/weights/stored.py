@@ -13,6 +13,7 @@ import onnx.external_data_helper
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from graph_passes.graph.protos import every_graph
 from graph_passes.weights.weight import Array, Rows, Weight, bits_of, byte_count, from_array, select
 from moe_spec.errors import UserError
 from moe_spec.files import inside
@@ -115,6 +116,25 @@ def external_info(proto: onnx.TensorProto) -> onnx.external_data_helper.External
         return onnx.external_data_helper.ExternalDataInfo(proto)
     except (TypeError, ValueError) as error:
         raise UserError(f"weight {proto.name} has a malformed place: {error}", hint=_MEND) from error
+
+
+def location_of(proto: onnx.TensorProto) -> str:
+    """The file that holds the bytes of ``proto``; nothing where they stand in the .onnx file."""
+    if not onnx.external_data_helper.uses_external_data(proto):
+        return ""
+    return str(external_info(proto).location)
+
+
+def locations_of(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The files that hold weights of ``model``, as it names them."""
+    tensors = (tensor for part in every_graph(model.graph) for tensor in _stored(part))
+    return tuple(sorted({location for tensor in tensors if (location := location_of(tensor))}))
+
+
+def _stored(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Initialisers, and what Constant nodes hold."""
+    held = [entry.t for node in graph.node for entry in node.attribute if entry.type == onnx.AttributeProto.TENSOR]
+    return [*graph.initializer, *held]
 
 
 def _entries(proto: onnx.TensorProto, shape: Sequence[int]) -> int:

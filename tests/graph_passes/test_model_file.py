@@ -6,6 +6,7 @@ import onnx.external_data_helper
 import pytest
 from onnx import numpy_helper
 
+from graph_passes.describe import inspect_model
 from graph_passes.graph.walk import constants
 from graph_passes.model_file import load_graph, model_path, save_graph, save_variant
 from graph_passes.weights.stored import of_constant
@@ -25,6 +26,26 @@ def external(tmp_path):
     model = onnx.load(tmp_path / "model.onnx")
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=64)
     return tmp_path / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"location": "model.onnx.data"}, {"location": "model.onnx_data"}, {"all_tensors_to_one_file": False}],
+    ids=["one file", "one file, as optimum calls it", "a file for each tensor"],
+)
+def test_other_weights_are_another_model_wherever_they_lie(tmp_path, layout):
+    path = tmp_path / "model.onnx"
+    save(Spec(), path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, size_threshold=64, **layout)
+    before = inspect_model(path).source_sha256
+    files = [file for file in tmp_path.iterdir() if file != path]
+    assert files
+    for file in files:
+        stored = file.read_bytes()
+        file.write_bytes(bytes([stored[0] ^ 1]) + stored[1:])
+        assert inspect_model(path).source_sha256 != before
+        file.write_bytes(stored)
+    assert inspect_model(path).source_sha256 == before
 
 
 def test_a_round_trip_computes_the_same(external, tmp_path):

@@ -59,3 +59,27 @@ def test_an_onnx_model_is_its_file_and_the_data_beside_it(tmp_path):
     together = onnx_sha256(model)
     data.write_text("other weights")
     assert len({alone, together, onnx_sha256(model)}) == 3
+
+
+def test_files_that_an_onnx_model_names_are_part_of_it(tmp_path):
+    model = tmp_path / "model.onnx"
+    model.write_text("graph")
+    (tmp_path / "model.onnx.data").write_text("weights")
+    alone = onnx_sha256(model)
+    assert onnx_sha256(model, ["model.onnx.data", "./model.onnx.data", "model.onnx", "not there"]) == alone
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "one").write_text("1")
+    (tmp_path / "two").write_text("2")
+    named = onnx_sha256(model, ["two", "parts/one"])
+    assert named == onnx_sha256(model, ["parts/one", "two"]) != alone
+    (tmp_path / "parts" / "one").write_text("3")
+    assert onnx_sha256(model, ["two", "parts/one"]) not in (named, alone)
+
+
+def test_a_file_elsewhere_is_no_part_of_a_model(tmp_path):
+    model = tmp_path / "model" / "model.onnx"
+    model.parent.mkdir()
+    model.write_text("graph")
+    message = f"{model} names the file '../secret', which lies outside {model.parent}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        onnx_sha256(model, ["../secret"])
