@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import onnx_graphsurgeon as gs
 
 from graph_passes.graph.walk import SHAPE_ONLY, is_weight, producer, source
+from graph_passes.readers.axes.operands import STORED
 from graph_passes.record.block import place_of
 from graph_passes.routers import block_scope
 
@@ -18,6 +19,9 @@ ELEMENTWISE = frozenset(
 )
 """What a router may do to its logits before it ranks them."""
 
+PACKED = "MatMulNBits"
+"""ONNX Runtime's product by a matrix of which several values share a byte."""
+
 FURTHEST_ROUTER = 40
 """Values that are looked at between a top-k and its projection."""
 
@@ -28,7 +32,7 @@ class Site:
 
     Attributes:
         position: of its projection in the graph.
-        projection: the Gemm or MatMul that gives the logits.
+        projection: the product that gives the logits.
         ranking: the first node that ranks them.
         layer: path of the MoE block, as far as the graph has it.
     """
@@ -58,19 +62,27 @@ def _is_matrix(tensor: gs.Tensor) -> bool:
 
 
 def projection_before(tensor: gs.Tensor, is_kernel: Callable[[gs.Tensor], bool] = _is_matrix) -> gs.Node | None:
-    """The Gemm or MatMul behind logits, biases and masks stepped over; ``is_kernel`` says what it multiplies by."""
+    """The product behind logits, biases and masks stepped over; ``is_kernel`` says what it multiplies by."""
     front, seen = [source(tensor)], 0
     while front and seen < FURTHEST_ROUTER:
         node, seen = producer(front.pop()), seen + 1
         if node is None:
             continue
-        if node.op in ("Gemm", "MatMul") and is_kernel(_kernel(node)):
+        if _projects(node, is_kernel):
             return node
         if node.op in SHAPE_ONLY | ELEMENTWISE:
             front.extend(node.inputs)
     return None
 
 
+def _projects(node: gs.Node, is_kernel: Callable[[gs.Tensor], bool]) -> bool:
+    """Whether ``node`` is a product by a kernel."""
+    if node.op == PACKED:
+        return len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant)
+    is_product = node.op in ("Gemm", "MatMul") or (node.op == "Einsum" and len(node.inputs) == 2)
+    return is_product and is_kernel(_kernel(node))
+
+
 def _kernel(projection: gs.Node) -> gs.Tensor:
-    """The weight, which an unoptimised export still transposes."""
-    return source(projection.inputs[1], {"Transpose", "Cast", "Identity"})
+    """The weight, which an unoptimised export still transposes, and a quantised one dequantises."""
+    return source(projection.inputs[1], STORED)

@@ -13,7 +13,9 @@ from moe_spec.errors import UserError
 from moe_spec.experts_op import Activation
 from moe_spec.feasibility import Groups
 from moe_spec.manifest import MODEL
-from tests.graph_passes.block_models import NAME, Spec, save, weights
+from moe_spec.plan import PruningPlan
+from tests.graph_passes.block_models import NAME, Spec, plan, save, spec_of, weights
+from tests.graph_passes.readers.proofs import THREE, node_of
 from tests.zoo import RUNNER
 
 SILU = Activation("silu")
@@ -135,6 +137,66 @@ def test_a_router_whose_experts_no_reader_knows_is_refused(tmp_path):
     assert [str(refusal) for refusal in layer.refusals] == [
         f"{reader.FORM}: no {reader.LOOKS_FOR} follows the router (at TopK 'best')" for reader in READERS
     ]
+
+
+def project_by_einsum(path) -> None:
+    """Let the router of a block be an Einsum."""
+    model = onnx.load(path)
+    router = node_of(model.graph, "logits")
+    router.op_type = "Einsum"
+    del router.attribute[:]
+    router.attribute.append(onnx.helper.make_attribute("equation", "th,eh->te"))
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec_of("dispatch", "vmoe"), spec_of("stacked"), spec_of("stacked", einsum=True)],
+    ids=["dispatch", "stacked", "stacked by Einsum"],
+)
+def test_nothing_of_a_block_is_left_over_where_its_router_is_an_einsum(tmp_path, spec):
+    """What other readers said of nodes inside belongs to the block, and stands for no layer of its own."""
+    path = tmp_path / "block.onnx"
+    save(spec, path)
+    project_by_einsum(path)
+    model = read_model(path)
+    assert [block.form for block in model.blocks] == [spec.form]
+    made: PruningPlan = plan(spec, THREE, model.source_sha256)
+    manifest = optimize(path, tmp_path / "out", RUNNER, plan=made)
+    assert [block.experts for block in manifest.blocks] == [len(THREE)]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        'w = Constant<value = float[4, 3] {0,1,2,3,4,5,6,7,8,9,10,11}>() logits = Einsum<equation = "th,he->te">(x, w)',
+        """
+        q = Constant<value = int8[4, 3] {0,1,2,3,4,5,6,7,8,9,10,11}>()
+        s = Constant<value = float {0.5}>()
+        w = DequantizeLinear(q, s)
+        logits = MatMul(x, w)
+        """,
+        """
+        w = Constant<value = uint8[3, 1, 8] {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,0,1,2,3,4,5,6,7}>()
+        s = Constant<value = float[3] {0.5,0.5,0.5}>()
+        logits = com.microsoft.MatMulNBits<K = 4, N = 3, bits = 4, block_size = 16>(x, w, s)
+        """,
+    ],
+    ids=["Einsum", "DequantizeLinear", "MatMulNBits"],
+)
+def test_a_router_is_noticed_whatever_product_gives_its_logits(tmp_path, product):
+    body = f"""
+        {product}
+        table = Constant<value = float[3, 4] {{0,1,2,3,4,5,6,7,8,9,10,11}}>()
+        k = Constant<value_ints = [1]>()
+        axis = Constant<value_ints = [1]>()
+        best, ids = TopK(logits, k)
+        row = Gather(table, ids)
+        flat = Squeeze(row, axis)
+        y = Add(x, flat)
+    """
+    save_text(tmp_path / "loose.onnx", body, '["" : 20, "com.microsoft" : 1]')
+    assert [layer.node for layer in inspect_model(tmp_path / "loose.onnx").unrecognised] == ["TopK 'best'"]
 
 
 def test_a_graph_without_experts_has_no_moe_layer(tmp_path):
