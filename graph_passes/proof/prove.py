@@ -162,11 +162,18 @@ def _watch(block: MoEBlock, before: BlockEntry, after: BlockEntry, layer: LayerP
 
 
 def _save_twin(work: Work, rounding: Quantization | None, rest: Quantization | None, target: Path) -> None:
-    """The result in float, every layer in form `TWIN`; weights rounded where ``rounding`` and ``rest`` say how."""
+    """The result in float, what was changed in form `TWIN`; weights rounded where ``rounding`` and ``rest`` say how.
 
-    def change(block: MoEBlock, layer: LayerPlan | None) -> MoEBlock:
+    Layers that are neither pruned nor quantised stay as they stand: not every opset takes that form, and ranges of int8
+    activations would be lost in it.
+    """
+
+    def change(block: MoEBlock, layer: LayerPlan | None) -> MoEBlock | None:
         pruned = block if layer is None else prune_block(block, layer)
-        if rounding is None or is_quantized(pruned.experts, rounding):
+        quantizes = work.how is not None and not is_quantized(pruned.experts, work.how)
+        if pruned.num_experts == block.num_experts and not quantizes:
+            return None
+        if rounding is None or not quantizes:
             return pruned
         return dataclasses.replace(pruned, experts=rounded(pruned.experts, rounding))
 

@@ -8,7 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
+from graph_passes.quantization.activations import Activations
 from graph_passes.quantization.rest import of_details
+from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL
 from tests.graph_passes.block_models import save
@@ -20,11 +22,11 @@ FORMATS = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "fp8": TensorProt
 FORMATS["nvfp4"] = TensorProto.FLOAT4E2M1
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def saved_between(folder, form: str = "batched_mm", opset: int = 20):
     """An MoE layer between others: products of a Gemm and a MatMul, and weights that are used in other ways."""
-    path = tmp_path_factory.mktemp("rest") / "block.onnx"
-    save(spec_of("batched_mm", "softmax_renormalised", hidden=HIDDEN, width=WIDTH, opset=20), path)
+    path = folder / "block.onnx"
+    folder.mkdir(exist_ok=True)
+    save(spec_of(form, "softmax_renormalised", hidden=HIDDEN, width=WIDTH, opset=opset), path)
     model, random = onnx.load(path), np.random.default_rng(0)
     graph = model.graph
     for node in graph.node:
@@ -63,6 +65,11 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return saved_between(tmp_path_factory.mktemp("rest"))
+
+
 def stored(path) -> dict[str, int]:
     """The type of every weight."""
     return {tensor.name: tensor.data_type for tensor in onnx.load(path / MODEL).graph.initializer}
@@ -99,6 +106,24 @@ def test_routers_and_experts_stay_to_the_last_bit(tmp_path, source):
     ):
         assert (new.scales, new.dtype) == (None, old.dtype)
         np.testing.assert_array_equal(new.load(), old.load())
+
+
+def test_layers_that_round_their_activations_are_proven_as_they_stand(tmp_path, source):
+    x = np.random.default_rng(3).standard_normal((64, HIDDEN)).astype(np.float32)
+    data = Activations(Dataset({"x": x}, None, "0" * 64), "many.npz")
+    optimize(source, tmp_path / "first", RUNNER, form="sorted", precision=Precision("int8"), activations=data)
+    manifest = optimize(tmp_path / "first", tmp_path / "second", RUNNER, precision=Precision(rest="int8"))
+    assert of_details(manifest.details["rest"]).quantized == ("up", "down", "odd")
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+
+
+def test_no_layer_has_to_be_written_for_it(tmp_path):
+    """Opset 16 is none that writers know."""
+    source = saved_between(tmp_path, "stacked", opset=16)
+    manifest = optimize(source, tmp_path / "out", RUNNER, precision=Precision(rest="int8"))
+    assert of_details(manifest.details["rest"]).quantized == ("up", "down", "odd")
+    assert max(entry["max_rel"] for entry in manifest.details["oracle"]) <= 1e-5
+    assert [block.form for block in manifest.blocks] == ["stacked"]
 
 
 def test_experts_and_rest_have_formats_of_their_own(tmp_path, source):
