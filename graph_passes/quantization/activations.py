@@ -39,6 +39,9 @@ MOVES |= {"Unsqueeze"}
 SHIFT = 15
 """Bits of a float32 that a bin of `Range` does not tell: 8 bits of the fraction remain, bins 1/256 wide."""
 
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""What is smaller has no digits to round: the first bins of `Range` hold zeros and the like."""
+
 _OFF = "leave --activations out, or choose another --calibration"
 
 
@@ -243,8 +246,14 @@ def _checked(seen: Range, node: onnx.NodeProto, how: Activations) -> float:
         )
     if not np.isfinite(largest):
         raise UserError(f"{place} reads numbers that are not finite on {how.name}", hint=_OFF)
-    if not largest:
+    if seen.largest(100) < SMALLEST:
         raise UserError(f"{place} reads zeros only on {how.name}, which have no range", hint=_OFF)
+    if largest < SMALLEST:
+        raise UserError(
+            f"{how.percentile:g} percent of what {place} reads on {how.name} are zeros, so the rest would become zeros "
+            "too",
+            hint="give a higher --percentile",
+        )
     return largest
 
 

@@ -172,6 +172,20 @@ def test_data_that_do_not_tell_a_range_are_refused_by_name(tmp_path, source, val
     assert not (tmp_path / "out").exists()
 
 
+def test_a_percentile_among_zeros_is_refused(tmp_path, source):
+    """As behind a ReLU that is seldom active: all that is in range would be rounded to zeros."""
+    sparse = np.where(np.arange(X_TH.size).reshape(X_TH.shape) % 25 == 0, X_TH, 0).astype(np.float32)
+    data = Dataset({"x": sparse}, None, "0" * 64)
+    with pytest.raises(UserError) as error:
+        optimize(source, tmp_path / "out", RUNNER, form="dense", precision=INT8, activations=Activations(data, "x", 90))
+    what = r"90 percent of what Gemm '(.+)' reads on x are zeros, so the rest would become zeros too"
+    assert re.fullmatch(what, error.value.what)
+    assert error.value.hint == "give a higher --percentile"
+    fits = Activations(data, "x", 99)
+    manifest = optimize(source, tmp_path / "out", RUNNER, form="dense", precision=INT8, activations=fits)
+    assert manifest.details["activations"]["ranges"]["x"] > 1
+
+
 @pytest.mark.parametrize(
     ("name", "data", "what", "hint"),
     [
