@@ -6,18 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from moe_spec.manifest import BlockEntry
+from moe_spec.record import Json, parse_object
 
+CONFIG = "config.json"
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok",)
 """What config.json calls E and K, in the families that transformers knows."""
 
 
+def read_config(directory: Path) -> Json | None:
+    """What config.json in ``directory`` says; None where there is none.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    path = directory / CONFIG
+    return parse_object(path, path.read_bytes(), "mend it, or remove it") if path.is_file() else None
+
+
 def write_config(source: Path, target: Path, blocks: Sequence[BlockEntry]) -> None:
     """Write config.json into directory ``target``, where directory ``source`` has one; ``blocks`` say what is left."""
-    config = source / "config.json"
-    if config.is_file():
-        values = _with_counts(json.loads(config.read_text(encoding="utf-8")), blocks)
-        (target / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = read_config(source)
+    if config is not None:
+        text = json.dumps(_with_counts(config, blocks), indent=2, sort_keys=True)
+        (target / CONFIG).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _with_counts(config: dict[str, Any], blocks: Sequence[BlockEntry]) -> dict[str, Any]:

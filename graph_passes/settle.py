@@ -6,6 +6,7 @@ from typing import Any
 
 from graph_passes.casts import is_float32
 from graph_passes.casts.assign import Formats
+from graph_passes.config_file import read_config
 from graph_passes.describe import Model, io_of
 from graph_passes.graph.measure import Size, measure
 from graph_passes.graph.qdq import rounds
@@ -105,8 +106,10 @@ def settle(model: Model, wanted: Wanted) -> Settled:
     """What happens to ``model`` so that it becomes what is ``wanted``.
 
     Raises:
-        UserError: the plan, the data or the precision does not fit the model, or a form cannot express a layer.
+        UserError: the plan, the data or the precision does not fit the model, a form cannot express a layer, or the
+            config.json beside the model is none.
     """
+    read_config(model.path.parent)  # what is left is written into it in the end
     formats, activations = _formats(model, wanted.precision), _fitted(model, wanted.activations)
     planned = match_layers(wanted.plan, model.blocks)
     findings = tuple(found if plan is None else None for found, plan in zip(model.findings, planned, strict=True))
