@@ -110,7 +110,7 @@ def optimize(
         if result.details["experts"] and prove:
             prove_variant(staging, EXPERTS, runner)
         copy_companions(model.path.parent, staging)
-        write_config(model.path.parent, staging, result.blocks)
+        write_config(model.path.parent, staging, result.blocks, are_all=not model.unrecognised)
         manifest = manifest_of(settled, result, list_files(staging, hashes.result()))
         manifest.save(staging)
     return manifest
