@@ -69,9 +69,15 @@ def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, 
     """Refuse batches of another size than a graph takes; ``where`` names it.
 
     Raises:
-        UserError: the graph was exported for a fixed number of examples, and a batch has more or fewer.
+        UserError: the graph was exported for a fixed number of examples, and a batch has more or fewer; or an input is
+            no batch.
     """
     for spec in inputs:
+        if not spec.shape:
+            raise UserError(
+                f"{where} takes the single number {spec.name!r}, and data has one for each example",
+                hint="export the model with that number in it",
+            )
         fixed = spec.shape[0]
         if isinstance(fixed, int) and (fixed != batch_size or len(data) % fixed):
             raise UserError(

@@ -40,6 +40,12 @@ def check_file(model: onnx.ModelProto, path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         if value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.elem_type not in TYPES:
             raise UserError(f"{path}: {value.name!r} is no tensor of a known type", hint=_MEND)
+    for value in model.graph.input:
+        if not value.type.tensor_type.HasField("shape"):
+            raise UserError(
+                f"{path} does not say how many axes its input {value.name!r} has",
+                hint="export it with the axes of every input, dynamic ones too",
+            )
     for graph in every_graph(model.graph):
         for node in graph.node:
             _check_node(node, context, path)

@@ -110,7 +110,7 @@ def _values(
         return rng.standard_normal(shape).astype(dtype)
     if dtype.kind == "b" or "mask" in tensor.name:
         return np.ones(shape, dtype)
-    if "position" in tensor.name:
+    if "position" in tensor.name and shape:
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
     return rng.integers(0, _index_range(tensor), shape).astype(dtype)
 

@@ -177,6 +177,17 @@ def drop_ends(model: ModelProto, rng: random.Random) -> None:
     del (model.graph.input if rng.random() < 0.5 else model.graph.output)[:]
 
 
+def forget_axes(model: ModelProto, rng: random.Random) -> None:
+    """Nobody says how many axes an input or output has."""
+    rng.choice([*model.graph.input, *model.graph.output]).type.tensor_type.ClearField("shape")
+
+
+def add_number(model: ModelProto, rng: random.Random) -> None:
+    """An input without axes."""
+    name, kind = rng.choice([("position", TensorProto.INT64), ("scale", TensorProto.FLOAT), ("mask", TensorProto.BOOL)])
+    model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, []))
+
+
 def wrap_in_condition(model: ModelProto, rng: random.Random) -> None:
     """A constant ``If`` around the last node, one branch of which lacks something."""
     node = onnx.NodeProto.FromString(model.graph.node[-1].SerializeToString())
@@ -217,6 +228,8 @@ DAMAGE: Mapping[str, Damage] = {
         change_opset,
         change_ends,
         drop_ends,
+        forget_axes,
+        add_number,
         wrap_in_condition,
     )
 }

@@ -207,6 +207,20 @@ def test_a_graph_of_a_fixed_batch_is_fed_so_or_refused(tmp_path):
     assert statistics.layers[0].token_count == 6
 
 
+def test_an_input_that_is_no_batch_is_refused(tmp_path):
+    spec = spec_of("stacked")
+    source, data = saved(spec, tmp_path), block_task(spec, tmp_path)
+    model = onnx.load(source)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("scale", onnx.TensorProto.FLOAT, []))
+    onnx.save(model, source)
+    with pytest.raises(UserError) as caught:
+        calibrate(source, data, tmp_path / "s.safetensors", RUNNER)
+    assert (caught.value.what, caught.value.hint) == (
+        f"{source} takes the single number 'scale', and data has one for each example",
+        "export the model with that number in it",
+    )
+
+
 def test_a_mask_that_does_not_tell_tokens_apart_is_refused(tmp_path):
     spec = spec_of("stacked")
     source, out = saved(spec, tmp_path), tmp_path / "s.safetensors"

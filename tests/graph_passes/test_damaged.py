@@ -69,11 +69,15 @@ def test_external_data_that_is_cut_or_missing_is_an_error(tmp_path, spec, left):
         (lambda model: model.graph.output[0].__setattr__("name", "y"), "nothing gives the output 'y'"),
         (lambda model: model.graph.input[0].ClearField("type"), "'x' is no tensor of a known type"),
         (
+            lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"),
+            "does not say how many axes its input 'x' has",
+        ),
+        (
             lambda model: model.opset_import[0].__setattr__("version", -3),
             "is written for the opset -3, which cannot be",
         ),
     ],
-    ids=["unknown value", "value given twice", "unknown output", "untyped input", "opset"],
+    ids=["unknown value", "value given twice", "unknown output", "untyped input", "input of any rank", "opset"],
 )
 def test_what_is_wrong_is_named(tmp_path, edit, what):
     path = tmp_path / "block.onnx"
