@@ -16,7 +16,7 @@ from graph_passes.quantization.quantize import Quantization
 from graph_passes.quantization.rest import Rest, check_routers_known, nodes_of, quantize_rest
 from graph_passes.record.prune import match_layers
 from graph_passes.rewrite import Decision, decide
-from graph_passes.task_data import check_batches, fit_data
+from graph_passes.task_data import check_batches, fit_data, fixed_batch
 from graph_passes.unreachable import Findings
 from graph_passes.writers import AUTO, FORMS, WRITERS
 from moe_spec.errors import UserError, did_you_mean
@@ -147,7 +147,7 @@ def _formats(model: Model, precision: Precision) -> Formats | None:
 
 
 def _fitted(model: Model, activations: Activations | None) -> Activations | None:
-    """``activations`` with the data as the graph takes them.
+    """``activations`` with the data as the graph takes them, in batches as large as it takes.
 
     Raises:
         UserError: they do not fit.
@@ -155,8 +155,10 @@ def _fitted(model: Model, activations: Activations | None) -> Activations | None
     if activations is None:
         return None
     inputs, _ = io_of(model.graph)
-    check_batches(activations.data, inputs, activations.batch_size, str(model.path))
-    return dataclasses.replace(activations, data=fit_data(activations.data, inputs, activations.name))
+    size = fixed_batch(inputs) or activations.batch_size
+    check_batches(activations.data, inputs, size, str(model.path), "give data of a multiple of {} examples")
+    data = fit_data(activations.data, inputs, activations.name)
+    return dataclasses.replace(activations, data=data, batch_size=size)
 
 
 def _check_unrounded(decisions: Sequence[Decision]) -> None:

@@ -65,8 +65,18 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "f" if "float" in dtype.name else dtype.kind
 
 
-def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, where: str) -> None:
+def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
+    """How many examples a graph takes at once, where it was exported for so many."""
+    leading = (spec.shape[0] for spec in inputs if spec.shape)
+    return next((dim for dim in leading if isinstance(dim, int)), None)
+
+
+def check_batches(
+    data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, where: str, mend: str = "--batch-size {} --limit {}"
+) -> None:
     """Refuse batches of another size than a graph takes; ``where`` names it.
+
+    ``mend`` is the hint for who has other data: with the size of batches, and how many whole ones the data has.
 
     Raises:
         UserError: the graph was exported for a fixed number of examples, and a batch has more or fewer; or an input is
@@ -82,5 +92,5 @@ def check_batches(data: Dataset, inputs: Sequence[TensorSpec], batch_size: int, 
         if isinstance(fixed, int) and (fixed != batch_size or len(data) % fixed):
             raise UserError(
                 f"{where} takes exactly {fixed} examples at once, not {len(data)} in batches of {batch_size}",
-                hint=f"--batch-size {fixed} --limit {len(data) - len(data) % fixed}, or export it with a dynamic axis",
+                hint=f"{mend.format(fixed, len(data) - len(data) % fixed)}, or export it with a dynamic axis",
             )

@@ -112,6 +112,22 @@ def test_a_result_is_read_again_as_it_stands_and_judged(tmp_path, source, writte
     assert (report.precision, report.forced) == ("w8a8", True)
 
 
+def test_a_graph_of_a_fixed_batch_gets_the_data_in_batches_of_that_size(tmp_path, source):
+    model, fixed = onnx.load(source), tmp_path / "fixed.onnx"
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(model, fixed)
+    manifest = optimize(fixed, tmp_path / "out", RUNNER, form="dense", precision=INT8, activations=MANY)
+    assert manifest.details["activations"]["ranges"] == {"x": float(np.abs(X_TH).max())}
+    odd = Activations(Dataset({"x": X_TH[:20]}, None, "0" * 64), "odd.npz")
+    with pytest.raises(UserError) as error:
+        optimize(fixed, tmp_path / "none", RUNNER, form="dense", precision=INT8, activations=odd)
+    assert (error.value.what, error.value.hint) == (
+        f"{fixed} takes exactly 8 examples at once, not 20 in batches of 8",
+        "give data of a multiple of 8 examples, or export it with a dynamic axis",
+    )
+
+
 def test_scales_of_activations_are_halves_among_halves(tmp_path, source):
     precision = Precision("int8", "fp16")
     manifest = optimize(source, tmp_path / "out", RUNNER, form="dense", precision=precision, activations=MANY)
