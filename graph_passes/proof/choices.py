@@ -43,8 +43,9 @@ class ChoiceEntry:
         layer: its path.
         tokens: how many there were.
         agreeing: for how many of them the same experts were chosen.
-        margin: by how much the reference preferred its own choice where the two differ, relative to its largest score;
-            the largest of these. None where no token differs, or more than scores decides.
+        margin: by how much the reference preferred its own choice where the two differ, relative to its largest score
+            of an expert that any token chooses; the largest of these. None where no token differs, or more than scores
+            decides.
     """
 
     layer: str
@@ -95,8 +96,9 @@ def compare_choice(watched: Watched, expected: Arrays, got: Arrays) -> ChoiceEnt
     found[:, list(watched.keep)] = got[watched.result.gates] != 0
     other = (wanted != found).any(axis=1)
     margins = _margins(wanted[other], found[other], scores[other]) if watched.by_score else np.zeros(0)
-    finite = np.abs(scores[np.isfinite(scores)])
-    margin = float(margins.max() / max(finite.max(initial=0.0), 1e-30)) if len(margins) else None
+    chosen = np.abs(scores[:, (wanted | found).any(axis=0)])  # a mask of the model's own may be -1e9 and finite
+    largest = chosen.max(initial=0.0, where=np.isfinite(chosen))
+    margin = float(margins.max() / max(largest, 1e-30)) if len(margins) else None
     return ChoiceEntry(watched.result.name, len(wanted), int((~other).sum()), margin)
 
 

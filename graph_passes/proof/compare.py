@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from graph_passes.model_file import model_path
-from graph_passes.proof.rounding import own_rounding
+from graph_passes.proof.rounding import ROUNDING, own_rounding
 from moe_spec.errors import VerificationError
 from moe_spec.runner import Arrays, Feeds, Runner, error_between
 
@@ -72,6 +72,15 @@ def check(
 def tolerance_of(dtype: str) -> float:
     """What is allowed for outputs of ``dtype``; nothing where they are no floats."""
     return TOLERANCE.get(dtype, 0.0)
+
+
+def tolerance_of_scores(reference: Path, entries: Sequence[OracleEntry]) -> float:
+    """What is allowed for the scores of routers where `check` allowed ``entries``: they are no more exact than outputs.
+
+    Nor than the halves that ``reference`` holds.
+    """
+    formats = {*_halves(model_path(reference)), *(entry.dtype for entry in entries)}
+    return max([*map(tolerance_of, formats), *(ROUNDING * (entry.rounding or 0.0) for entry in entries)])
 
 
 def _halves(model: Path) -> set[str]:

@@ -16,7 +16,7 @@ from graph_passes.describe import Model
 from graph_passes.graph.emitter import Names
 from graph_passes.model_file import link_weights, load_graph, save_variant
 from graph_passes.proof.choices import ChoiceEntry, Watched, check_choices, compare_choices
-from graph_passes.proof.compare import TOLERANCE, OracleEntry, check, compare
+from graph_passes.proof.compare import OracleEntry, check, compare, tolerance_of_scores
 from graph_passes.proof.feeds import batches_for
 from graph_passes.proof.mask import save_masked, save_observed
 from graph_passes.proof.runnable import check_runnable
@@ -87,7 +87,7 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
         if work.how is None and work.rest is None:
             oracle = check(batches, reference.path, candidate, runner)
             choices = compare_choices(reference.watched, batches, *files, runner)
-            check_choices(choices, max(TOLERANCE.get(entry.dtype, 0.0) for entry in oracle))
+            check_choices(choices, tolerance_of_scores(reference.path, oracle))
             return Proof(tuple(oracle), tuple(choices))
         twin, coarse = (Path(directory) / name for name in ("float", "rounded"))
         _save_twin(work, None, None, twin)

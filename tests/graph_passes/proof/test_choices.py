@@ -3,15 +3,18 @@
 import dataclasses
 
 import numpy as np
+import onnx
 import pytest
 
 from graph_passes.optimize import optimize
 from graph_passes.proof.choices import Watched, check_choices, compare_choices
+from graph_passes.proof.compare import OracleEntry, tolerance_of_scores
 from graph_passes.proof.mask import mask_model
 from moe_spec.errors import VerificationError
 from moe_spec.identity import onnx_sha256
 from moe_spec.manifest import OBSERVED
 from tests.graph_passes.block_models import Spec, plan, save, spec_of
+from tests.graph_passes.readers.proofs import edited
 from tests.zoo import RUNNER
 
 ALL = tuple(range(8))
@@ -21,10 +24,9 @@ def batches(spec: Spec) -> list[dict[str, np.ndarray]]:
     return [{"x": np.random.default_rng(0).standard_normal((40, spec.hidden)).astype(np.float32)}]
 
 
-def chosen(tmp_path, spec: Spec, keeps, **watched):
+def chosen(tmp_path, spec: Spec, keeps, change=lambda _: None, **watched):
     """How choices compare between the model with one and with the other of two sets of experts."""
-    source = tmp_path / "block.onnx"
-    save(spec, source)
+    source = edited(spec, tmp_path, change)
     outs = [tmp_path / "one", tmp_path / "other"]
     first, second = (
         mask_model(source, plan(spec, keep, onnx_sha256(source)), out).blocks[0]
@@ -45,6 +47,32 @@ def test_a_router_that_chooses_other_experts_is_found(tmp_path):
         f"original with the dropped experts unselectable, which prefers its own by {entry.margin:.2e} of its scores' "
         "range (allowed 1e-05); nothing was written"
     )
+
+
+def mask_the_last(graph: onnx.GraphProto) -> None:
+    """Let the router's bias say that no token may choose the last expert."""
+    (bias,) = (tensor for tensor in graph.initializer if tensor.name.endswith("gate.bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[-1] = -1e9
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+
+
+def test_other_choices_are_found_beside_a_mask_of_the_models_own(tmp_path):
+    """Its logits are ranked too, and all others are small beside them."""
+    spec = Spec(topk_first=True, router_bias=True)
+    (entry,) = chosen(tmp_path, spec, (ALL, ALL[:4]), mask_the_last)
+    assert entry.agreeing < 40
+    with pytest.raises(VerificationError, match=r"^the router of layer layers\.0\.mlp chooses other experts for "):
+        check_choices([entry], 1e-5)
+
+
+def test_scores_may_differ_by_what_outputs_may(tmp_path):
+    entry = OracleEntry({}, "out", "float32", 0.0, 0.0)
+    save(Spec(), tmp_path / "wide.onnx")
+    save(Spec(dtype="float16"), tmp_path / "half.onnx")
+    assert tolerance_of_scores(tmp_path / "wide.onnx", [entry]) == 1e-5
+    assert tolerance_of_scores(tmp_path / "half.onnx", [entry]) == 2e-3
+    assert tolerance_of_scores(tmp_path / "wide.onnx", [dataclasses.replace(entry, rounding=1e-4)]) == 4e-4
 
 
 def test_other_choices_are_no_failure_where_scores_are_as_good_as_equal(tmp_path):
