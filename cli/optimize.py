@@ -174,7 +174,8 @@ def optimize(
         proof += f"; rounding changes outputs by up to {casts['error']:.1e} of their range"
     rounded = manifest.details["activations"]
     if rounded is not None:
-        proof += f"; activations in int8 change them by up to {rounded['error']:.1e} on the data"
+        proof += f"; activations in int8 change them by up to {rounded['error']:.1e}"
+        proof += f" on the first {rounded['examples']} examples of the data"
     proof += "".join(f"; not run: {what}" for what in manifest.details["not_run"])
     changed = "" if manifest.modified else "; nothing had to change"
     payload = {"modified": manifest.modified, **manifest.to_json()}

@@ -168,7 +168,8 @@ def _rounded(result: Result, staging: Path, how: Activations, runner: Runner) ->
     if not rounded.ranges:
         return result
     told = {"format": "int8", "percentile": how.percentile, "data_sha256": how.data.sha256}
-    return result.after(activations={**told, "ranges": dict(rounded.ranges), "error": rounded.error})
+    measured = {"error": rounded.error, "examples": rounded.examples}
+    return result.after(activations={**told, "ranges": dict(rounded.ranges), **measured})
 
 
 def _save_for_cpu(settled: Settled, staging: Path) -> list[str]:

@@ -130,11 +130,13 @@ class Rounded:
 
     Attributes:
         ranges: the largest |x| that is in range, by the name of the value; nothing where all was int8 before.
-        error: largest difference that this makes on the data, relative to an output's largest magnitude.
+        error: largest difference that this makes on the first batch, relative to an output's largest magnitude.
+        examples: how many that has.
     """
 
     ranges: Mapping[str, float]
     error: float
+    examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def round_activations(directory: Path, how: Activations, runner: Runner) -> Roun
     products = _products(model)
     if not products:
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            return Rounded({}, 0.0)
+            return Rounded({}, 0.0, 0)
         raise UserError(
             "no product multiplies by an int8 matrix with a scale for each output, so no activation can be int8",
             hint="ask for --precision int8 without --block-size in form sorted or dense, or for --rest-precision int8",
@@ -173,7 +175,8 @@ def round_activations(directory: Path, how: Activations, runner: Runner) -> Roun
         _insert_pairs(changed.graph, _products(changed), ranges)
         onnx.save(changed, directory / file)
     got = runner.run(directory / MODEL, batches)[0]
-    return Rounded(ranges, max(error_between(expected[name], got[name])[1] for name in expected))
+    error = max(error_between(expected[name], got[name])[1] for name in expected)
+    return Rounded(ranges, error, min(how.batch_size, len(how.data)))
 
 
 def _products(model: onnx.ModelProto) -> list[_Product]:

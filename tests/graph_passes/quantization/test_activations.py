@@ -50,6 +50,7 @@ def test_what_all_experts_read_has_one_range_and_each_middle_its_own(written):
     manifest = Manifest.load(written)
     entry = manifest.details["activations"]
     assert (entry["format"], entry["percentile"], entry["data_sha256"]) == ("int8", 100.0, "0" * 64)
+    assert entry["examples"] == MANY.batch_size
     ranges = entry["ranges"]
     assert len(ranges) == 1 + SPEC.experts
     assert ranges["x"] == np.abs(X_TH).max()
@@ -239,7 +240,8 @@ def test_data_and_percentile_come_from_the_command_line(tmp_path, source):
     )
     code, out, _ = invoke(*line, "--calibration", tmp_path / "many.npz", "--percentile", 99)
     assert code == 0
-    assert re.search(r"; activations in int8 change them by up to \d\.\de-\d\d on the data$", out.splitlines()[0])
+    said = r"; activations in int8 change them by up to \d\.\de-\d\d on the first 32 examples of the data$"
+    assert re.search(said, out.splitlines()[0])
     entry = Manifest.load(tmp_path / "out").details["activations"]
     assert entry["ranges"]["x"] == pytest.approx(np.quantile(np.abs(X_TH), 0.99), rel=0.02)
     code, _, err = invoke(*line, "--calibration", tmp_path / "many.npz", "--percentile", 101)
