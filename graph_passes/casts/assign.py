@@ -39,7 +39,7 @@ WIDE = np.dtype(np.float32)
 NO_BFLOAT16 = "bfloat16, of which ONNX Runtime has no kernels on a CPU: the float32 graph of the rounded weights was"
 
 LARGEST_LOOKED_AT = 1 << 16
-"""Values of a constant that are read to see whether they fit; larger ones are weights, and checked when written."""
+"""Values of a constant that are read to see whether they fit; larger ones are weights, if no scales of such."""
 
 SMALLEST_NORMAL = 2.0**-14
 """The smallest number of which float16 has all digits; bfloat16 has them down to where float32 has."""
@@ -166,12 +166,13 @@ class Assignment:
 
         Scales of quantised weights must not lose digits either: all that they scale would.
         """
-        if low == WIDE or math.prod(tensor.shape) > LARGEST_LOOKED_AT:
+        is_scale = node.op == "DequantizeLinear"
+        if low == WIDE or (math.prod(tensor.shape) > LARGEST_LOOKED_AT and not is_scale):
             return True
         values = of_constant(tensor, self._directory).load()
         with np.errstate(over="ignore", under="ignore"):
             cast = values.astype(low)
-        smallest = SMALLEST_NORMAL if node.op == "DequantizeLinear" and low == np.float16 else 0
+        smallest = SMALLEST_NORMAL if is_scale and low == np.float16 else 0
         small = (np.abs(values) < smallest) | ((cast == 0) & (values.size == 1))
         vanishes = bool((small & (values != 0)).any())
         return not vanishes and not bool((np.isinf(cast) & np.isfinite(values)).any())

@@ -52,6 +52,23 @@ def test_a_norm_is_an_island_with_one_cast_at_each_shore(tmp_path):
     assert formats_of(model) == {"kernel": "float16", "weight": "float", "eps": "float", "two": "float"}
 
 
+DEQUANTISED = """
+dequantised (float[N, 4] x) => (float[N, 2] y)
+<int8[4, 2] values = {1, 2, 3, 4, 5, 6, 7, 8}, float[2] scales = {0.5, SMALLEST}> {
+    weight = DequantizeLinear <axis = 1> (values, scales)
+    y = MatMul(x, weight)
+}
+"""
+
+
+@pytest.mark.parametrize(("smallest", "held"), [("0.25", "float16"), ("0.000001", "float")])
+def test_scales_are_looked_at_however_many_there_are(tmp_path, monkeypatch, smallest, held):
+    """A scale that loses digits loses those of all that it scales."""
+    monkeypatch.setattr("graph_passes.casts.assign.LARGEST_LOOKED_AT", 1)
+    model = cast_text(DEQUANTISED.replace("SMALLEST", smallest), tmp_path)
+    assert formats_of(model)["scales"] == held
+
+
 ATTENTION = """
 attention (float[N, 4] q, float[M, 4] k, bool[N, M] seen) => (float[N, 4] y)
 <float[4, 4] kernel = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, float scale = {0.5},
