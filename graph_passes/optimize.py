@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graph_passes.casts.assign import NO_BFLOAT16
-from graph_passes.casts.stage import cast_directory
+from graph_passes.casts.proof import NOT_JUDGED
+from graph_passes.casts.stage import Cast, cast_directory
 from graph_passes.choice_readers import check_choice_is_unread
 from graph_passes.config_file import write_config
 from graph_passes.describe import read_model
@@ -99,12 +100,13 @@ def optimize(
         if settled.activations is not None:
             on_progress("rounding activations")
             result = _rounded(result, staging, settled.activations, runner)
+        cast = None
         if settled.formats is not None:
             on_progress("casting floats")
             cast = cast_directory(staging, result.blocks, settled.formats, runner if prove else None, out.parent)
             result = dataclasses.replace(result, inputs=cast.inputs, outputs=cast.outputs, blocks=cast.blocks)
             result = result.after(cast.entry, casts=None if cast.proof is None else dataclasses.asdict(cast.proof))
-        result = result.after(not_run=_save_for_cpu(settled, staging))
+        result = result.after(not_run=_save_for_cpu(settled, cast, staging))
         result = result.after(forced=save_forced(staging) if forced else {})
         result = result.after(experts=save_experts_observed(staging) if observe_experts else {})
         if result.details["experts"] and prove:
@@ -172,8 +174,13 @@ def _rounded(result: Result, staging: Path, how: Activations, runner: Runner) ->
     return result.after(activations={**told, "ranges": dict(rounded.ranges), **measured})
 
 
-def _save_for_cpu(settled: Settled, staging: Path) -> list[str]:
+def _save_for_cpu(settled: Settled, cast: Cast | None, staging: Path) -> list[str]:
     """Write observed.cpu.onnx, where weights are of 4-bit floats; what ONNX Runtime's CPU did not run of the proof."""
     has_float4 = save_for_cpu(staging / OBSERVED, staging / OBSERVED_CPU)
     has_bfloat16 = settled.formats is not None and settled.formats.has_bfloat16
-    return [*([NOT_RUN] if has_float4 else []), *([NO_BFLOAT16] if has_bfloat16 else [])]
+    is_judged = has_bfloat16 or cast is None or cast.proof is None or bool(cast.proof.low)
+    return [
+        *([NOT_RUN] if has_float4 else []),
+        *([NO_BFLOAT16] if has_bfloat16 else []),
+        *([] if is_judged else [NOT_JUDGED]),
+    ]

@@ -48,6 +48,8 @@ SINGLES = 8
 
 ROUNDED = "the graph with casts, computed in float32, differs from the float32 graph with rounded weights"
 
+NOT_JUDGED = "a comparison of outputs in float16: for all random inputs a router chose otherwise than in float32"
+
 
 @dataclasses.dataclass(frozen=True)
 class CastProof:
@@ -56,7 +58,7 @@ class CastProof:
     Attributes:
         rewrite: the result in float32 beside the rounded weights in the graph that was cast.
         low: the result as it is beside the same in float32, in batches without flips; nothing where it was not run,
-            as bfloat16 is not.
+            as bfloat16 is not, or where every batch had a flip.
         choices: of the routers there.
         largest: what comes nearest to the end of float16, where that is there.
         error: largest difference that rounding every value makes to the float32 model, relative to an output's largest

@@ -12,6 +12,7 @@ from exporter.export import export
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
 from graph_passes.precision import Precision
+from graph_passes.proof.choices import ChoiceEntry
 from graph_passes.proof.feeds import random_batches
 from graph_passes.quantization.activations import Activations
 from models.vmoe.assets import fashion_mnist
@@ -122,6 +123,18 @@ def test_bfloat16_is_proven_as_a_float32_graph_and_the_manifest_says_so(zoo, tmp
     ]
     assert max(entry["max_rel"] for entry in casts["rewrite"]) <= 1e-6
     assert casts["largest"] is None
+
+
+def test_where_every_batch_has_a_flip_no_output_is_judged_and_the_manifest_says_so(tmp_path, monkeypatch):
+    def flipped(watched, *_):
+        return ChoiceEntry(watched.result.name, 2, 1, None)
+
+    monkeypatch.setattr("graph_passes.casts.proof.compare_choice", flipped)
+    manifest = optimize(saved(Spec(), tmp_path), tmp_path / "out", RUNNER, precision=Precision("fp16"))
+    assert manifest.details["casts"]["low"] == []
+    assert manifest.details["not_run"] == [
+        "a comparison of outputs in float16: for all random inputs a router chose otherwise than in float32"
+    ]
 
 
 @pytest.mark.parametrize(
