@@ -74,7 +74,7 @@ def read_fused_router(node: gs.Node, weights: Weights) -> Router:
         return sparse(node, router)
     gates = read_gates(logarithm.inputs[0], weights)
     ranks_all = gates.top_k == gates.weight_EH.shape[0] and gates.top_k != top_k
-    if ranks_all and gates.renormalize is False and not renormalize:
+    if ranks_all and not renormalize:
         raise FormError("the logits are logarithms of scores, whose sum over all experts divides the weights", node)
     if not ranks_all and gates.top_k != top_k:
         raise FormError(f"k is {top_k}, but the gates are those of {gates.top_k} experts", node)

@@ -124,6 +124,8 @@ def _router(node: gs.Node, weights: Weights) -> Router:
 def _gates(node: gs.Node, gates: Router, top_k: int, renormalize: bool) -> Router:
     """Ranked by the gates themselves: those of the selected experts are what is not 0."""
     if gates.top_k == gates.weight_EH.shape[0] != top_k:  # scores of all experts, of which the op takes the best
+        if gates.renormalize and not renormalize:
+            raise FormError("router_weights are divided by the sum of all", node)
         return dataclasses.replace(gates, top_k=top_k, renormalize=renormalize, gates=None)
     if gates.top_k != top_k or renormalize:
         raise FormError(f"k is {top_k}, but router_weights are the gates of {gates.top_k} experts", node)

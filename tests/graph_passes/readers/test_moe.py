@@ -115,6 +115,31 @@ def test_near_misses_are_refused(tmp_path, attribute, value, reason):
     assert said(path, "moe") == [f"moe: {reason} (at MoE 'out')"]
 
 
+def feed_logarithms_of_shares(graph: onnx.GraphProto) -> None:
+    """Let the op read log(s / sum(s)) over all experts, s their sigmoid."""
+    op, node = onnx.helper.make_node, node_of(graph, "out")
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "experts_axis"))
+    before = [
+        op("Sigmoid", [node.input[1]], ["all_scores"]),
+        op("ReduceSum", ["all_scores", "experts_axis"], ["sum_of_all"], keepdims=1),
+        op("Div", ["all_scores", "sum_of_all"], ["shares"]),
+        op("Log", ["shares"], ["log_shares"]),
+    ]
+    node.input[1] = "log_shares"
+    nodes = [*list(graph.node)[:-1], *before, graph.node[-1]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def test_shares_of_all_experts_are_none_of_those_that_are_selected(tmp_path):
+    """Unless the op divides by their sum again."""
+    assert said(edited(spec_of("moe"), tmp_path, feed_logarithms_of_shares), "moe") == [
+        "moe: the logits are logarithms of scores, whose sum over all experts divides the weights (at MoE 'out')"
+    ]
+    (block,) = blocks_of(edited(spec_of("moe", renormalize=True), tmp_path, feed_logarithms_of_shares), "moe")
+    assert (block.router.score, block.router.top_k, block.router.renormalize) == ("sigmoid", 2, True)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     def shorten(graph: onnx.GraphProto) -> None:
         node = node_of(graph, "out")

@@ -86,6 +86,29 @@ def test_the_attribute_that_normalises_changes_nothing_without_router_weights(tm
     assert block.router.renormalize
 
 
+def test_weights_divided_by_the_sum_of_all_experts_are_refused(tmp_path):
+    """Unless the op divides by the sum of those that it selects."""
+
+    def divide(graph: onnx.GraphProto) -> None:
+        op, node = onnx.helper.make_node, graph.node[-1]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "experts_axis"))
+        scores = node.input[14]
+        before = [
+            op("ReduceSum", [scores, "experts_axis"], ["sum_of_all"], keepdims=1),
+            op("Div", [scores, "sum_of_all"], ["shares"]),
+        ]
+        node.input[1] = node.input[14] = "shares"
+        nodes = [*list(graph.node)[:-1], *before, graph.node[-1]]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    assert said(edited(qmoe("sigmoid"), tmp_path, divide), "qmoe") == [
+        "qmoe: router_weights are divided by the sum of all (at QMoE 'out')"
+    ]
+    (block,) = blocks_of(edited(qmoe("sigmoid", renormalize=True), tmp_path, divide), "qmoe")
+    assert (block.router.score, block.router.top_k, block.router.renormalize) == ("sigmoid", 2, True)
+
+
 def test_eight_bits_in_blocks_keep_their_form_because_the_kernel_rounds_what_it_reads(tmp_path):
     """The kernel computes with activations of 8 bits; the float forms do not, and the proof tells."""
     spec = qmoe()
