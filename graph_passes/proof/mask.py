@@ -58,8 +58,8 @@ def mask_model(source: Path, plan: PruningPlan | None, out: Path) -> Manifest:
     model = read_model(source, allow_partial=True)
     layers = match_layers(plan, model.blocks)
     for block, layer in zip(model.blocks, layers, strict=True):
-        if layer is not None and layer.merge:
-            prune_block(block, layer)  # refused for the same reasons
+        if layer is not None:
+            prune_block(block, layer)  # refused for the same reasons; nothing is read
     with new_directory(out) as staging, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         path, graph, blocks = model.path, model.graph, model.blocks
         if any(map(merges, blocks, layers)):

@@ -6,10 +6,13 @@ import pytest
 
 from graph_passes.optimize import optimize
 from graph_passes.proof.mask import mask_model
+from moe_spec.errors import UserError
 from moe_spec.feasibility import Groups
 from moe_spec.identity import onnx_sha256
+from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import OBSERVED, Manifest
-from tests.graph_passes.block_models import Spec, compute, plan, save, spec_of
+from moe_spec.plan import PruningPlan
+from tests.graph_passes.block_models import NAME, Spec, compute, plan, save, spec_of
 from tests.zoo import RUNNER
 
 SPECS = {
@@ -63,6 +66,20 @@ def test_what_is_chosen_beyond_the_last_expert_weighs_nothing(tmp_path, spec):
     np.testing.assert_array_equal(np.flatnonzero(gates.any(axis=0)), [5])
     np.testing.assert_allclose(gates[:, 5], 1, rtol=1e-6)
     np.testing.assert_allclose(out, compute(spec, x, (5,)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_for_more_experts_is_refused(tmp_path):
+    """Those that the graph lacks would be left out, and part of the plan be masked."""
+    source = tmp_path / "block.onnx"
+    save(Spec(), source)
+    made = PruningPlan("", "by hand", (LayerPlan(NAME, 16, 2, (0, 1, 9)),))
+    with pytest.raises(UserError) as error:
+        mask_model(source, made, tmp_path / "masked")
+    assert (error.value.what, error.value.hint) == (
+        f"the plan says that layer {NAME} has 16 experts and no routing groups, the graph has 8 and no routing groups",
+        "make a plan for this model with `moe-edge plan`",
+    )
+    assert not (tmp_path / "masked").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
