@@ -156,7 +156,8 @@ def _proven(result: Result, settled: Settled, staging: Path, runner: Runner, scr
     proof = prove_result(work, staging, runner, scratch)
     return result.after(
         oracle=[dataclasses.asdict(entry) for entry in proof.oracle],
-        choices=[dataclasses.asdict(entry) for entry in proof.choices],
+        choices=[dataclasses.asdict(entry) for entry in proof.choices.entries],
+        not_exercised={name: list(experts) for name, experts in proof.choices.not_exercised.items()},
         precision_error=proof.precision_error,
     )
 

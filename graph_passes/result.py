@@ -94,6 +94,7 @@ def _details(settled: Settled) -> Mapping[str, Any]:
     return {
         "oracle": [],
         "choices": [],
+        "not_exercised": {},
         "precision": dataclasses.asdict(settled.wanted.precision.over(asked_before(model))),
         "precision_error": None,
         "rest": to_details(settled.rest),

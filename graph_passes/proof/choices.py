@@ -5,7 +5,7 @@ a token chooses is where its gate is not 0.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,16 +54,45 @@ class ChoiceEntry:
     margin: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the layers chose.
+
+    Attributes:
+        entries: of each layer at each shape.
+        not_exercised: ids of the experts that no token chose in the reference, by layer: what those compute was
+            compared with nothing. Only layers that have such, and became others than they were.
+    """
+
+    entries: tuple[ChoiceEntry, ...] = ()
+    not_exercised: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
 def compare_choices(
     watched: Sequence[Watched], batches: Sequence[Feeds], reference: Path, result: Path, runner: Runner
-) -> list[ChoiceEntry]:
+) -> Choices:
     """Run two files whose routers are observed, and compare what they choose."""
     if not watched:
-        return []
+        return Choices()
     expected = runner.run(reference, batches, _outputs([each.reference for each in watched]))
     got = runner.run(result, batches, _outputs([each.result for each in watched]))
-    both = zip(expected, got, strict=True)
-    return [compare_choice(each, wanted, found) for wanted, found in both for each in watched]
+    both = list(zip(expected, got, strict=True))
+    entries = tuple(compare_choice(each, wanted, found) for wanted, found in both for each in watched)
+    idle = {each.result.name: _idle(each, expected) for each in watched if _is_another(each)}
+    return Choices(entries, {name: experts for name, experts in idle.items() if experts})
+
+
+def _is_another(watched: Watched) -> bool:
+    before, after = watched.reference, watched.result
+    return (before.form, before.experts, before.bytes) != (after.form, after.experts, after.bytes)
+
+
+def _idle(watched: Watched, expected: Sequence[Arrays]) -> tuple[int, ...]:
+    """Ids of the experts that the reference chose in none of its runs."""
+    assert watched.reference.gates is not None
+    chosen = [(arrays[watched.reference.gates] != 0).any(axis=0) for arrays in expected]
+    used = np.any(chosen, axis=0)
+    return tuple(name for name, own in zip(watched.result.keep, watched.keep, strict=True) if not used[own])
 
 
 def check_choices(entries: Sequence[ChoiceEntry], tolerance: float) -> None:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.describe import Model
 from graph_passes.graph.emitter import Names
 from graph_passes.model_file import link_weights, load_graph, save_variant
-from graph_passes.proof.choices import ChoiceEntry, Watched, check_choices, compare_choices
+from graph_passes.proof.choices import Choices, Watched, check_choices, compare_choices
 from graph_passes.proof.compare import OracleEntry, check, compare, tolerance_of_scores
 from graph_passes.proof.feeds import batches_for
 from graph_passes.proof.mask import save_masked, save_observed
@@ -38,13 +38,13 @@ class Proof:
 
     Attributes:
         oracle: the error of each output at each shape.
-        choices: how often the routers chose the same experts, in each layer whose router is left, at each shape.
+        choices: of the routers, in each layer whose router is left.
         precision_error: largest difference between the result and the original relative to an output's largest
             magnitude; None where nothing was quantised.
     """
 
     oracle: tuple[OracleEntry, ...] = ()
-    choices: tuple[ChoiceEntry, ...] = ()
+    choices: Choices = dataclasses.field(default_factory=Choices)
     precision_error: float | None = None
 
 
@@ -87,8 +87,8 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
         if work.how is None and work.rest is None:
             oracle = check(batches, reference.path, candidate, runner)
             choices = compare_choices(reference.watched, batches, *files, runner)
-            check_choices(choices, tolerance_of_scores(reference.path, oracle))
-            return Proof(tuple(oracle), tuple(choices))
+            check_choices(choices.entries, tolerance_of_scores(reference.path, oracle))
+            return Proof(tuple(oracle), choices)
         twin, coarse = (Path(directory) / name for name in ("float", "rounded"))
         _save_twin(work, None, None, twin)
         check(batches, reference.path, twin, runner)
@@ -96,7 +96,7 @@ def prove(work: Work, candidate: Path, runner: Runner, scratch: Path) -> Proof:
         oracle = check(batches, coarse, candidate, runner)
         error = max(entry.max_rel for entry in compare(batches, reference.path, candidate, runner))
         choices = compare_choices(reference.watched, batches, *files, runner)
-        return Proof(tuple(oracle), tuple(choices), error)
+        return Proof(tuple(oracle), choices, error)
 
 
 def prove_variant(directory: Path, variant: str, runner: Runner) -> None:

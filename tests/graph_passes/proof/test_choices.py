@@ -33,7 +33,7 @@ def chosen(tmp_path, spec: Spec, keeps, change=lambda _: None, **watched):
         for keep, out in zip(keeps, outs, strict=True)
     )
     pair = dataclasses.replace(Watched(first, second, keep=ALL, by_score=True), **watched)
-    return compare_choices([pair], batches(spec), outs[0] / OBSERVED, outs[1] / OBSERVED, RUNNER)
+    return compare_choices([pair], batches(spec), outs[0] / OBSERVED, outs[1] / OBSERVED, RUNNER).entries
 
 
 def test_a_router_that_chooses_other_experts_is_found(tmp_path):
@@ -97,6 +97,21 @@ def test_the_manifest_says_how_often_routers_agree(tmp_path):
         for tokens in (1, 7, 31)
         for layer in (0, 1)
     ]
+
+
+def test_experts_that_no_token_chose_are_told(tmp_path):
+    """Their logits are 60 below the others: far, but an input could reach that."""
+    spec = Spec(router_bias=True)
+
+    def push_away(graph: onnx.GraphProto) -> None:
+        (bias,) = (tensor for tensor in graph.initializer if tensor.name.endswith("gate.bias"))
+        values = np.where(np.isin(ALL, [2, 5]), np.float32(-60), onnx.numpy_helper.to_array(bias))
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+
+    source = edited(spec, tmp_path, push_away)
+    made = plan(spec, (0, 1, 2, 3, 5), onnx_sha256(source))
+    manifest = optimize(source, tmp_path / "out", RUNNER, plan=made)
+    assert manifest.details["not_exercised"] == {"layers.0.mlp": [2, 5]}
 
 
 def test_a_layer_without_a_router_has_no_choice(tmp_path):
