@@ -66,7 +66,7 @@ def preview(
         for name, tensor in values.items()
     )
     return Preview(
-        blocks=tuple(block_of(layer, plan) for layer in find_moe_layers(model)),
+        blocks=tuple(block_of(layer, plan, dtype) for layer in find_moe_layers(model)),
         stored_bytes=sum(tensor.nbytes for tensor in stored),
         weight_bytes=weight_bytes,
         compare_bytes=memory_to_compare(

@@ -90,7 +90,7 @@ def write(opened: Opened, out: Path, runner: Runner, how: How = How(), on_progre
         VerificationError: the exported graph does not compute what torch computes.
     """
     layers = find_moe_layers(opened.model)
-    blocks = tuple(block_of(layer, opened.plan) for layer in layers)
+    blocks = tuple(block_of(layer, opened.plan, how.dtype) for layer in layers)
     noded = [layer for layer in layers if form_of(layer) == NODE]
     on_progress("tracing")
     traced = trace(opened.model, opened.task, noded, how.opset, how.dtype)
@@ -183,8 +183,8 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, dims)
 
 
-def block_of(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
-    """A MoE layer as the manifest has it.
+def block_of(layer: MoELayer, plan: PruningPlan | None, dtype: torch.dtype) -> BlockEntry:
+    """A MoE layer as the manifest has it, its experts in ``dtype``; routers stay float32.
 
     Raises:
         UserError: ``plan`` was not applied to it.
@@ -198,7 +198,8 @@ def block_of(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
             f"the plan keeps {len(keep)} experts in layer {layer.name}, but {layer.num_experts} are to be exported",
             hint="apply the plan too: export(..., plan=plan, prepare=partial(pruning.apply.apply_plan, plan=plan))",
         )
-    parameters = [*layer.router.parameters(), *layer.router.buffers(), *layer.experts.parameters()]
+    of_router = (*layer.router.parameters(), *layer.router.buffers())
+    weights = sum(parameter.numel() for parameter in layer.experts.parameters())
     return BlockEntry(
         name=layer.name,
         experts=layer.num_experts,
@@ -206,5 +207,5 @@ def block_of(layer: MoELayer, plan: PruningPlan | None) -> BlockEntry:
         keep=keep,
         router=type(layer.router).__name__,
         form=form_of(layer),
-        bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        bytes=sum(tensor.nbytes for tensor in of_router) + weights * dtype.itemsize,
     )

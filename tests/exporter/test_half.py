@@ -10,6 +10,7 @@ import torch
 from exporter.export import export
 from exporter.preview import preview
 from exporter.widen import save_widened
+from graph_passes.describe import inspect_model
 from models.checkpoints import load_model
 from moe_spec.errors import UserError
 from moe_spec.manifest import MODEL, Manifest
@@ -49,6 +50,13 @@ def test_weights_are_rounded_once_and_routers_are_not(name, dtype, zoo, request)
         assert torch.equal(torch.from_numpy(value.astype("float32")), wanted.float()), key
 
 
+@pytest.mark.parametrize("name", ["half", "unchecked"])
+def test_the_manifest_says_how_many_bytes_a_layer_has(name, request):
+    directory = request.getfixturevalue(name)
+    found = [block.nbytes for block in inspect_model(directory).blocks]
+    assert [block.bytes for block in Manifest.load(directory).blocks] == found
+
+
 def test_halves_are_compared_with_torch_of_the_same_weights(half):
     manifest = Manifest.load(half)
     manifest.check_files(half)
@@ -79,7 +87,7 @@ def test_what_was_not_compared_is_said_and_why(unchecked, zoo):
     assert details["not_compared"] == "torch and ONNX Runtime together need 0.0 GB of memory, 0.0 GB may be used"
 
 
-def test_a_preview_says_what_is_written(zoo):
+def test_a_preview_says_what_is_written(unchecked, zoo):
     state = load_model(zoo.checkpoint("vmoe")).state_dict()
     values = sum(math.prod(value.shape) for value in state.values())
     seen = preview(zoo.checkpoint("vmoe"), dtype=torch.bfloat16, max_memory=7)
@@ -90,6 +98,7 @@ def test_a_preview_says_what_is_written(zoo):
         ("layers.1.mlp", 8, 2),
         ("layers.3.mlp", 8, 2),
     ]
+    assert [block.bytes for block in seen.blocks] == [block.bytes for block in Manifest.load(unchecked).blocks]
 
 
 def test_nothing_is_left_where_the_disk_is_full(zoo, tmp_path):
