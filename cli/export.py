@@ -81,6 +81,8 @@ def export(
     options: dict[str, Any] = {
         "plan": loaded,
         "prepare": None if loaded is None else partial(apply_plan, plan=loaded),
+        "task": task,
+        "cache": cache,
         "dtype": getattr(torch, FORMATS[require_format(dtype, FLOATS)]),
         "max_memory": None if max_memory is None else parse_memory(max_memory),
         "trust_remote_code": trust_remote_code,
@@ -96,8 +98,6 @@ def export(
             output,
             OnnxRuntimeRunner(on_progress=tell),
             opset=opset,
-            task=task,
-            cache=cache,
             inline_bytes=external_data,
             on_progress=tell,
             **options,

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from exporter.sources import Prepare
+from exporter.tasks import Task, part_of, task_of, with_cache
+from exporter.weightless import weightless
 from exporter.write import block_of, memory_to_compare
 from models.checkpoints import load_empty, stored_tensors
 from models.moe_layers import find_moe_layers, tensors_of_routers
@@ -44,6 +48,8 @@ def preview(
     *,
     plan: PruningPlan | None = None,
     prepare: Prepare | None = None,
+    task: str | None = None,
+    cache: bool = True,
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     trust_remote_code: bool = False,
@@ -51,7 +57,8 @@ def preview(
     """What `export` of the same arguments would write.
 
     Raises:
-        UserError: no checkpoint, an unknown family, a plan for another model, or what ``prepare`` refuses.
+        UserError: no checkpoint, an unknown family or task, a decoder without a cache that can be an input, a plan for
+            another model, or what ``prepare`` refuses.
     """
     if plan is not None:
         plan.require_model(checkpoint_sha256(checkpoint), str(checkpoint))
@@ -59,8 +66,11 @@ def preview(
     model = load_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     if prepare is not None:
         prepare(model)
-    wide, tied = tensors_of_routers(model), model.all_tied_weights_keys
-    values = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    called = task_of(type(model).__name__, task)
+    if cache:
+        with weightless(model, dtype):
+            with_cache(called, model)
+    wide, values = tensors_of_routers(model), _values(model, called)
     weight_bytes = sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() and name not in wide else tensor.itemsize)
         for name, tensor in values.items()
@@ -74,3 +84,10 @@ def preview(
         ),
         free_bytes=memory_for_weights(max_memory),
     )
+
+
+def _values(model: PreTrainedModel, task: Task) -> dict[str, Tensor]:
+    """What is written of ``model``, by name: tied weights once, a head only where ``task`` has one."""
+    called = {id(tensor) for tensor in part_of(model, task).state_dict(keep_vars=True).values()}
+    tied, everything = model.all_tied_weights_keys, model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in everything.items() if name not in tied and id(tensor) in called}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from exporter.cache import State, find_states
@@ -124,6 +125,20 @@ def task_of(architecture: str, name: str | None = None) -> Task:
         f"{architecture} is made for {own}, not for {name}",
         hint=f"--task {own}, or --task {FEATURE_EXTRACTION} for what is below its head",
     )
+
+
+def part_of(model: PreTrainedModel, task: Task) -> nn.Module:
+    """What of ``model`` is called: all of it, or what is below its head.
+
+    Raises:
+        UserError: it is nothing but a head.
+    """
+    if not task.headless:
+        return model
+    if model.base_model is model and not type(model).__name__.endswith("Model"):
+        raise UserError(f"{type(model).__name__} has no part without its head", hint="export it without --task")
+    below: nn.Module = model.base_model
+    return below
 
 
 def task_like(outputs: Iterable[str]) -> str | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from exporter.cache import cache_of, tensors_in
 from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
-from exporter.tasks import Task
+from exporter.tasks import Task, part_of
 from exporter.upstream import registered_quickly, translatable
 from exporter.weightless import Traced, weightless, without_values
 from models.moe_layers import MoELayer
@@ -36,18 +36,14 @@ class _Call(torch.nn.Module):
         super().__init__()
         self.wrapped = model
         self._task = task
-        if task.headless and model.base_model is model and not type(model).__name__.endswith("Model"):
-            raise UserError(
-                f"{type(model).__name__} has no part without its head",
-                hint="export it without --task",
-            )
+        part_of(model, task)  # refuse it now
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         task, config = self._task, self.wrapped.config
         given = dict(zip(task.axes, inputs, strict=True))
         past = [given.pop(state.past) for state in task.states]
         cache = cache_of(config, task.states, past) if past else None
-        called = self.wrapped.base_model if task.headless else self.wrapped
+        called = part_of(self.wrapped, task)
         options = {"use_cache": False} if hasattr(config.get_text_config(), "use_cache") else {}
         outputs = called(**given, **(options if cache is None else {"past_key_values": cache, "use_cache": True}))
         present = () if cache is None else (tensor for *_, tensor in tensors_in(cache))

@@ -113,6 +113,14 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(zoo, tmp_path):
     assert leftovers(tmp_path) == {"plan.json"}
 
 
+def test_a_dry_run_refuses_what_the_export_refuses(zoo, tmp_path):
+    dry = invoke("export", zoo.checkpoint("vmoe"), "--task", "text-generation", "-o", tmp_path / "out", "--dry-run")
+    assert dry == refusal(
+        "VMoeForImageClassification is made for image-classification, not for text-generation",
+        "--task image-classification, or --task feature-extraction for what is below its head",
+    )
+
+
 def test_what_memory_does_not_hold_is_not_compared_and_one_line_says_so(zoo, tmp_path):
     out = tmp_path / "out"
     code, stdout, stderr = invoke("export", zoo.checkpoint("vmoe"), "-o", out, "--max-memory", "0MB")

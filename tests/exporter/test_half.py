@@ -101,6 +101,12 @@ def test_a_preview_says_what_is_written(unchecked, zoo):
     assert [block.bytes for block in seen.blocks] == [block.bytes for block in Manifest.load(unchecked).blocks]
 
 
+def test_a_preview_counts_no_head_that_is_left_out(zoo):
+    checkpoint = zoo.checkpoint("mixtral")
+    whole, below = (preview(checkpoint, task=task) for task in (None, "feature-extraction"))
+    assert whole.weight_bytes - below.weight_bytes == load_model(checkpoint).state_dict()["lm_head.weight"].nbytes
+
+
 def test_nothing_is_left_where_the_disk_is_full(zoo, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may be larger
