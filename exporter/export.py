@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from exporter.sources import Prepare, open_model, prepared
+from exporter.sources import Prepare, open_model, prepared, require_merging
 from exporter.tasks import task_of, with_cache
 from exporter.weightless import weightless
 from exporter.write import OPSET, How, Opened, write
@@ -64,6 +64,7 @@ def export(
     identity = checkpoint_sha256(checkpoint, on_progress)
     if plan is not None:
         plan.require_model(identity, str(checkpoint))
+    require_merging(plan, prepare)
     model, pieces = open_model(checkpoint, plan, prepare, trust_remote_code=trust_remote_code)
     called = task_of(type(model).__name__, task)
     if cache:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from exporter.sources import Prepare, pieces_of
+from exporter.sources import Prepare, pieces_of, require_merging
 from exporter.tasks import Feeds, Task
 from exporter.trace import TRACED
 from exporter.write import OPSET, How, Opened, write
@@ -51,6 +51,7 @@ def export_module(
     identity = model.sha256()
     if plan is not None:
         plan.require_model(identity, "the module")
+    require_merging(plan, prepare)
     if prepare is not None:
         prepare(model)
     called = task_of_example(model.example, model.outputs)

@@ -13,10 +13,25 @@ from models.moe_layers import tensors_by_expert
 from models.stored_merges import StoredMerges, fill_routers
 from models.stored_names import is_cut
 from models.stored_parameters import StoredParameters
+from moe_spec.errors import UserError
 from moe_spec.plan import PruningPlan
 
 Prepare = Callable[[PreTrainedModel], None]
 """Changes a model before it is exported, as ``pruning.apply.apply_plan`` does."""
+
+
+APPLY = "apply the plan too: export(..., plan=plan, prepare=partial(pruning.apply.apply_plan, plan=plan))"
+"""Hint where a plan was given and not applied."""
+
+
+def require_merging(plan: PruningPlan | None, prepare: Prepare | None) -> None:
+    """Refuse a plan by which rows share merged experts where nothing merges them: their number would not tell.
+
+    Raises:
+        UserError: there is no ``prepare``.
+    """
+    if plan is not None and plan.shares_experts and prepare is None:
+        raise UserError("by the plan rows of routers share merged experts, but nothing merges them here", hint=APPLY)
 
 
 def open_model(

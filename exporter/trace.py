@@ -131,8 +131,9 @@ def _explained(architecture: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        said = str(cause).strip().splitlines()
-        reason = said[1].removeprefix("- ") if said[0].endswith(":") else said[0]  # which axis came out static
+        said = str(cause).strip().splitlines() or ["no more is said"]
+        static = said[0].endswith(":") and len(said) > 1
+        reason = said[1].removeprefix("- ") if static else said[0]  # which axis came out static
         raise UserError(
             f"torch.onnx cannot trace {architecture}: {type(cause).__name__}: {reason}",
             hint="`moe-edge families` says which families export; `moe-edge prune` works without ONNX",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from exporter.bind import Pieces, bytes_of, save
 from exporter.check import check_axes, check_experts, check_parity
 from exporter.experts import NODE, form_of
+from exporter.sources import APPLY
 from exporter.tasks import Task
 from exporter.trace import trace
 from exporter.weightless import Traced
@@ -196,7 +197,7 @@ def block_of(layer: MoELayer, plan: PruningPlan | None, dtype: torch.dtype) -> B
     if len(keep) != layer.num_experts:
         raise UserError(
             f"the plan keeps {len(keep)} experts in layer {layer.name}, but {layer.num_experts} are to be exported",
-            hint="apply the plan too: export(..., plan=plan, prepare=partial(pruning.apply.apply_plan, plan=plan))",
+            hint=APPLY,
         )
     of_router = (*layer.router.parameters(), *layer.router.buffers())
     weights = sum(parameter.numel() for parameter in layer.experts.parameters())

@@ -8,6 +8,7 @@ from transformers import BertModel
 
 from models.moe_bert.configuration import MoeBertConfig
 from models.moe_bert.modeling import MoeBertForSequenceClassification
+from moe_spec.errors import UserError
 
 
 def upcycle(dense: BertModel, classes: Sequence[str], **changes: Any) -> MoeBertForSequenceClassification:
@@ -19,10 +20,19 @@ def upcycle(dense: BertModel, classes: Sequence[str], **changes: Any) -> MoeBert
         dense: as many of its layers are taken as the configuration asks for, from below.
         classes: their names; a text's label is an index into them.
         changes: fields of ``MoeBertConfig`` that are other than in the configuration of ``dense``.
+
+    Raises:
+        UserError: more layers are asked for than ``dense`` has.
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: label for label, name in enumerate(classes)}}
     own = labels | {"model_type": MoeBertConfig.model_type}
     config = MoeBertConfig.from_dict(dense.config.to_dict() | own | changes)
+    there = dense.config.num_hidden_layers
+    if config.num_hidden_layers > there:
+        raise UserError(
+            f"{config.num_hidden_layers} layers are asked for, and the dense BERT has {there}",
+            hint=f"num_hidden_layers of at most {there}",
+        )
     model = MoeBertForSequenceClassification(config)
     weights = dense.state_dict()
     filled = {name: weights.get(name, tensor) for name, tensor in model.bert.state_dict().items()}

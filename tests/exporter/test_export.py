@@ -7,8 +7,10 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from exporter.export import export
+from exporter.sources import APPLY
 from exporter.tasks import task_of
 from exporter.trace import run_torch, trace
 from exporter.write import OPSET, TOOLS
@@ -22,7 +24,7 @@ from moe_spec.errors import UserError
 from moe_spec.experts_op import DOMAIN
 from moe_spec.external_data import INLINE_BYTES
 from moe_spec.identity import checkpoint_sha256
-from moe_spec.layer_plan import LayerPlan
+from moe_spec.layer_plan import ALIAS, LayerPlan, Merge
 from moe_spec.manifest import MODEL, Manifest, TensorSpec
 from moe_spec.plan import PruningPlan
 from moe_spec.runner import error_between
@@ -194,10 +196,30 @@ def test_a_plan_that_was_not_applied_is_refused(zoo, tmp_path):
     with pytest.raises(UserError) as refusal:
         export(checkpoint, tmp_path / "out", RUNNER, plan=plan_for(checkpoint))
     assert refusal.value.what == "the plan keeps 3 experts in layer layers.3.mlp, but 8 are to be exported"
-    assert refusal.value.hint == (
-        "apply the plan too: export(..., plan=plan, prepare=partial(pruning.apply.apply_plan, plan=plan))"
-    )
+    assert refusal.value.hint == APPLY
     assert leftovers(tmp_path) == set()
+
+
+def test_a_plan_whose_experts_nobody_merged_is_refused(zoo, tmp_path):
+    checkpoint = zoo.checkpoint("vmoe")
+    merges = (Merge((0, 1, 2), (1.0, 1.0, 1.0)), *(Merge((one,), (1.0,)) for one in range(3, EXPERTS)))
+    layer = LayerPlan("layers.3.mlp", EXPERTS, TOP_K, (0, 3, 4, 5, 6, 7), router=ALIAS, merge=merges)
+    plan = PruningPlan(checkpoint_sha256(checkpoint), "by hand", (layer,))
+    with pytest.raises(UserError) as refusal:
+        export(checkpoint, tmp_path / "out", RUNNER, plan=plan)
+    assert refusal.value.what == "by the plan rows of routers share merged experts, but nothing merges them here"
+    assert refusal.value.hint == APPLY
+
+
+def test_an_exporter_that_fails_without_a_word_is_reported(zoo, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise torch.onnx.OnnxExporterError from AssertionError()
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(UserError) as refusal:
+        export(zoo.checkpoint("vmoe"), tmp_path / "out", RUNNER)
+    message = "torch.onnx cannot trace VMoeForImageClassification: AssertionError: no more is said"
+    assert refusal.value.what == message
 
 
 def test_features_are_exported_without_the_head(zoo, tmp_path):

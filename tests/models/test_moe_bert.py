@@ -15,6 +15,7 @@ from models.moe_bert.configuration import MoeBertConfig
 from models.moe_bert.modeling import MoeBertForSequenceClassification, mean_of_tokens
 from models.moe_bert.upcycle import upcycle
 from models.moe_layers import find_moe_layers
+from moe_spec.errors import UserError
 from tests.models_table import TINY, example_inputs
 
 CLASSES = ("one", "two", "three")
@@ -55,6 +56,12 @@ def test_the_lower_layers_alone_can_be_taken(dense):
     with torch.no_grad():
         expected = dense(**inputs, output_hidden_states=True).hidden_states[2]
         torch.testing.assert_close(model.bert(**inputs).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+def test_layers_that_the_dense_model_lacks_are_not_made_up(dense):
+    message = "5 layers are asked for, and the dense BERT has 4\nhint: num_hidden_layers of at most 4"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        upcycle(dense, CLASSES, num_hidden_layers=5, moe_layers=[4])
 
 
 def test_what_is_saved_is_loaded(dense, tmp_path):
