@@ -75,7 +75,7 @@ def save(
     proto = onnx.ModelProto()
     proto.CopyFrom(traced.proto)
     weights = _in_order(proto.graph)
-    _require_room(weights, inline_bytes)
+    _require_room(proto, inline_bytes)
     done, total = 0, bytes_of(traced)
     location = f"{path.name}.data"
     with path.with_name(location).open("wb") as file:
@@ -113,11 +113,14 @@ def _in_order(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     return [tensors[name] for name in read | tensors]
 
 
-def _require_room(weights: list[onnx.TensorProto], inline_bytes: int) -> None:
+def _require_room(proto: onnx.ModelProto, inline_bytes: int) -> None:
+    weights = proto.graph.initializer
     inline = sum(size for size in map(nbytes, weights) if size < inline_bytes)
-    if inline > _ONNX_FILE_BYTES:
+    graph = proto.ByteSize() - sum(len(tensor.raw_data) for tensor in weights)  # constants of the trace have theirs
+    if inline + graph > _ONNX_FILE_BYTES:
         raise UserError(
-            f"{inline:,} bytes of weights would lie in the .onnx file, which holds {_ONNX_FILE_BYTES:,}",
+            f"{inline:,} bytes of weights and {graph:,} of the graph would lie in the .onnx file, which holds "
+            f"{_ONNX_FILE_BYTES:,}",
             hint="give a smaller --external-data, so that more weights lie in the data file",
         )
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporter.bind import nbytes, save
+from exporter import bind
+from exporter.bind import bytes_of, nbytes, save
 from exporter.fold import evaluate
 from exporter.sources import pieces_of
 from exporter.tasks import task_of
@@ -111,9 +112,17 @@ def test_more_weights_than_an_onnx_file_holds_are_refused_before_anything_is_wri
     proto.graph.initializer[0].dims[:] = [2**29]
     with pytest.raises(UserError) as refusal:
         save(dataclasses.replace(traced, proto=proto), pieces, tmp_path / "g.onnx", inline_bytes=2**40)
-    assert refusal.value.what.endswith(" bytes of weights would lie in the .onnx file, which holds 2,147,483,647")
+    assert refusal.value.what.endswith(" of the graph would lie in the .onnx file, which holds 2,147,483,647")
     assert refusal.value.hint == "give a smaller --external-data, so that more weights lie in the data file"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_graph_itself_needs_room_in_the_file(traced, pieces, tmp_path, monkeypatch):
+    save(traced, pieces, tmp_path / "g.onnx", inline_bytes=10**9)
+    monkeypatch.setattr(bind, "_ONNX_FILE_BYTES", bytes_of(traced) + 1)
+    with pytest.raises(UserError, match=rf"^{bytes_of(traced):,} bytes of weights and [\d,]+ of the graph "):
+        save(traced, pieces, tmp_path / "other.onnx", inline_bytes=10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
 
 def test_half_the_bits_are_folded_as_they_are():
