@@ -1,6 +1,6 @@
 """What a graph computes of its weights alone: taken out of it, to be done to the values when they are there."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ def fold(model: onnx.ModelProto, parameters: Mapping[str, onnx.TensorProto]) -> 
     nodes, constants = list(model.graph.node), {tensor.name: tensor for tensor in model.graph.initializer}
     shapes = {value.name: value for value in model.graph.value_info if _is_static(value)}
     dependent = _made_of(nodes, parameters, constants, shapes)
-    shared = {name for index, node in enumerate(nodes) if index not in dependent for name in node.input}
+    shared = set(names_read(node for index, node in enumerate(nodes) if index not in dependent))
     taken = _made_of(nodes, parameters.keys() - shared, constants, shapes)
     left = [node for index, node in enumerate(nodes) if index not in taken]
-    read = {name for node in left for name in node.input} | {value.name for value in model.graph.output}
+    read = {*names_read(left), *(value.name for value in model.graph.output)}
     sources = {name: index for index in taken for name in nodes[index].output}
     folded = {}
     for name in [name for name in sources if name in read]:
@@ -55,6 +55,20 @@ def empty_tensor(name: str, value: onnx.ValueInfoProto) -> onnx.TensorProto:
     """An initialiser of the shape and dtype of ``value``, without values."""
     tensor = value.type.tensor_type
     return onnx.TensorProto(name=name, data_type=tensor.elem_type, dims=[dim.dim_value for dim in tensor.shape.dim])
+
+
+def with_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those in their bodies: branches of an If, steps of a Loop."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from with_bodies(attribute.g.node)
+
+
+def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """What nodes read, in their bodies too."""
+    return (name for node in with_bodies(nodes) for name in node.input)
 
 
 def _made_of(
@@ -107,7 +121,7 @@ def _renamed(model: onnx.ModelProto, folded: Mapping[str, onnx.ModelProto]) -> d
         names[name] = telling if len(recipe.graph.input) == 1 and telling not in names.values() else name
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
-    for node in model.graph.node:
+    for node in with_bodies(model.graph.node):
         node.input[:] = [names.get(name, name) for name in node.input]
     return {names[name]: recipe for name, recipe in folded.items()}
 

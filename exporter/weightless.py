@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from exporter.fold import empty_tensor, fold
+from exporter.fold import empty_tensor, fold, names_read
 from exporter.upstream import rewritten_quickly
 from models.moe_layers import find_moe_layers, tensors_of_routers
 
@@ -99,7 +99,7 @@ def without_values(program: torch.onnx.ONNXProgram, prefix: str, names: Containe
     parameters = {value.name: empty_tensor(value.name, value) for value in proto.graph.input[count:]}
     del proto.graph.input[count:]
     folded = fold(proto, parameters)
-    read = {name for node in proto.graph.node for name in node.input}
+    read = set(names_read(proto.graph.node))
     values = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend([*values, *(tensor for name, tensor in parameters.items() if name in read)])

@@ -4,12 +4,14 @@ The weights are those that were rounded, every cast to halves is none, so that w
 the graph's own numbers, such as the scale of attention.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from exporter.fold import with_bodies
 
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -37,12 +39,4 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    yield from _inner([*model.graph.node, *(node for function in model.functions for node in function.node)])
-
-
-def _inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _inner(attribute.g.node)
+    return with_bodies([*model.graph.node, *(node for function in model.functions for node in function.node)])

@@ -56,6 +56,29 @@ def test_what_is_made_of_two_weights_keeps_its_name():
     np.testing.assert_array_equal(evaluate(folded["t"], {"w": np.eye(3), "v": np.eye(3)}), 2 * np.eye(3))
 
 
+BRANCHES = """
+   t = Transpose(w)
+   some = ReduceMax<keepdims=0>(x)
+   c = Greater(some, zero)
+   y = If(c)<then_branch = yes () => (float[N, M] a) { a = MatMul(x, t) },
+             else_branch = no () => (float[N, M] b) { b = Neg(x) }>
+"""
+
+
+def test_what_only_a_body_reads_is_read():
+    model, parameters = model_of(BRANCHES, "float zero = {0}, float[3, 2] t")
+    folded = fold(model, parameters)
+    assert left(model) == (["ReduceMax", "Greater", "If"], {"zero": [], "w.transpose": [3, 2]})
+    (then, _) = (attribute.g for attribute in model.graph.node[2].attribute)
+    assert list(then.node[0].input) == ["x", "w.transpose"]
+    np.testing.assert_array_equal(evaluate(folded["w.transpose"], {"w": W}), W.T)
+
+
+def test_a_parameter_that_a_body_reads_as_it_is_stays():
+    model, parameters = model_of(BRANCHES.replace("Neg(x)", "Neg(w)"), "float zero = {0}, float[3, 2] t")
+    assert fold(model, parameters) == {}
+
+
 @pytest.mark.parametrize(
     ("nodes", "values"),
     [
