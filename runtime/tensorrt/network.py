@@ -69,6 +69,7 @@ def configure(trt: Any, builder: Any, request: BuildRequest) -> Any:
         UserError: this version of the library has no such capability, level or flag.
     """
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 would have 10 bits of mantissa in products
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.optimization_level is not None:

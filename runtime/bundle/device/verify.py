@@ -81,7 +81,9 @@ class OnnxRuntime:
         graph = directory / "model" / "observed.cpu.onnx"
         if not graph.is_file():
             graph = graph.with_name("observed.onnx")
-        self._session = ort.InferenceSession(str(graph), settings, providers=providers)
+        # float32 means float32: by default CUDA computes its products in TF32
+        asked = [(name, {"use_tf32": "0"}) if name == "CUDAExecutionProvider" else name for name in providers]
+        self._session = ort.InferenceSession(str(graph), settings, providers=asked)
         used = self._session.get_providers()
         if providers[0] not in used:
             raise UserError(f"{providers[0]} was asked for, ONNX Runtime chose {used[0]}", hint="install its package")

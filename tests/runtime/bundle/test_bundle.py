@@ -1,5 +1,6 @@
 """A bundle is checked here as on a device: by its own verify.py, with nothing but numpy and ONNX Runtime."""
 
+import argparse
 import ast
 import json
 import os
@@ -106,7 +107,7 @@ def test_the_same_inputs_give_the_same_bytes(model, bundled, tmp_path):
 
 
 def test_a_change_of_any_byte_is_found(bundled, tmp_path, monkeypatch):
-    check_files = checker(monkeypatch)
+    check_files = program(monkeypatch)["check_files"]
     check_files(bundled)
     directory = Path(shutil.copytree(bundled, tmp_path / "bundle"))
     random = np.random.default_rng(0)
@@ -144,13 +145,29 @@ def test_what_was_changed_is_named(mine, device, change, message):
     assert err.splitlines()[0] == f"error: {message.format(at=mine)}"
 
 
-def checker(monkeypatch):
-    """``check_files`` of the program, which changes how Python imports."""
+def program(monkeypatch):
+    """Names of verify.py, run here: it changes how Python imports."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     names = {"__name__": "verify", "__file__": str(DEVICE / "verify.py")}
     exec(compile((DEVICE / "verify.py").read_text(), "verify.py", "exec"), names)
-    return names["check_files"]
+    return names
+
+
+def test_cuda_is_told_to_compute_float32_in_float32(bundled, monkeypatch):
+    told = []
+
+    class Session:
+        def __init__(self, _graph, _settings, providers):
+            told.append(providers)
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    options = argparse.Namespace(threads=0, provider=["CUDAExecutionProvider"])
+    program(monkeypatch)["OnnxRuntime"](bundled, options)
+    assert told == [[("CUDAExecutionProvider", {"use_tf32": "0"})]]
 
 
 def test_a_router_that_chooses_wrongly_is_a_fault(mine, device, tmp_path):

@@ -272,6 +272,14 @@ def test_tensorrts_own_options_reach_its_configuration(tmp_path):
     assert (tmp_path / "timings").stat().st_size > 0
 
 
+def test_float32_is_not_computed_in_tf32():
+    """TensorRT does by default: what is multiplied has 10 bits of mantissa then."""
+    request = BuildRequest("tensorrt-rtx", "rtx-ada", Path("model.onnx"), Path("model.engine"), ("8.9",), ())
+    builder = trt.Builder(trt.Logger())
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not configure(trt, builder, request).get_flag(trt.BuilderFlag.TF32)
+
+
 def test_out_of_memory_is_told_with_what_a_build_takes(tmp_path):
     request = BuildRequest("tensorrt", "jetson-orin", Path("model.onnx"), Path("model.engine"), ("8.7",), ())
     failure = build_error(request, ["[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"])
