@@ -1,6 +1,7 @@
 """What runs on the device: the programs of ``device/``, the files of moe-edge that they use, and a README."""
 
 import importlib.metadata
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -46,10 +47,9 @@ def write_scripts(directory: Path, target: Target, manifest: Manifest, details: 
 
 
 def _filled(template: str, words: Mapping[str, str]) -> str:
+    """One pass: a name of an input may look like a word, and stands in quotes that its value knows nothing of."""
     text = (DEVICE / template).read_text(encoding="utf-8")
-    for word, value in words.items():
-        text = text.replace(f"@{word}@", value)
-    return text
+    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], text)
 
 
 def _commands(manifest: Manifest, details: Json) -> Mapping[str, str]:

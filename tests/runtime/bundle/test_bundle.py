@@ -27,7 +27,7 @@ from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.bundle.bundle import bundle
 from runtime.bundle.golden import Case, save_case
-from runtime.bundle.scripts import DEVICE, LIBRARY, PACKAGES
+from runtime.bundle.scripts import DEVICE, LIBRARY, PACKAGES, write_scripts
 from runtime.profiles import ShapeRange, parse_profiles
 from runtime.targets import find_target
 from runtime.verification.tolerances import TOLERANCES
@@ -229,15 +229,19 @@ for option in "$@"; do case "$option" in --saveEngine=*) touch "${option#--saveE
 """
 
 
-@pytest.mark.parametrize(("known", "typed", "compared"), [("--stronglyTyped", True, 0), ("--loadRefOutputs", False, 2)])
-def test_build_sh_calls_trtexec_of_either_kind(mine, tmp_path, known, typed, compared):
-    """Over a stand-in that writes down how it was called: trtexec cannot be installed here."""
-    trtexec, log = tmp_path / "trtexec", tmp_path / "log"
+def trtexec_calls(bundle, known, *options):
+    """Run build.sh over a stand-in that writes down how it is called: trtexec cannot be installed here."""
+    trtexec, log = bundle.parent / "trtexec", bundle.parent / "log"
     trtexec.write_text(TRTEXEC)
     trtexec.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "TRTEXEC": str(trtexec), "LOG": str(log), "KNOWN": known}
-    subprocess.run([mine / "build.sh", "--memPoolSize=workspace:64"], env=environment, check=True, capture_output=True)
-    _, built, *checks = log.read_text().splitlines()
+    subprocess.run([bundle / "build.sh", *options], env=environment, check=True, capture_output=True)
+    return log.read_text().splitlines()[1:]  # without --help
+
+
+@pytest.mark.parametrize(("known", "typed", "compared"), [("--stronglyTyped", True, 0), ("--loadRefOutputs", False, 2)])
+def test_build_sh_calls_trtexec_of_either_kind(mine, known, typed, compared):
+    built, *checks = trtexec_calls(mine, known, "--memPoolSize=workspace:64")
     assert built == (
         "--onnx=model/model.onnx --saveEngine=out/engine.plan.part --noTF32 --skipInference "
         "--timingCacheFile=out/timing.cache --minShapes=x:1x1x8 --optShapes=x:8x32x8 --maxShapes=x:64x128x8 "
@@ -248,6 +252,24 @@ def test_build_sh_calls_trtexec_of_either_kind(mine, tmp_path, known, typed, com
     for number, line in enumerate(checks):
         assert f"--loadInputs=x:golden/{number}/x.bin --loadRefOutputs=logits:golden/{number}/logits.bin" in line
     assert (mine / "out" / "engine.plan").is_file()
+
+
+def test_an_input_with_the_name_of_a_placeholder_runs_no_command(tmp_path):
+    name = "@CASES@$(touch ran)"
+    spec, array = TensorSpec(name, "float32", ("batch",)), {"file": "golden/0/x.bin", "shape": [1]}
+    details = {
+        "precision": "float32",
+        "package": "tensorrt",
+        "versions": ORIN.versions,
+        "profiles": [{name: {"min": [1], "opt": [1], "max": [1]}}],
+        "golden": [{"inputs": {name: array}, "outputs": {name: array}, "magnitude": 1.0}],
+    }
+    (tmp_path / "bundle").mkdir()
+    write_scripts(tmp_path / "bundle", ORIN, Manifest("optimized", "", "", (), (spec,), (spec,)), details)
+    built, check = trtexec_calls(tmp_path / "bundle", "--loadRefOutputs")
+    assert f"--minShapes={name}:1 --optShapes={name}:1 --maxShapes={name}:1" in built
+    assert f"--shapes={name}:1 --loadInputs={name}:golden/0/x.bin" in check
+    assert not (tmp_path / "bundle" / "ran").exists()
 
 
 def test_raw_files_are_what_the_archives_hold(bundled):
