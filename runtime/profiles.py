@@ -210,6 +210,16 @@ def takes(profile: Profile, feeds: Feeds) -> bool:
     )
 
 
+def first_that_takes(profiles: Sequence[Profile], feeds: Feeds) -> int | None:
+    """Number of the profile for ``feeds``: 0 where there are none, since any shape goes then; None where none takes them.
+
+    >>> first_that_takes([], {}), first_that_takes([{}], {})
+    (0, 0)
+    """
+    fitting = (number for number, profile in enumerate(profiles) if takes(profile, feeds))
+    return next(fitting, None if profiles else 0)
+
+
 def options_of(profile: Profile) -> list[str]:
     """The profile as the three options; none for one without dynamic inputs."""
 

@@ -18,7 +18,7 @@ from moe_spec.record import Json
 from moe_spec.runner import Arrays, Feeds
 from runtime.backends import open_session
 from runtime.model_dir import observed_file
-from runtime.profiles import Profile, show_options, takes
+from runtime.profiles import Profile, first_that_takes, show_options
 from runtime.verification.sides import batches_of, cast_to
 
 FOLDER = "golden"
@@ -34,11 +34,13 @@ class Case:
         examples: of the batch.
         feeds: inputs by name.
         results: the model's outputs by name, and those of ``observed.onnx`` with gates and scores of its routers.
+        profile: number of the first profile that takes it; 0 where there are none.
     """
 
     examples: int
     feeds: Feeds
     results: Arrays
+    profile: int
 
 
 def golden_cases(
@@ -55,7 +57,8 @@ def golden_cases(
         UserError: no profile takes any, ``data`` does not fit the model, or the model cannot run here.
     """
     batches = islice(batches_of(manifest.inputs, model_dir, data, batch_size), BATCHES)
-    taken = [feeds for feeds, _ in batches if not profiles or any(takes(profile, feeds) for profile in profiles)]
+    numbered = [(feeds, first_that_takes(profiles, feeds)) for feeds, _ in batches]
+    taken = [(feeds, profile) for feeds, profile in numbered if profile is not None]
     if not taken:
         raise UserError(
             f"no golden inputs fit the profile {'; '.join(map(show_options, profiles))}",
@@ -63,9 +66,9 @@ def golden_cases(
         )
     cases = []
     with open_session(observed_file(model_dir)) as session:
-        for feeds in counted(taken, "running golden cases", len(taken), on_progress):
+        for feeds, profile in counted(taken, "running golden cases", len(taken), on_progress):
             given = cast_to(session.inputs, feeds)
-            cases.append(Case(len(next(iter(given.values()))), given, session.run(given)))
+            cases.append(Case(len(next(iter(given.values()))), given, session.run(given), profile))
     return cases
 
 
@@ -79,8 +82,8 @@ def save_case(number: int, case: Case, outputs: Sequence[TensorSpec], directory:
         directory: of the bundle.
 
     Returns:
-        Path of the .npz, number of examples, largest magnitude among ``outputs``; by name the raw file and the shape of
-        each array.
+        Path of the .npz, number of examples, profile, largest magnitude among ``outputs``; by name the raw file and the
+        shape of each array.
     """
     npz = f"{FOLDER}/{number}.npz"
     (directory / FOLDER / str(number)).mkdir(parents=True)
@@ -88,7 +91,8 @@ def save_case(number: int, case: Case, outputs: Sequence[TensorSpec], directory:
     inputs, results = (_save_raw(number, arrays, directory) for arrays in (case.feeds, case.results))
     given = [case.results[spec.name] for spec in outputs]
     magnitude = max(float(np.abs(array[np.isfinite(array)]).max(initial=0.0)) for array in given)
-    return {"npz": npz, "examples": case.examples, "magnitude": magnitude, "inputs": inputs, "outputs": results}
+    about = {"npz": npz, "examples": case.examples, "profile": case.profile, "magnitude": magnitude}
+    return {**about, "inputs": inputs, "outputs": results}
 
 
 def _save_raw(number: int, arrays: Mapping[str, Any], directory: Path) -> Json:

@@ -80,6 +80,7 @@ def _case(case: Json, manifest: Manifest, element: float) -> list[str]:
     }
     listed = {option: ",".join(f"{name}:{value}" for name, value in pairs.items()) for option, pairs in options.items()}
     quoted = [shlex.quote(f"{option}={value}") for option, value in listed.items()]
+    quoted += [f"--useProfile={case['profile']}"] if case["profile"] else []
     return [*quoted, f"--accuracyThreshold={element * case['magnitude']:.3e}"]
 
 

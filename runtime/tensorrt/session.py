@@ -25,7 +25,7 @@ from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backend import AMPERE_PLUS
 from runtime.engine import profiles_of, rebuild
 from runtime.inputs.feeds import check_feeds, select_outputs
-from runtime.profiles import takes
+from runtime.profiles import first_that_takes
 from runtime.targets import version_fits
 from runtime.tensorrt.driver import Driver, compute_capability_here
 from runtime.tensorrt.failures import tidy
@@ -166,7 +166,7 @@ class EngineSession:
 
     def _choose_profile(self, feeds: Mapping[str, Any]) -> None:
         """Switch to the first profile that takes these shapes."""
-        index = next((index for index, profile in enumerate(self._profiles) if takes(profile, feeds)), None)
+        index = first_that_takes(self._profiles, feeds)
         if index is None:
             found = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             ranges = "; ".join(

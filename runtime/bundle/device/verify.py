@@ -29,6 +29,7 @@ from moe_spec.errors import UserError
 from runtime.parity import Routing, compare_routing
 
 OUT, SUMS, ENGINE = "out", "SHA256SUMS", "engine.plan"
+AGAIN = "build it again from this bundle: ./build.sh or python3 build.py"
 WARM_UP, TIMED = 3, 30
 PASSED, BROKEN, DIFFERS = 0, 1, 3
 
@@ -89,8 +90,8 @@ class OnnxRuntime:
             raise UserError(f"{providers[0]} was asked for, ONNX Runtime chose {used[0]}", hint="install its package")
         self.about = {"backend": f"onnxruntime {ort.__version__}", "providers": used}
 
-    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Outputs by name."""
+    def run(self, feeds: dict[str, Any], _profile: int) -> dict[str, Any]:
+        """Outputs by name; the graph takes any shape."""
         names = [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, feeds)))
 
@@ -111,7 +112,7 @@ class TensorRT:
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise UserError(f"{path} cannot be deserialised on this GPU", hint="build it again on this device")
-        self._context = self._engine.create_execution_context()
+        self._context, self._profile = self._engine.create_execution_context(), 0
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._outputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         self.about = {
@@ -120,10 +121,18 @@ class TensorRT:
             "compute_capability": self._driver.compute_capability(),
         }
 
-    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Outputs by name."""
+    def run(self, feeds: dict[str, Any], profile: int) -> dict[str, Any]:
+        """Outputs by name, of feeds whose shapes that profile takes."""
+        stream = self._driver.stream.value
+        if profile != self._profile:
+            if not self._context.set_optimization_profile_async(profile, stream):
+                raise UserError(f"the engine has no profile {profile}", hint=AGAIN)
+            self._driver.synchronize()
+            self._profile = profile
         for name, array in feeds.items():
-            self._context.set_input_shape(name, array.shape)
+            if not self._context.set_input_shape(name, array.shape):
+                dims = "x".join(map(str, array.shape))
+                raise UserError(f"profile {profile} of the engine takes no {name} of {dims}", hint=AGAIN)
             address = self._driver.buffer(name, array.nbytes)
             self._driver.upload(address, np.ascontiguousarray(array))
             self._context.set_tensor_address(name, address)
@@ -134,7 +143,7 @@ class TensorRT:
             address = self._driver.buffer(name, int(np.prod(shape)) * dtype.itemsize)
             self._context.set_tensor_address(name, address)
             places[name] = (address, shape, dtype)
-        if not self._context.execute_async_v3(self._driver.stream.value):
+        if not self._context.execute_async_v3(stream):
             raise UserError("the engine failed on the GPU", hint="see TensorRT's messages above")
         results = {name: self._driver.download(*place) for name, place in places.items()}
         self._driver.synchronize()
@@ -233,7 +242,7 @@ def compare(session: Any, directory: Path, manifest: dict[str, Any], allowed: di
     for case in manifest["details"]["golden"]:
         with np.load(str(directory / case["npz"]), allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in arrays.files}
-        got = session.run({name: values[name] for name in case["inputs"]})
+        got = session.run({name: values[name] for name in case["inputs"]}, case["profile"])
         clean_B = np.ones(case["examples"], dtype=bool)
         for layer in layers:
             clean_B = layer.add(values, got, clean_B)
@@ -254,7 +263,7 @@ def latency(session: Any, directory: Path, case: dict[str, Any]) -> dict[str, An
     taken = []
     for index in range(WARM_UP + TIMED):
         started = time.perf_counter()
-        session.run(feeds)
+        session.run(feeds, case["profile"])
         if index >= WARM_UP:
             taken.append((time.perf_counter() - started) * 1e3)
     return {f"p{share}": float(np.percentile(taken, share)) for share in (50, 90, 99)}

@@ -32,6 +32,7 @@ from runtime.profiles import ShapeRange, parse_profiles
 from runtime.targets import find_target
 from runtime.verification.tolerances import TOLERANCES
 from tests.runtime import tiny
+from tests.runtime.bundle.on_device import program
 from tests.sample_models import SAMPLE_MODELS
 from tests.zoo import RUNNER
 
@@ -145,15 +146,6 @@ def test_what_was_changed_is_named(mine, device, change, message):
     assert err.splitlines()[0] == f"error: {message.format(at=mine)}"
 
 
-def program(monkeypatch):
-    """Names of verify.py, run here: it changes how Python imports."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    names = {"__name__": "verify", "__file__": str(DEVICE / "verify.py")}
-    exec(compile((DEVICE / "verify.py").read_text(), "verify.py", "exec"), names)
-    return names
-
-
 def test_cuda_is_told_to_compute_float32_in_float32(bundled, monkeypatch):
     told = []
 
@@ -254,6 +246,16 @@ def test_build_sh_calls_trtexec_of_either_kind(mine, known, typed, compared):
     assert (mine / "out" / "engine.plan").is_file()
 
 
+def test_trtexec_compares_each_case_in_the_profile_that_takes_it(model, tmp_path):
+    profiles = parse_profiles(["x:1x1x8", "x:4x1x8"], ["x:1x5x8", "x:4x5x8"], ["x:3x5x8", "x:8x5x8"])
+    bundle(model, ORIN, tmp_path / "bundle", DATA, batch_size=4, profiles=profiles)
+    built, four, two = trtexec_calls(tmp_path / "bundle", "--loadRefOutputs")
+    assert "--profile=0 --minShapes=x:1x1x8" in built
+    assert "--profile=1 --minShapes=x:4x1x8" in built
+    assert ("--shapes=x:4x5x8" in four, "--useProfile=1" in four) == (True, True)
+    assert ("--shapes=x:2x5x8" in two, "--useProfile" in two) == (True, False)
+
+
 def test_an_input_with_the_name_of_a_placeholder_runs_no_command(tmp_path):
     name = "@CASES@$(touch ran)"
     spec, array = TensorSpec(name, "float32", ("batch",)), {"file": "golden/0/x.bin", "shape": [1]}
@@ -262,7 +264,7 @@ def test_an_input_with_the_name_of_a_placeholder_runs_no_command(tmp_path):
         "package": "tensorrt",
         "versions": ORIN.versions,
         "profiles": [{name: {"min": [1], "opt": [1], "max": [1]}}],
-        "golden": [{"inputs": {name: array}, "outputs": {name: array}, "magnitude": 1.0}],
+        "golden": [{"inputs": {name: array}, "outputs": {name: array}, "magnitude": 1.0, "profile": 0}],
     }
     (tmp_path / "bundle").mkdir()
     write_scripts(tmp_path / "bundle", ORIN, Manifest("optimized", "", "", (), (spec,), (spec,)), details)
@@ -281,7 +283,7 @@ def test_raw_files_are_what_the_archives_hold(bundled):
 
 
 def test_a_golden_case_holds_arrays_of_any_name(tmp_path):
-    case = Case(2, {"file": np.arange(2)}, {"allow_pickle": np.arange(3)})
+    case = Case(2, {"file": np.arange(2)}, {"allow_pickle": np.arange(3)}, profile=0)
     save_case(0, case, (TensorSpec("allow_pickle", "int64", ("n",)),), tmp_path)
     with np.load(tmp_path / "golden" / "0.npz") as saved:
         assert {name: saved[name].tolist() for name in saved} == {"file": [0, 1], "allow_pickle": [0, 1, 2]}
