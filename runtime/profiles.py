@@ -211,7 +211,7 @@ def takes(profile: Profile, feeds: Feeds) -> bool:
 
 
 def first_that_takes(profiles: Sequence[Profile], feeds: Feeds) -> int | None:
-    """Number of the profile for ``feeds``: 0 where there are none, since any shape goes then; None where none takes them.
+    """Number of the profile for ``feeds``: 0 where there are none, as any shape goes then; None where none takes them.
 
     >>> first_that_takes([], {}), first_that_takes([{}], {})
     (0, 0)

@@ -20,9 +20,14 @@ LIBRARY = ("moe_spec/errors.py", "runtime/parity.py", "runtime/tensorrt/driver.p
 """Files of moe-edge that ``verify.py`` imports: they keep to Python 3.8, and import nothing of moe-edge but these."""
 
 _BUILDERS = {
-    "build.sh": "build the engine with trtexec, 10.x or 11.x, into `out/`",
-    "build.py": "build it with TensorRT's Python package, which is all that it needs",
+    "build.sh": "build engines with trtexec, 10.x or 11.x, into `out/`",
+    "build.py": "build engines with TensorRT's Python package, which is all that it needs",
 }
+_OBSERVED = """\
+`out/engine.plan` is the engine to run. `out/observed.plan` shows what its routers do: by it `verify.py` tells flips
+from faults. Each is compiled by itself, so one may flip where the other does not: an example on which the engine to run
+differs is excused where the golden run chose an expert by no more than rounding. Without `out/observed.plan` that is
+all that is known of choices, and a fault that shows nowhere but in such examples stays unseen."""
 _CONTAINER = (
     """Where the device itself has no TensorRT, NVIDIA's container `l4t-tensorrt` in the tag of its JetPack has."""
 )
@@ -56,9 +61,15 @@ def _commands(manifest: Manifest, details: Json) -> Mapping[str, str]:
     """The parts of build.sh that depend on the model."""
     element = TOLERANCES[details["precision"]].element
     return {
+        "OBSERVED": 'build observed.onnx observed.plan "$@"' if _routed(manifest) else "",
         "PROFILES": " ".join(_profiles(details["profiles"])),
         "CASES": "\n".join(f"  compare {' '.join(_case(case, manifest, element))}" for case in details["golden"]),
     }
+
+
+def _routed(manifest: Manifest) -> bool:
+    """Whether there is a router to observe: a layer with one expert left has none."""
+    return any(block.gates is not None for block in manifest.blocks)
 
 
 def _profiles(profiles: list[Json]) -> list[str]:
@@ -97,12 +108,12 @@ def _words(target: Target, manifest: Manifest, details: Json, builders: tuple[st
         "PRECISION": f"{details['precision']}, {tolerance.element:g} of an output's range",
         "BUILDERS": "".join(f"| `{builder}` | {_BUILDERS[builder]} |\n" for builder in builders),
         "HEADING": "Build and check" if builders else "Run it",
-        "BUILD": _how(target, details, builders),
+        "BUILD": _how(target, manifest, details, builders),
         "LAYERS": "\n".join(layers),
     }
 
 
-def _how(target: Target, details: Json, builders: tuple[str, ...]) -> str:
+def _how(target: Target, manifest: Manifest, details: Json, builders: tuple[str, ...]) -> str:
     if not builders:
         provider = find_provider(target.provider)
         there = (
@@ -118,7 +129,7 @@ def _how(target: Target, details: Json, builders: tuple[str, ...]) -> str:
     paragraphs = [
         f"{where}, with {package} {details['versions']}{also}:",
         f"```\n{first}\npython3 verify.py --backend {package}\n```",
-        "`python3 build.py --observed` builds an engine that shows what its routers do, so that flips can be told\n"
-        "from faults.",
     ]
+    if _routed(manifest):
+        paragraphs.append(_OBSERVED)
     return "\n\n".join([*paragraphs, _CONTAINER] if target.name.startswith("jetson") else paragraphs)

@@ -1,4 +1,7 @@
-"""Build the engine on this device, without trtexec: ``python3 build.py``. It is written to out/engine.plan.
+"""Build on this device, without trtexec: ``python3 build.py``.
+
+out/engine.plan is the engine to run. out/observed.plan is for verify.py alone: the same model, with what its routers
+do as outputs, so that flips can be told from faults.
 
 Needs Python 3.8 or newer and TensorRT's Python package, which JetPack brings along; nothing else.
 """
@@ -42,32 +45,38 @@ def build(trt: Any, onnx: Path, details: dict[str, Any], workspace: int | None) 
     return builder.build_serialized_network(network, config)
 
 
+def save(plan: Any, path: Path) -> int:
+    """Write an engine; its size in bytes."""
+    path.parent.mkdir(exist_ok=True)
+    staging = path.with_name(path.name + ".part")
+    staging.write_bytes(memoryview(plan))
+    size = staging.stat().st_size
+    staging.replace(path)
+    return size
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line."""
     line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    line.add_argument("--observed", action="store_true", help="with what routers do as outputs, for verify.py")
     line.add_argument("--workspace", type=int, help="MiB of scratch memory a kernel may use")
     options = line.parse_args(arguments)
-    details = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))["details"]
+    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    details = manifest["details"]
     try:
         trt = importlib.import_module(details["package"])
     except ImportError as missing:
         print(f"error: {missing}\nhint: install {details['package']} {details['versions']}", file=sys.stderr)
         return 1
-    onnx = HERE / "model" / ("observed.onnx" if options.observed else "model.onnx")
-    plan = build(trt, onnx, details, options.workspace)
-    if plan is None:
-        print(
-            f"error: {details['package']} {trt.__version__} builds no engine, see its messages above", file=sys.stderr
-        )
-        return 1
-    out = HERE / "out"
-    out.mkdir(exist_ok=True)
-    staging = out / "engine.plan.part"
-    staging.write_bytes(memoryview(plan))
-    size = staging.stat().st_size
-    staging.replace(out / "engine.plan")
-    print(f"{out / 'engine.plan'}: {size:,} bytes, {details['package']} {trt.__version__}")
+    engines = [("model.onnx", "engine.plan")]
+    if any(block["gates"] is not None for block in manifest["blocks"]):
+        engines.append(("observed.onnx", "observed.plan"))
+    for graph, engine in engines:
+        plan = build(trt, HERE / "model" / graph, details, options.workspace)
+        if plan is None:
+            print(f"error: {details['package']} {trt.__version__} builds no {engine}, see above", file=sys.stderr)
+            return 1
+        size = save(plan, HERE / "out" / engine)
+        print(f"{HERE / 'out' / engine}: {size:,} bytes, {details['package']} {trt.__version__}")
     return 0
 
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Build the engine with trtexec, 10.x or 11.x: ./build.sh. Further options go to trtexec as they are.
-# From 11.1 on trtexec compares it with the golden outputs too; verify.py does so with any version.
+# Build with trtexec, 10.x or 11.x: ./build.sh. Further options go to trtexec as they are.
+# out/engine.plan is the engine to run. out/observed.plan is for verify.py alone: the same model, with what its routers
+# do as outputs, so that flips can be told from faults.
+# From 11.1 on trtexec compares the engine with the golden outputs too; verify.py does so with any version.
 set -euo pipefail
 cd "$(dirname "$0")"
 trtexec=${TRTEXEC:-$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)}
@@ -8,12 +10,15 @@ help=$("$trtexec" --help 2>&1 || true)
 knows() { grep -q -e "$1" <<<"$help"; }
 
 mkdir -p out
-options=(--onnx=model/model.onnx --saveEngine=out/engine.plan.part --noTF32 --skipInference)
-options+=(--timingCacheFile=out/timing.cache)
+options=(--noTF32 --skipInference --timingCacheFile=out/timing.cache)
 options+=(@PROFILES@)
 if knows --stronglyTyped; then options+=(--stronglyTyped); fi # 11.x builds no other networks
-"$trtexec" "${options[@]}" "$@"
-mv out/engine.plan.part out/engine.plan
+build() { # graph, engine, further options
+  "$trtexec" --onnx="model/$1" --saveEngine="out/$2.part" "${options[@]}" "${@:3}"
+  mv "out/$2.part" "out/$2"
+}
+build model.onnx engine.plan "$@"
+@OBSERVED@
 echo "built out/engine.plan; check it: python3 verify.py --backend tensorrt"
 
 if knows --loadRefOutputs; then

@@ -233,23 +233,25 @@ def trtexec_calls(bundle, known, *options):
 
 @pytest.mark.parametrize(("known", "typed", "compared"), [("--stronglyTyped", True, 0), ("--loadRefOutputs", False, 2)])
 def test_build_sh_calls_trtexec_of_either_kind(mine, known, typed, compared):
-    built, *checks = trtexec_calls(mine, known, "--memPoolSize=workspace:64")
-    assert built == (
-        "--onnx=model/model.onnx --saveEngine=out/engine.plan.part --noTF32 --skipInference "
-        "--timingCacheFile=out/timing.cache --minShapes=x:1x1x8 --optShapes=x:8x32x8 --maxShapes=x:64x128x8 "
+    engine, observed, *checks = trtexec_calls(mine, known, "--memPoolSize=workspace:64")
+    options = (
+        "--noTF32 --skipInference --timingCacheFile=out/timing.cache "
+        "--minShapes=x:1x1x8 --optShapes=x:8x32x8 --maxShapes=x:64x128x8 "
         + "--stronglyTyped " * typed
         + "--memPoolSize=workspace:64"
     )
+    assert engine == f"--onnx=model/model.onnx --saveEngine=out/engine.plan.part {options}"
+    assert observed == f"--onnx=model/observed.onnx --saveEngine=out/observed.plan.part {options}"
     assert len(checks) == compared
     for number, line in enumerate(checks):
         assert f"--loadInputs=x:golden/{number}/x.bin --loadRefOutputs=logits:golden/{number}/logits.bin" in line
-    assert (mine / "out" / "engine.plan").is_file()
+    assert {path.name for path in (mine / "out").iterdir()} == {"engine.plan", "observed.plan"}
 
 
 def test_trtexec_compares_each_case_in_the_profile_that_takes_it(model, tmp_path):
     profiles = parse_profiles(["x:1x1x8", "x:4x1x8"], ["x:1x5x8", "x:4x5x8"], ["x:3x5x8", "x:8x5x8"])
     bundle(model, ORIN, tmp_path / "bundle", DATA, batch_size=4, profiles=profiles)
-    built, four, two = trtexec_calls(tmp_path / "bundle", "--loadRefOutputs")
+    built, _, four, two = trtexec_calls(tmp_path / "bundle", "--loadRefOutputs")
     assert "--profile=0 --minShapes=x:1x1x8" in built
     assert "--profile=1 --minShapes=x:4x1x8" in built
     assert ("--shapes=x:4x5x8" in four, "--useProfile=1" in four) == (True, True)
@@ -293,13 +295,13 @@ def test_build_py_builds_for_a_gpu_that_is_elsewhere(model, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     bundle(model, ADA, tmp_path / "bundle", DATA)
     assert not (tmp_path / "bundle" / "build.sh").exists()
-    sizes = []
-    for options in ((), ("--observed", "--workspace", "64")):
-        command = [sys.executable, tmp_path / "bundle" / "build.py", *options]
-        found = subprocess.run(command, check=True, capture_output=True, text=True)
-        plan = tmp_path / "bundle" / "out" / "engine.plan"
-        sizes.append(plan.stat().st_size)
-        assert found.stdout == f"{plan}: {sizes[-1]:,} bytes, tensorrt_rtx {trt.__version__}\n"
+    command = [sys.executable, tmp_path / "bundle" / "build.py", "--workspace", "64"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    plans = [tmp_path / "bundle" / "out" / name for name in ("engine.plan", "observed.plan")]
+    sizes = [plan.stat().st_size for plan in plans]
+    assert found.stdout.splitlines() == [
+        f"{plan}: {size:,} bytes, tensorrt_rtx {trt.__version__}" for plan, size in zip(plans, sizes, strict=True)
+    ]
     assert sizes[1] > sizes[0] > 10_000
 
 
@@ -336,6 +338,14 @@ def test_the_readme_says_how(bundled):
     assert "@" not in text
     assert "| blocks.0.moe | 4 | 2 | dense |" in text
     assert "./build.sh\npython3 verify.py --backend tensorrt" in text
+    assert "`out/observed.plan` shows what its routers do" in text
+
+
+def test_a_model_without_routers_has_one_engine(tmp_path):
+    model = tiny.write(tmp_path / "model", tiny.Tiny(keep=(1,)))
+    bundle(model, ORIN, tmp_path / "bundle", DATA)
+    assert len(trtexec_calls(tmp_path / "bundle", "--stronglyTyped")) == 1
+    assert "observed.plan" not in (tmp_path / "bundle" / "README.md").read_text()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
