@@ -66,10 +66,24 @@ def _cuda(_threads: int, _cache: Path | None) -> dict[str, str]:
 
 
 def _tensorrt(_threads: int, cache: Path | None) -> dict[str, str]:
+    """Neither it nor TensorRT-RTX has an option against TF32: see docs/howto/run-on-a-gpu-or-npu.md."""
     if cache is None:
         return {}
     paths = dict.fromkeys(("trt_engine_cache_path", "trt_timing_cache_path"), str(cache))
     return {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **paths}
+
+
+def _qnn(_threads: int, _cache: Path | None) -> dict[str, str]:
+    """By default the NPU computes graphs of float32 in float16."""
+    return {"enable_htp_fp16_precision": "0"}
+
+
+def _coreml(_threads: int, cache: Path | None) -> dict[str, str]:
+    """By default Core ML is given a neural network, whose formats it chooses; those of an ML program are the graph's.
+
+    https://apple.github.io/coremltools/docs-guides/source/typed-execution.html
+    """
+    return {"ModelFormat": "MLProgram"} | ({} if cache is None else {"ModelCacheDirectory": str(cache)})
 
 
 def _in(option: str) -> Defaults:
@@ -130,10 +144,10 @@ PROVIDERS: tuple[Provider, ...] = (
         "an Intel CPU, GPU or NPU", _OPENVINO_OPTIONS, _openvino,
     ),
     Provider(
-        "qnn", "QNNExecutionProvider", "onnxruntime-qnn", "onnxruntime_qnn", "a Qualcomm SoC", _QNN_OPTIONS
+        "qnn", "QNNExecutionProvider", "onnxruntime-qnn", "onnxruntime_qnn", "a Qualcomm SoC", _QNN_OPTIONS, _qnn,
     ),
     Provider(
-        "coreml", "CoreMLExecutionProvider", "onnxruntime", None, "macOS", _COREML_OPTIONS, _in("ModelCacheDirectory"),
+        "coreml", "CoreMLExecutionProvider", "onnxruntime", None, "macOS", _COREML_OPTIONS, _coreml,
     ),
     Provider("directml", "DmlExecutionProvider", "onnxruntime-directml", None, "Windows", ("device_id",), memory="dml"),
 )  # fmt: skip

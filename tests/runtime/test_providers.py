@@ -101,6 +101,15 @@ def test_options_that_were_given_win():
     }
 
 
+def test_a_provider_keeps_to_the_formats_of_the_graph():
+    assert Execution("qnn").settled(1).options == {"enable_htp_fp16_precision": "0"}
+    assert Execution("coreml").settled(1, Path("cache")).options == {
+        "ModelFormat": "MLProgram",
+        "ModelCacheDirectory": "cache",
+    }
+    assert Execution("coreml", {"ModelFormat": "NeuralNetwork"}).settled(1).options == {"ModelFormat": "NeuralNetwork"}
+
+
 @WITHOUT_GPU
 @pytest.mark.parametrize(
     ("name", "library", "needs"),
