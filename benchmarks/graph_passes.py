@@ -21,7 +21,6 @@ from pathlib import Path
 from benchmarks.command import moe_edge
 from benchmarks.large_models import UNROLLED, Sizes, save_large
 from graph_passes.describe import read_model
-from moe_spec.identity import onnx_sha256
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL, Manifest
 from moe_spec.plan import PruningPlan
@@ -125,11 +124,12 @@ def prune(source: Path, out: Path) -> Cost:
 
 def halve(source: Path) -> PruningPlan:
     """A plan that keeps every second expert."""
+    model = read_model(source)
     layers = tuple(
         LayerPlan(block.name, block.num_experts, block.router.top_k, tuple(range(0, block.num_experts, KEPT_SHARE)))
-        for block in read_model(source).blocks
+        for block in model.blocks
     )
-    return PruningPlan(onnx_sha256(source), "every second expert", layers)
+    return PruningPlan(model.source_sha256, "every second expert", layers)
 
 
 def report(nodes: Sequence[NodesRow], rounds: Sequence[Round], experts: int, command: str) -> str:

@@ -11,7 +11,6 @@ import onnx
 from benchmarks.masked import MASKED
 from graph_passes.describe import read_model
 from graph_passes.optimize import optimize
-from moe_spec.identity import onnx_sha256
 from moe_spec.layer_plan import LayerPlan
 from moe_spec.manifest import MODEL
 from moe_spec.plan import PruningPlan
@@ -97,9 +96,10 @@ def _ours(source: Path, out: Path) -> None:
 
 
 def _ours_told(source: Path, out: Path) -> None:
-    (block,) = read_model(source).blocks
+    model = read_model(source)
+    (block,) = model.blocks
     layer = LayerPlan(block.name, block.num_experts, block.router.top_k, MASKED[source.stem].reachable)
-    optimize(source, out, RUNNER, plan=PruningPlan(onnx_sha256(source), "by hand", (layer,)))
+    optimize(source, out, RUNNER, plan=PruningPlan(model.source_sha256, "by hand", (layer,)))
 
 
 TOOLS = (
