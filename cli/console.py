@@ -52,6 +52,13 @@ out = _Console(highlight=False)
 err = _Console(stderr=True, highlight=False)
 
 
+def accept_any_name() -> None:
+    """Write what a path has that is no text, of which its bytes may be, with escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def result(summary: str, payload: Mapping[str, Any], as_json: bool) -> None:
     """What a command found: for people, or with ``--json`` one object for machines.
 

@@ -21,7 +21,7 @@ def log_to(path: Path, arguments: Sequence[str]) -> None:
         UserError: it cannot be written.
     """
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(
             f"the log {path} cannot be written: {error.strerror}", hint="give another --log-file"

@@ -102,6 +102,7 @@ def _show_version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None, verbs: Sequence[str] = VERBS) -> None:
     """Run one command; it exits with one of `cli.exits.EXITS`."""
+    console.accept_any_name()
     with console.showing_warnings(), ending_logged(), ending_in_order():
         _run(list(sys.argv[1:] if arguments is None else arguments), verbs)
 

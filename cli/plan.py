@@ -148,7 +148,7 @@ def plan(
     """Write plan.json."""
     from moe_spec.feasibility import ANY
     from moe_spec.layer_plan import ROWS
-    from pruning.budget.cost import BYTES, MILLISECONDS
+    from moe_spec.plan import BYTES, MILLISECONDS
     from pruning.budget.keep import parse_keep
     from pruning.budget.limit import FLAGS
     from pruning.by_hand import parse_experts, plan_by_hand
@@ -215,10 +215,10 @@ def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":
 
 
 def _summary(plan: "PruningPlan", output: Path) -> str:
-    from pruning.by_hand import CRITERION
+    from moe_spec.plan import BY_HAND
 
     kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in plan.layers), strict=True))
-    how = plan.criterion if plan.criterion == CRITERION else f"by {plan.criterion}"
+    how = plan.criterion if plan.criterion == BY_HAND else f"by {plan.criterion}"
     summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
     if plan.merges:
         summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, {how}"
@@ -273,7 +273,7 @@ def _on_data(
     *,
     trust_remote_code: bool,
 ) -> "PruningPlan":
-    from pruning.budget.cost import MILLISECONDS
+    from moe_spec.plan import MILLISECONDS
     from pruning.plan_on_data import plan_on_data
 
     with console.progress(f"loading {checkpoint}") as tell:

@@ -1,13 +1,16 @@
 """What every verb shares: exit codes, errors on stderr, missing packages."""
 
+import contextlib
 import errno
 import importlib
+import io
 import signal
 
 import pytest
 import typer
 
-from cli import exits
+from cli import console, exits
+from cli.main import main
 from moe_spec.errors import UserError, VerificationError
 from tests.cli.helpers import invoke
 
@@ -32,6 +35,21 @@ def test_a_users_mistake_is_one_error_and_one_hint(failing):
     code, out, err = failing(UserError("plan.json is [empty]", hint="make it again"))
     assert (code, out) == (1, "")
     assert err == "error: plan.json is [empty]\nhint: make it again\n"
+
+
+def test_names_that_are_no_text_are_written_with_escapes(monkeypatch, tmp_path):
+    """A path may have any bytes: Python has them as halves of characters, which UTF-8 cannot write."""
+
+    def inspect() -> None:
+        console.result("may ship: \udcff", {}, as_json=False)
+
+    monkeypatch.setattr(importlib.import_module("cli.inspect"), "inspect", inspect)
+    out, log = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), tmp_path / "log"
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as leaving:
+        main(["--log-file", str(log), "inspect"], verbs=["inspect"])
+    out.seek(0)
+    assert (leaving.value.code, out.read()) == (None, "may ship: \\udcff\n")
+    assert "may ship: \\udcff\n" in log.read_text(encoding="utf-8")
 
 
 def test_a_failed_proof_exits_with_3_and_prints_names_as_they_are(failing):
