@@ -79,4 +79,4 @@ def export(
 
     code = own_code(checkpoint) if trust_remote_code else {}
     opened = Opened(model, called, pieces, identity, reference, read, code, plan, checkpoint)
-    return write(opened, out, runner, How(opset, dtype, inline_bytes, max_memory), on_progress)
+    return write(opened, out, runner, How(opset, dtype, inline_bytes, max_memory, task, cache), on_progress)

@@ -74,6 +74,8 @@ class How:
     dtype: torch.dtype = torch.float32
     inline_bytes: int = INLINE_BYTES
     max_memory: int | None = None
+    task: str | None = None
+    cache: bool = True
 
 
 def write(opened: Opened, out: Path, runner: Runner, how: How = How(), on_progress: Progress = silent) -> Manifest:
@@ -125,6 +127,9 @@ def _details(opened: Opened, traced: Traced, how: How) -> Json:
     return {
         "opset": how.opset,
         "dtype": str(how.dtype).removeprefix("torch."),
+        "task": how.task,
+        "cache": how.cache,
+        "external_data": how.inline_bytes,
         "bound": {"weights": len(traced.parameters), "bytes": bytes_of(traced)},
         **({"own_code": dict(opened.code)} if opened.code else {}),
     }

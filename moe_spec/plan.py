@@ -17,6 +17,11 @@ PLAN = "plan.json"
 
 SCHEMA = 2
 
+BY_HAND = "by hand"
+"""`PruningPlan.criterion` of experts that were named."""
+EXPERTS, BYTES, MILLISECONDS = "experts", "bytes", "ms"
+"""Units of ``budget`` among `PruningPlan.options`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from moe_spec.errors import UserError
 from moe_spec.feasibility import ANY, Kernels, check_expert_choice
 from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import BY_HAND, PruningPlan
 from pruning.layers import LayerShape, ModelLayers
 from pruning.means import check_replaceable
 from pruning.routers import check_router
 
-CRITERION = "by hand"
 EVERY_LAYER = ""
 
 Named = Mapping[str, tuple[int, ...]]
@@ -77,7 +76,7 @@ def plan_by_hand(
     layers = tuple(_keep(layer, ids, clamp_top_k, router) for layer, ids in kept if ids is not None)
     for layer, ids in kept:
         kernels.check(layer.name, layer.experts if ids is None else len(ids), layer.top_k)
-    return PruningPlan(model.model_sha256, CRITERION, layers, {"clamp_top_k": clamp_top_k, "router": router})
+    return PruningPlan(model.model_sha256, BY_HAND, layers, {"clamp_top_k": clamp_top_k, "router": router})
 
 
 def _keep(layer: LayerShape, ids: tuple[int, ...], clamp_top_k: bool, router: str) -> LayerPlan:

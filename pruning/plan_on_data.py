@@ -18,12 +18,12 @@ from moe_spec.dataset import Dataset, load_dataset
 from moe_spec.errors import UserError, did_you_mean
 from moe_spec.feasibility import ANY
 from moe_spec.layer_plan import REPLACE, ROWS, UNTOUCHED, LayerPlan
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import BYTES, PruningPlan
 from moe_spec.progress import Progress, silent
 from moe_spec.statistics import Statistics
 from pruning.apply import apply_plan
 from pruning.budget.acceptance import Batches
-from pruning.budget.cost import BYTES, Measure
+from pruning.budget.cost import Measure
 from pruning.budget.keep import Keep
 from pruning.budget.limit import FLAGS, AtMost, Limit
 from pruning.budget.ranked import RankedLayer
@@ -65,6 +65,10 @@ class DataOptions:
     trials: int = 100
     measure: Measure | None = None
 
+    def recorded(self) -> dict[str, int | None]:
+        """As they stand in plan.json; a budget stands there with what came of it."""
+        return {"rounds": self.rounds, "batch_size": self.batch_size, "limit": self.limit}
+
 
 def plan_on_data(
     checkpoint: Path,
@@ -104,7 +108,7 @@ def plan_on_data(
     plan = PruningPlan(
         model_sha256=source.model_sha256,
         criterion=options.criterion,
-        options=options.recorded() | {"rounds": how.rounds, "data_sha256": dataset.sha256, **found},
+        options=options.recorded() | how.recorded() | {"data_sha256": dataset.sha256, **found},
         layers=layers,
     )
     plan.save(out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_spec import formats
 from moe_spec.manifest import Manifest
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import BY_HAND, BYTES, MILLISECONDS, PruningPlan
 from moe_spec.statistics import KEYS
 from report.artifacts import Artifacts, Finetuning, Found, folder_of
 from report.chain import REFERENCE
@@ -18,23 +18,25 @@ from runtime.bundle.bundle import KIND as BUNDLE
 from runtime.verification.report import ParityReport
 from runtime.verification.tolerances import TOLERANCES
 
-_DEFAULTS: Mapping[str, Any] = {
-    "scope": "layer",
-    "seed": 0,
-    "floor": 1,
-    "rounds": 1,
-    "percentile": 100.0,
-    "threads": 1,
-    "opset": 20,
-    "dtype": "fp32",
-    "greedy_tokens": 16,
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "calibrate": {},
+    "plan": {"scope": "layer", "seed": 0, "trials": 100, "rounds": 1, "batch_size": 32, "floor": 1},
+    "finetune": {"seed": 0},
+    "export": {"opset": 20, "dtype": "fp32", "external_data": 1024},
+    "optimize": {"percentile": 100.0},
+    "verify": {"greedy_tokens": 16},
+    "bench": {"threads": 1},
 }
-"""What options are if they are not given."""
+"""What options of the verbs are if they are not given."""
+PLANNED = (
+    *("keep", "scope", "seed", "clamp_top_k", "router", "protect", "pretrained", "floor", "target"),
+    *("rounds", "batch_size", "limit"),
+)
+"""What among `PruningPlan.options` is an option of `plan` too; other things say what came of it."""
 _PRECISION: Mapping[str, str] = {"experts": "precision", "rest": "rest_precision", "block_size": "block_size"}
 """What an option is called that a manifest has under another name."""
-_BUDGETS = {"bytes": "max_size", "milliseconds": "max_latency"}
+BUDGETS = {BYTES: "max_size", MILLISECONDS: "max_latency"}
 """Options for the units of a budget in plan.json."""
-_BY_HAND = "by hand"
 _STAGES = (
     "calibrate",
     "merge",
@@ -114,15 +116,15 @@ def _step(makes: str, *words: object, note: str = "") -> Step:
     return Step(tuple(map(str, words)), makes, note)
 
 
-def _options(values: Mapping[str, Any]) -> list[str]:
-    """As options of the command line; those that are what they are by default are left out.
+def _options(verb: str, values: Mapping[str, Any]) -> list[str]:
+    """As options of a verb; those that are what they are by default are left out.
 
-    >>> _options({"block_size": 32, "seed": 0, "dense": True, "lower_at": (3, 5), "pretrained": None})
-    ['--block-size', '32', '--dense', '--lower-at', '3', '--lower-at', '5']
+    >>> _options("finetune", {"temperature": 2, "seed": 0, "dense": True, "lower_at": (3, 5), "teacher": None})
+    ['--temperature', '2', '--dense', '--lower-at', '3', '--lower-at', '5']
     """
     said: list[str] = []
     for name, value in values.items():
-        if value is None or value is False or (name in _DEFAULTS and _DEFAULTS[name] == value):
+        if value is None or value is False or (name in DEFAULTS[verb] and DEFAULTS[verb][name] == value):
             continue
         option = "--" + name.replace("_", "-")
         several: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
@@ -134,7 +136,8 @@ def _calibrate(artifacts: Artifacts, names: Names) -> Iterator[Step]:
     for found in artifacts.statistics:
         statistics = found.value
         model = names.path(statistics.model_sha256)
-        dense = _options({"dense": any(KEYS[key].dense for layer in statistics.layers for key in layer.sums)})
+        is_dense = any(KEYS[key].dense for layer in statistics.layers for key in layer.sums)
+        dense = _options("calibrate", {"dense": is_dense})
         shards = [names.data[sha256] for sha256 in statistics.data_sha256]
         parts = [f"{found.path}.{number}.safetensors" for number in range(len(shards))] if shards[1:] else [found.path]
         for data, part in zip(shards, parts, strict=True):
@@ -147,29 +150,31 @@ def _plan(artifacts: Artifacts, names: Names) -> Iterator[Step]:  # noqa: ARG001
     for found in names.plans:
         plan = found.value
         source = names.path(plan.statistics_sha256, names.path(plan.model_sha256))
-        said = _by_hand(plan) if plan.criterion == _BY_HAND else _ranked(plan, names)
+        said = _by_hand(plan) if plan.criterion == BY_HAND else _ranked(plan, names)
         yield _step(found.path, "plan", source, *said)
 
 
 def _by_hand(plan: PruningPlan) -> list[str]:
-    named = [f"{layer.name}={','.join(map(str, layer.keep))}" for layer in plan.layers if layer.dropped]
-    clamped = any(len(layer.keep) == layer.top_k for layer in plan.layers)
-    return _options({"experts": named, "clamp_top_k": clamped, "router": plan.layers[0].router})
+    named = [f"{layer.name}={','.join(map(str, layer.keep))}" for layer in plan.layers]
+    return _options("plan", {"experts": named, **_planned(plan)})
+
+
+def _planned(plan: PruningPlan) -> dict[str, Any]:
+    return {key: plan.options[key] for key in PLANNED if key in plan.options}
 
 
 def _ranked(plan: PruningPlan, names: Names) -> list[str]:
-    said = dict(plan.options)
-    data, budget, search = (said.pop(key, None) for key in ("data_sha256", "budget", "search"))
+    said = _planned(plan)
+    data, budget, search = (plan.options.get(key) for key in ("data_sha256", "budget", "search"))
     if data:
         said = {"data": names.data[data], **said}
-    if isinstance(budget, dict) and budget.get("unit") in _BUDGETS:
-        said = {key: value for key, value in said.items() if key != "keep"}
-        said[_BUDGETS[budget["unit"]]] = budget.get("written")
+    if isinstance(budget, dict) and budget.get("unit") in BUDGETS:
+        said |= {"keep": None, BUDGETS[budget["unit"]]: budget.get("written")}
     if isinstance(search, dict):
         said["trials"] = search.get("trials")
     if said.get("pretrained"):
         said["pretrained"] = names.path(str(said["pretrained"]), "PRETRAINED")
-    return ["--criterion", plan.criterion, *_options(said)]
+    return ["--criterion", plan.criterion, *_options("plan", said)]
 
 
 def _prune(artifacts: Artifacts, names: Names) -> Iterator[Step]:
@@ -181,7 +186,8 @@ def _prune(artifacts: Artifacts, names: Names) -> Iterator[Step]:
 def _finetune(artifacts: Artifacts, names: Names) -> Iterator[Step]:
     for found in artifacts.finetunings:
         record, out = found.value, folder_of(found.path)
-        said = ["--data", names.data[record.data_sha256], "--method", record.method, *_options(_training(record))]
+        said = ["--data", names.data[record.data_sha256], "--method", record.method]
+        said += _options("finetune", _training(record))
         if record.teacher_sha256 is not None:
             said += ["--teacher", names.path(record.teacher_sha256)]
         if record.method == "full-router":
@@ -216,7 +222,10 @@ def _export(model: Found[Manifest], parent: Found[Manifest] | None, names: Names
     manifest = model.value
     dtype = manifest.details.get("dtype")
     named = formats.said(dtype) if isinstance(dtype, str) else None
-    said = _options({"opset": manifest.details.get("opset"), "dtype": named})
+    asked = {key: manifest.details.get(key) for key in ("opset", "task", "external_data")}
+    own_code = bool(manifest.details.get("own_code"))
+    said = _options("export", {**asked, "dtype": named, "trust_remote_code": own_code})
+    said += ["--no-cache"] if manifest.details.get("cache") is False else []
     source = names.path(manifest.parent_sha256)
     return _step(model.path, "export", source, *_plan_of(manifest, parent, names), *said)
 
@@ -232,12 +241,20 @@ def _optimize(model: Found[Manifest], parent: Found[Manifest] | None, names: Nam
         data = names.data.get(str(rounded.get("data_sha256")), "DATA.npz")
         said |= {"activations": rounded.get("format"), "calibration": data, "percentile": rounded.get("percentile")}
     said |= {"forced": bool(details.get("forced")), "observe_experts": bool(details.get("experts"))}
+    said_plan = _plan_of(manifest, parent, names)
     said |= {"allow_partial": bool(details.get("left_alone"))}
+    said |= {"any_model": bool(said_plan) and _is_of_another(manifest, parent)}
     unproven = ["--no-prove"] if manifest.modified and not details.get("oracle", ["unknown"]) else []
     source = names.path(manifest.parent_sha256)
     note = "layers have several forms: give the --target that they were chosen for" if len(forms) > 1 else ""
-    said_plan = _plan_of(manifest, parent, names)
-    return _step(model.path, "optimize", source, *said_plan, *_options(said), *unproven, note=note)
+    return _step(model.path, "optimize", source, *said_plan, *_options("optimize", said), *unproven, note=note)
+
+
+def _is_of_another(manifest: Manifest, parent: Found[Manifest] | None) -> bool:
+    """Whether its plan was made for another file of the model, which `optimize` takes where it is told to."""
+    own = {manifest.source_sha256} | (set() if parent is None else {parent.value.model_sha256})
+    is_known = parent is not None or manifest.parent_sha256 == manifest.source_sha256
+    return is_known and manifest.plan is not None and manifest.plan.model_sha256 not in own
 
 
 def _build(model: Found[Manifest], parent: Found[Manifest] | None, names: Names) -> Step:  # noqa: ARG001
@@ -265,7 +282,7 @@ def _verify(artifacts: Artifacts, names: Names) -> Iterator[Step]:
             against = masked[against].parent_sha256  # `verify` masks the parent itself
         words = (names.path(report.candidate_sha256), "--reference", names.path(against))
         said = {"data": names.data[report.data_sha256]} if report.data_sha256 else {}
-        yield _step(found.path, "verify", *words, *_options({**said, **_judging(report)}))
+        yield _step(found.path, "verify", *words, *_options("verify", {**said, **_judging(report)}))
 
 
 def _judging(report: ParityReport) -> dict[str, Any]:
@@ -282,4 +299,4 @@ def _bench(artifacts: Artifacts, names: Names) -> Iterator[Step]:
         models = [names.path(hashes[row.model], row.model) for row in rows if row.model in hashes]
         said = {"batch_size": list(dict.fromkeys(row.batch_size for row in rows)), "threads": found.value.threads}
         said |= {"no_pin": found.value.threads > 0 and not found.value.cores}
-        yield _step(found.path, "bench", *dict.fromkeys(models), *_options(said), note=found.value.machine)
+        yield _step(found.path, "bench", *dict.fromkeys(models), *_options("bench", said), note=found.value.machine)

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_spec.layer_plan import FULL, REPLACE, LayerPlan
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import BYTES, EXPERTS, MILLISECONDS, PruningPlan
 from pruning.budget.ranked import RankedLayer
-
-EXPERTS, BYTES, MILLISECONDS = "experts", "bytes", "ms"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from moe_spec.errors import UserError
-from pruning.budget.cost import BYTES, MILLISECONDS, Costs
+from moe_spec.plan import BYTES, MILLISECONDS
+from pruning.budget.cost import Costs
 from pruning.budget.ranked import RankedLayer
 
 UNITS: Mapping[str, Mapping[str, float]] = {

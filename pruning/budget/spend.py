@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from moe_spec.errors import UserError
 from moe_spec.layer_plan import LayerPlan
+from moe_spec.plan import BYTES
 from pruning.budget.acceptance import Acceptance, Batches
-from pruning.budget.cost import BYTES, Costs, Measure, by_latency, by_number, by_size
+from pruning.budget.cost import Costs, Measure, by_latency, by_number, by_size
 from pruning.budget.evolution import Counts, evolve
 from pruning.budget.limit import FLAGS, AtMost, Limit
 from pruning.budget.ranked import RankedLayer

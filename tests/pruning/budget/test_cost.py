@@ -5,7 +5,8 @@ import pytest
 
 from models.checkpoints import save_model, stored_tensors
 from moe_spec.errors import UserError
-from pruning.budget.cost import BYTES, MILLISECONDS, Costs, by_latency, by_number, by_size
+from moe_spec.plan import BYTES, MILLISECONDS
+from pruning.budget.cost import Costs, by_latency, by_number, by_size
 from pruning.budget.limit import AtMost, Limit
 from pruning.budget.ranked import RankedLayer
 from pruning.options import PlanOptions
