@@ -90,7 +90,8 @@ but which experts a token goes to.
 - *times as quick as their best*: the time of transformers' quickest export over this one's.
 - *bound*: the longer of two times: its weights (of experts only those that its tokens can go to) and cache over the
   bandwidth, and its products over the peak. Both speeds were measured in turns with the models, by the same core: the
-  quicker of a product of a matrix of 64 MiB with a vector and of a copy of it, and a product of square matrices.
+  quicker of a product of a matrix of 64 MiB with a vector and of a copy of it, and the quicker of torch's and ONNX
+  Runtime's product of square matrices.
   What a step takes beyond it goes to nodes that compute little, each of which costs ONNX Runtime some microseconds:
   the share of its profiler is that of the pruned model, run by itself."""
 

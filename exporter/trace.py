@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from exporter.cache import cache_of, tensors_in
 from exporter.experts import IMPLEMENTATION, describe, experts_implementation
 from exporter.experts_function import function_of
+from exporter.norms import divide_by_roots
 from exporter.tasks import Task, part_of
 from exporter.upstream import registered_quickly, translatable
 from exporter.weightless import Traced, weightless, without_values
@@ -84,6 +85,7 @@ def trace(
         program = _export(model, task, opset, optimize=False)
     traced = without_values(program, _PREFIX, model.state_dict().keys())
     _restore_names(traced.proto)
+    divide_by_roots(traced.proto.graph)
     _define_experts(traced.proto, variants, opset)
     return traced
 
