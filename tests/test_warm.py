@@ -17,6 +17,7 @@ ENDINGS = {
     "a code": "import sys; sys.exit(7)",
     "a reason": "import sys; sys.exit('because')",
     "a signal": "import os; os.kill(os.getpid(), 15)",
+    "other streams": "import sys; sys.stdout.reconfigure(errors='replace'); print(sys.stdout.seekable())",
     "threads": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()",
 }
 
