@@ -397,15 +397,18 @@ def _provenance(artifacts: Artifacts) -> Row:
         if damaged
         else f"Every child names the hash of its parent. {plural(files, 'file')} were read; all are as manifests say."
     )
+    steps = commands(artifacts)
+    made = {step.makes for step in steps}
+    given = {found.path: found.sha256 for found in artifacts.checkpoints if found.path not in made}
     return {
         "roots": roots,
         "nodes": nodes,
         "chain_says": says,
         "steps": [
             (note, [step.command for step in group])
-            for note, group in itertools.groupby(commands(artifacts), key=lambda step: step.note)
+            for note, group in itertools.groupby(steps, key=lambda step: step.note)
         ],
-        "outside": Names(artifacts).outside,
+        "outside": {**given, **Names(artifacts).outside},
         "missing": missing(artifacts),
     }
 

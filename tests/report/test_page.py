@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from report import page
-from report.artifacts import collect
+from report.artifacts import Found, collect
 from report.variants import variants_of
 from runtime.bench import BenchRow
 from runtime.fit import Fit
@@ -70,6 +70,14 @@ def test_formats_that_a_target_lacks_are_no_matter_of_form(dtype, says, monkeypa
     monkeypatch.setattr(page, "unknown_formats", lambda *_: [dtype] if dtype else [])
     fit = Fit("cpu", ("it is not taken",), 10, 0, 0, None, 30, None, shared=False)
     assert page._fit_cell(fit, Path("model"), TARGETS[0])["says"] == says
+
+
+def test_a_checkpoint_that_lies_in_the_run_has_to_be_brought_along():
+    """No command makes it."""
+    given = Found("folder", "checkpoint", "config.json")
+    text = text_of(run(EXPORTED, checkpoints=(given,)))
+    assert "to which what is in this table was brought" in text
+    assert "What has to be brought along name SHA-256 folder checkpoint Copy moe-edge export folder -o exported" in text
 
 
 def test_a_folder_that_cannot_be_looked_into_is_listed(tmp_path, monkeypatch):
