@@ -50,7 +50,7 @@ def error_between(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> t
     if reference.size == 0:
         return 0.0, 0.0
     wide = np.float64
-    difference = np.abs(reference.astype(wide) - candidate.astype(wide))
+    difference = np.asarray(np.abs(reference.astype(wide) - candidate.astype(wide)))
     difference[reference == candidate] = 0.0  # equal infinities differ by nothing
     largest = float(np.nan_to_num(difference.max(), nan=np.inf))
     finite = np.abs(reference[np.isfinite(reference)].astype(wide))

@@ -21,7 +21,7 @@ from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.random_feeds import RandomFeeds
 from runtime.measuring.generation import Generation
 from runtime.measuring.memory import Alone, Timed, measure_alone
-from runtime.model_dir import model_bytes
+from runtime.model_dir import home, model_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +97,27 @@ class Contestant(Protocol):
 class _OfFile:
     """An engine directory, a model directory or an .onnx file."""
 
-    directory: Path
+    path: Path
     execution: Execution = BY_DEFAULT
 
     @property
     def name(self) -> str:
-        return str(self.directory)
+        return str(self.path)
+
+    @property
+    def directory(self) -> Path:
+        return home(self.path)
 
     @property
     def file_bytes(self) -> int:
-        return model_bytes(self.directory)
+        return model_bytes(self.path)
 
     def open(self, threads: int) -> Timed:
-        return open_session(self.directory, threads, self.execution)
+        return open_session(self.path, threads, self.execution)
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
         how = self.execution.to_json()
-        return measure_alone(self.directory, leading, other, past, threads, execution=how)
+        return measure_alone(self.path, leading, other, past, threads, execution=how)
 
 
 def bench(

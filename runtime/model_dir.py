@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_spec.errors import UserError
 from moe_spec.files import inside, not_there
 from moe_spec.manifest import EXPERT_CHOICE, FILE_NAME, MODEL, OBSERVED, OBSERVED_CPU, Manifest
-from runtime.backend import ENGINE_FILE
+from runtime.backend import ENGINE, ENGINE_FILE
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.targets import Target
 
@@ -28,6 +28,21 @@ def model_file(path: Path) -> Path:
     if not path.is_file():
         raise not_there(path, "an .onnx file or a model directory")
     return path
+
+
+def home(model: Path) -> Path:
+    """The directory of an .onnx file, or the model directory itself."""
+    return model if model.is_dir() else model.parent
+
+
+def with_manifest(model: Path) -> Path:
+    """The model directory of which ``model`` is the graph, for its manifest knows more; anything else as it is.
+
+    Raises:
+        UserError: that manifest is damaged.
+    """
+    known = model.name == MODEL and (model.parent / FILE_NAME).is_file()
+    return model.parent if known and Manifest.load(model.parent).kind != ENGINE else model
 
 
 def model_manifest(model_dir: Path, target: Target) -> Manifest:

@@ -7,7 +7,7 @@ from __future__ import annotations  # Python 3.8: this file travels to devices, 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,11 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 _TINY = 1e-30
+_NO_SCORE = 1e20
+"""Beyond it a number says that an expert cannot be selected."""
+
+TOLD_APART = 16
+"""Tokens that must rank an expert before its scores are told from those of others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,78 @@ def compare_routing(reference: Routing, candidate: Routing, top_k: int) -> Token
         weight=np.where(differs, largest, 0.0).max(axis=1, initial=0.0),
         gate_error=error / max(float(np.abs(reference.gates).max(initial=0.0)), _TINY),
     )
+
+
+class ScoreMatch:
+    """Whose scores each expert of the candidate has, of all tokens so far.
+
+    Rounding moves scores a little, and in no direction; a router row in the wrong place gives an expert the scores of
+    another. That shows in any number format, where margins prove nothing: of many experts in 4 bits, few tokens have a
+    margin that rounding does not explain. What all experts or all tokens have in common is left out: shifts of logits.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._sums: list[Any] = [0.0] * 6
+
+    def add(self, reference: Routing, candidate: Routing) -> None:
+        """Take in the same tokens of both."""
+        experts = reference.gates.shape[1]
+        mine, theirs = (_logits(side.scores[:, :experts]) for side in (reference, candidate))
+        both = np.isfinite(mine) & np.isfinite(theirs)
+        mine, theirs = _centred(mine, both), _centred(theirs, both)
+        added = [array.sum(axis=0) for array in (both, mine, theirs, mine**2, theirs**2)]
+        self._sums = [before + now for before, now in zip(self._sums, [*added, theirs.T @ mine])]  # noqa: B905 - Python 3.8
+        self._tokens += len(mine)
+
+    def moved(self) -> dict[int, int]:
+        """Experts whose scores are nearer, by half, to those that another should have; and which that is."""
+        if self._tokens < TOLD_APART:
+            return {}
+        seen, *sums = self._sums
+        mean, their_mean, square, their_square, product = (array / self._tokens for array in sums)
+        variance, their_variance = square - mean**2, their_square - their_mean**2
+        # the mean square of what lies between the candidate's scores of an expert (rows) and the reference's of another
+        between_EE = their_variance[:, None] + variance - 2 * (product - np.outer(their_mean, mean))
+        own_E, told = between_EE.diagonal(), seen >= TOLD_APART
+        others_EE = np.where(np.eye(len(own_E), dtype=np.bool_) | ~told, np.inf, between_EE)
+        moved = told & (others_EE.min(axis=1) < own_E / 4) & (own_E > variance[told].sum() / max(told.sum(), 1) / 100)
+        return {int(expert): int(others_EE[expert].argmin()) for expert in np.flatnonzero(moved)}
+
+
+def moved_experts(reference: Routing, candidate: Routing) -> dict[int, int]:
+    """``ScoreMatch.moved`` of these tokens.
+
+    >>> logits = np.random.default_rng(0).standard_normal((20, 4))
+    >>> mine, theirs = (Routing(np.zeros((20, 4)), scores) for scores in (logits, logits[:, [0, 2, 1, 3]]))
+    >>> moved_experts(mine, theirs)
+    {1: 2, 2: 1}
+    """
+    match = ScoreMatch()
+    match.add(reference, candidate)
+    return match.moved()
+
+
+def say_moved(moved: Mapping[int, int]) -> str:
+    """In words.
+
+    >>> say_moved({1: 2, 2: 1})
+    'scores expert 1 as expert 2, expert 2 as expert 1 should be'
+    """
+    return f"scores {', '.join(f'expert {expert} as expert {other}' for expert, other in moved.items())} should be"
+
+
+def _logits(scores_TE: Floats) -> Floats:
+    """Up to a shift for each token, and NaN where an expert cannot be selected: logarithms of probabilities."""
+    ranked = np.where(np.abs(scores_TE) < _NO_SCORE, scores_TE, np.nan)
+    return ranked if (ranked < 0).any() else np.log(np.where(ranked > 0, ranked, np.nan))
+
+
+def _centred(logits_TE: Floats, used_TE: Flags) -> Floats:
+    """Without each token's mean of those that are used; 0 where they are not."""
+    used = np.where(used_TE, logits_TE, 0.0)
+    means_T = used.sum(axis=1) / np.maximum(used_TE.sum(axis=1), 1)
+    return np.where(used_TE, used - means_T[:, None], 0.0)
 
 
 def slots_of(gates_TE: npt.NDArray[Any], top_k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

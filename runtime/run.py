@@ -27,6 +27,7 @@ from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.image_files import SUFFIXES, find_images, read_images
 from runtime.inputs.json_lines import SUFFIX as JSON_LINES
 from runtime.inputs.json_lines import read_json_lines
+from runtime.model_dir import home
 from runtime.parity import softmax
 
 INPUT = "an .npz, .jsonl or image file, or a folder of images"
@@ -95,12 +96,12 @@ def run(
         batches: list[Arrays] = []
         wanted = [spec.name for spec in session.outputs if not spec.name.startswith(PRESENT)]
         size = min(max(batch_size, least), most)
-        for found, feeds in _batches(_directory(model), session.inputs, inputs, size, on_progress):
+        for found, feeds in _batches(home(model), session.inputs, inputs, size, on_progress):
             names += found
             given = complete(session.inputs, _padded(feeds, least))
             batches.append(_without_padding(session.run(given, wanted), len(found), least))
     outputs = _concatenate(batches)
-    labels = _labels(_directory(model))
+    labels = _labels(home(model))
     logits = outputs.get(LOGITS)
     predictions = Predictions(tuple(names), outputs, None, None)
     if labels is not None and logits is not None and logits.ndim == 2 and logits.shape[1] == len(labels):
@@ -111,10 +112,6 @@ def run(
     if out is not None:
         predictions.save(out)
     return predictions
-
-
-def _directory(model: Path) -> Path:
-    return model if model.is_dir() else model.parent
 
 
 def _batch_range(model: Path, inputs: Sequence[TensorSpec]) -> tuple[int, int]:

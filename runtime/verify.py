@@ -12,7 +12,8 @@ from pathlib import Path
 
 from moe_spec.cut import ForcedModel
 from moe_spec.dataset import Dataset
-from moe_spec.decoder import has_cache
+from moe_spec.decoder import IDS, has_cache
+from moe_spec.errors import UserError
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Feeds
 from runtime.backends import open_session
@@ -82,11 +83,24 @@ def verify(
         report = comparison.report(data, precision)
         if execution.provider is not None:
             report = report.with_note(f"the candidate was computed by {execution}")
-        prompts = prompts_of(_prompted(mine, data)) if greedy_tokens and has_cache(mine.session.inputs) else []
-        if not prompts:
+        if not greedy_tokens or not has_cache(mine.session.inputs):
             return report
-        greedy = compare_greedy(mine.session, theirs.session, prompts, greedy_tokens, on_progress)
-        return dataclasses.replace(report, greedy=greedy)
+        return _with_texts(report, mine, theirs, data, greedy_tokens, on_progress)
+
+
+def _with_texts(
+    report: ParityReport, mine: Side, theirs: Side, data: Dataset | None, tokens: int, on_progress: Progress
+) -> ParityReport:
+    """``report``, and how long both decoders write the same; or a note of why they write nothing."""
+    takes_ids = any(spec.name == IDS for spec in mine.session.inputs)
+    prompts = prompts_of(_prompted(mine, data)) if takes_ids else []
+    if takes_ids and not prompts:
+        return report
+    try:
+        greedy = compare_greedy(mine.session, theirs.session, prompts, tokens, on_progress)
+    except UserError as error:  # what is measured already is not lost
+        return report.with_note(f"no texts were compared: {error.what}")
+    return dataclasses.replace(report, greedy=greedy)
 
 
 def _prompted(reference: Side, data: Dataset | None) -> Feeds:

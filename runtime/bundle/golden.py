@@ -56,16 +56,16 @@ def golden_cases(
     Raises:
         UserError: no profile takes any, ``data`` does not fit the model, or the model cannot run here.
     """
-    batches = islice(batches_of(manifest.inputs, model_dir, data, batch_size), BATCHES)
-    numbered = [(feeds, first_that_takes(profiles, feeds)) for feeds, _ in batches]
-    taken = [(feeds, profile) for feeds, profile in numbered if profile is not None]
-    if not taken:
-        raise UserError(
-            f"no golden inputs fit the profile {'; '.join(map(show_options, profiles))}",
-            hint="give examples that fit it with --data and --batch-size, or a wider profile",
-        )
-    cases = []
-    with open_session(observed_file(model_dir)) as session:
+    with open_session(observed_file(model_dir)) as session:  # which refuses bfloat16, of which nothing can be drawn
+        batches = islice(batches_of(manifest.inputs, model_dir, data, batch_size), BATCHES)
+        numbered = [(feeds, first_that_takes(profiles, feeds)) for feeds, _ in batches]
+        taken = [(feeds, profile) for feeds, profile in numbered if profile is not None]
+        if not taken:
+            raise UserError(
+                f"no golden inputs fit the profile {'; '.join(map(show_options, profiles))}",
+                hint="give examples that fit it with --data and --batch-size, or a wider profile",
+            )
+        cases = []
         for feeds, profile in counted(taken, "running golden cases", len(taken), on_progress):
             given = cast_to(session.inputs, feeds)
             cases.append(Case(len(next(iter(given.values()))), given, session.run(given), profile))

@@ -21,6 +21,7 @@ from moe_spec.runner import Arrays, Feeds, Kept
 from runtime.backends import open_session
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.random_feeds import RandomFeeds
+from runtime.model_dir import home
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -117,7 +118,7 @@ def measure_here(request: Mapping[str, Any], opened: Callable[[], Timed], *, com
     started = time.perf_counter()
     with opened() as session:
         seconds = time.perf_counter() - started
-        feeds = RandomFeeds.of(session.inputs, Path(request["model"])).draw(**request["draw"])
+        feeds = RandomFeeds.of(session.inputs, home(Path(request["model"]))).draw(**request["draw"])
         once = functools.partial(session.step if has_cache(session.inputs) else session.run, feeds)
         if compiles:
             started = time.perf_counter()

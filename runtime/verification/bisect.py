@@ -17,7 +17,7 @@ from moe_spec.dataset import Dataset
 from moe_spec.progress import Progress, counted, silent
 from moe_spec.runner import Arrays, Feeds, error_between
 from runtime.execution import BY_DEFAULT, Execution
-from runtime.parity import Flags, Floats, Routing, compare_routing
+from runtime.parity import Flags, Floats, Routing, compare_routing, moved_experts
 from runtime.verification.cut_run import CutPair, CutRun, LayerPair
 from runtime.verification.diagnosis import what_experts_do, what_router_does
 from runtime.verification.fault import EXPERTS, REST, ROUTER, Fault
@@ -106,6 +106,8 @@ def _parts_that_differ(run: CutRun, feeds: Feeds, allowed: Tolerance) -> Iterato
 def _error_of_router(mine: Routing, theirs: Routing, top_k: int, allowed: Tolerance) -> float:
     """The largest difference of a gate where rounding does not explain it; 0 where there is none."""
     compared = compare_routing(mine, theirs, top_k)
+    if moved_experts(mine, theirs):
+        return float(compared.gate_error.max())
     wrong_T = compared.flipped & (compared.margin > allowed.margin) & (compared.weight > allowed.element)
     wrong_T |= ~compared.flipped & (compared.gate_error > allowed.margin)
     return float(compared.gate_error[wrong_T].max(initial=0.0))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_spec.runner import error_between
-from runtime.parity import Floats, Routing
+from runtime.parity import Floats, Routing, moved_experts, say_moved
 
 Table = tuple[Floats, Floats]
 """What an expert of the reference and the same one of the candidate give, (T, H) each."""
@@ -19,11 +19,13 @@ _TINY = 1e-30
 
 def what_router_does(mine: Routing, theirs: Routing, tolerance: float) -> str:
     """Whose score an expert has, or how its gate differs where the same experts are selected."""
-    moved = _moved(mine.scores, theirs.scores, tolerance) or _moved(
-        *_without_shift(mine.scores, theirs.scores), tolerance
+    moved = (
+        moved_experts(mine, theirs)
+        or _moved(mine.scores, theirs.scores, tolerance)
+        or _moved(*_without_shift(mine.scores, theirs.scores), tolerance)
     )
     if moved:
-        return f"it scores {_pairs(moved)}"
+        return f"it {say_moved(moved)}"
     same_T = ((mine.gates != 0) == (theirs.gates != 0)).all(axis=1)
     if not same_T.all():
         return f"it selects other experts for {int((~same_T).sum())} of {len(same_T)} tokens"
@@ -104,11 +106,6 @@ def _close(found: Floats, wanted: Floats, tolerance: float) -> bool:
     return bool(
         np.abs(found - wanted).max(initial=0.0) <= tolerance * max(float(np.abs(wanted).max(initial=0.0)), _TINY)
     )
-
-
-def _pairs(moved: Mapping[int, int]) -> str:
-    shown = [f"expert {expert} as expert {other}" for expert, other in moved.items()]
-    return ", ".join(shown) + " should be"
 
 
 def _range(values_T: Floats) -> str:

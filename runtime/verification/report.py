@@ -42,6 +42,8 @@ class LayerParity:
         margin_tokens: judged tokens by the reference's relative margin, one more count than `MARGIN_EDGES`; where there
             was nothing to choose between, a token is not counted.
         margin_flips: judged flips, likewise.
+        scored_as: (E) the expert that the reference scores as the candidate scores this one; empty where that is always
+            the same one, as far as scores tell them apart.
     """
 
     name: str
@@ -57,6 +59,12 @@ class LayerParity:
     usage: tuple[int, ...] = ()
     margin_tokens: tuple[int, ...] = ()
     margin_flips: tuple[int, ...] = ()
+    scored_as: tuple[int, ...] = ()
+
+    @property
+    def moved(self) -> dict[int, int]:
+        """Experts with the scores of another, and which."""
+        return {expert: other for expert, other in enumerate(self.scored_as) if expert != other}
 
 
 @dataclasses.dataclass(frozen=True)

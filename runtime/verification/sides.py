@@ -20,11 +20,13 @@ from runtime.backend import Session
 from runtime.backends import engine_backend, open_session
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.inputs.feeds import check_feeds
-from runtime.inputs.random_feeds import RANDOM_SHAPES, RandomFeeds
+from runtime.inputs.random_feeds import RANDOM_SHAPES, RandomFeeds, is_floating
 from runtime.model_dir import model_file, observed_file
 from runtime.onnx_file import check_external_data, number_formats
 from runtime.parity import Routing
 from runtime.verification.tolerances import TOLERANCES, coarsest
+
+OTHER_REFERENCE = "give the model that the candidate was made from as --reference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,6 @@ def check_comparable(reference: Side, candidate: Side) -> None:
     Raises:
         UserError: inputs, outputs or layers differ, or the candidate has experts that the reference lacks.
     """
-    hint = "give the model that the candidate was made from as --reference"
     mine, theirs = reference.manifest, candidate.manifest
     for what, ours, others in (
         ("inputs", _names(mine.inputs), _names(theirs.inputs)),
@@ -154,14 +155,15 @@ def check_comparable(reference: Side, candidate: Side) -> None:
     ):
         if ours != others:
             raise UserError(
-                f"{candidate.path} has the {what} {', '.join(others)}, its reference {', '.join(ours)}", hint=hint
+                f"{candidate.path} has the {what} {', '.join(others)}, its reference {', '.join(ours)}",
+                hint=OTHER_REFERENCE,
             )
     for our_block, their_block in zip(mine.blocks, theirs.blocks, strict=True):
         foreign = sorted(set(their_block.keep) - set(our_block.keep))
         if foreign:
             raise UserError(
                 f"layer {their_block.name} of {candidate.path} has the experts {foreign}, which its reference lacks",
-                hint=hint,
+                hint=OTHER_REFERENCE,
             )
 
 
@@ -170,4 +172,4 @@ def _names(specs: Sequence[TensorSpec]) -> list[str]:
 
 
 def _cast(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    return array.astype(dtype, copy=False) if array.dtype.kind == dtype.kind == "f" else array
+    return array.astype(dtype, copy=False) if is_floating(array.dtype) and is_floating(dtype) else array

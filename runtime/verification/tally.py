@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moe_spec.decoder import PRESENT
 from moe_spec.runner import error_between
 from runtime import parity
-from runtime.parity import Flags, TokenParity
+from runtime.parity import Flags, Routing, ScoreMatch, TokenParity
 from runtime.verification.report import MARGIN_EDGES, LayerParity, OutputParity, TaskAccuracy
 from runtime.verification.tolerances import Tolerance
 
@@ -36,14 +36,16 @@ class LayerTally:
     usage_E: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     margin_tokens: npt.NDArray[np.int64] = dataclasses.field(default_factory=_no_margins)
     margin_flips: npt.NDArray[np.int64] = dataclasses.field(default_factory=_no_margins)
+    match: ScoreMatch = dataclasses.field(default_factory=ScoreMatch)
 
-    def add(self, tokens: TokenParity, judged_T: Flags, selected_TE: Flags) -> None:
+    def add(self, tokens: TokenParity, judged_T: Flags, reference: Routing, candidate: Routing) -> None:
         """Take in a batch.
 
         Args:
             tokens: reference against candidate.
             judged_T: tokens of examples that flipped in no lower layer.
-            selected_TE: experts that the candidate chose, by the source model's ids.
+            reference: what it did.
+            candidate: likewise.
         """
         flips = tokens.flipped & judged_T
         same = ~tokens.flipped & judged_T
@@ -57,12 +59,14 @@ class LayerTally:
         self.faults += int(faults.sum())
         self.largest_margin = max(self.largest_margin, float(tokens.margin[flips].max(initial=0.0)))
         self.gate_error = max(self.gate_error, float(tokens.gate_error[same].max(initial=0.0)))
-        self.usage_E = selected_TE.sum(axis=0) + (self.usage_E if self.usage_E.size else 0)
+        self.usage_E = (candidate.gates != 0).sum(axis=0) + (self.usage_E if self.usage_E.size else 0)
         self.margin_tokens += _by_margin(tokens.margin[judged_T])
         self.margin_flips += _by_margin(tokens.margin[flips])
+        self.match.add(reference, candidate)  # flips below make noise, which does not look like another expert
 
     def report(self) -> LayerParity:
         """What came of it."""
+        moved = self.match.moved()
         return LayerParity(
             name=self.name,
             tokens=self.tokens,
@@ -77,6 +81,7 @@ class LayerTally:
             usage=tuple(self.usage_E.tolist()),
             margin_tokens=tuple(self.margin_tokens.tolist()),
             margin_flips=tuple(self.margin_flips.tolist()),
+            scored_as=tuple(moved.get(expert, expert) for expert in range(len(self.usage_E))) if moved else (),
         )
 
 
@@ -117,7 +122,7 @@ class OutputTally:
         self.largest = max(self.largest, float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0)))
 
     def _add_elements(self, reference: parity.Floats, candidate: parity.Floats, clean_B: Flags) -> None:
-        if len(reference) % len(clean_B):  # no axis of examples: one flip anywhere may change anything
+        if reference.ndim == 0 or len(reference) % len(clean_B):  # no axis of examples: any flip may change anything
             clean_B = np.array([clean_B.all()])
         by_example = (len(clean_B), -1)
         mine, theirs = reference.reshape(by_example)[clean_B], candidate.reshape(by_example)[clean_B]

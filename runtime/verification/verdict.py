@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from runtime.parity import say_moved
 from runtime.verification.report import LayerParity, OutputParity, TaskAccuracy
 from runtime.verification.tolerances import Tolerance
 
@@ -31,6 +32,8 @@ def _layer(layer: LayerParity, allowed: Tolerance) -> list[str]:
             f"layer {layer.name}: {layer.faults} of {layer.judged_tokens} tokens select other experts although the "
             f"reference's choice was clear (relative margin {margin}, rounding explains {allowed.margin:.1e})"
         )
+    elif layer.moved:  # in a coarse format margins may excuse what is none of rounding's doing
+        reasons.append(f"layer {layer.name}: its router {say_moved(layer.moved)}")
     rate = layer.judged_flips / max(layer.judged_tokens, 1)
     if rate > allowed.flips:
         reasons.append(
@@ -70,6 +73,6 @@ def first_wrong_layer(layers: Sequence[LayerParity], allowed: Tolerance) -> str 
     A router sees what the layers below it made, so the fault lies in this router, or between it and the router below.
     """
     for layer in layers:
-        if layer.faults or layer.gate_error is None or layer.gate_error > allowed.margin:
+        if layer.faults or layer.moved or layer.gate_error is None or layer.gate_error > allowed.margin:
             return layer.name
     return None

@@ -125,6 +125,15 @@ def test_a_fault_beside_int8_experts_is_caught_too(zoo, tmp_path, fault):
     assert report["fault"]["experts"] == FOUND[fault][1]
 
 
+def test_whose_scores_an_expert_has_is_seen_through_the_rounding_of_4_bits(zoo, tmp_path):
+    exported = zoo.exported("mixtral")
+    broken = plant(exported, tmp_path / "broken", FAULTS["one router row of another expert"], 1)
+    optimize(broken, tmp_path / "int4", RUNNER, form="sorted", precision=Precision("int4"))
+    code, report, _ = verify(tmp_path / "int4", exported, "--no-bisect")
+    assert (code, report["precision"]) == (3, "int4")
+    assert [layer["scored_as"] for layer in report["layers"]] == [[], [0, 1, 2, 2, 4, 5, 6, 7]]
+
+
 def test_tolerances_come_from_a_file_that_changes_some(zoo, tmp_path):
     exported, path = zoo.exported("mixtral"), tmp_path / "tolerances.json"
     optimize(exported, tmp_path / "int8", RUNNER, form="sorted", precision=Precision("int8"))

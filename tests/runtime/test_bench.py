@@ -43,6 +43,18 @@ def test_there_is_a_row_for_each_model_and_batch_size_in_order(model, tmp_path):
     assert rows[2].file_bytes < rows[0].file_bytes
 
 
+def test_ids_are_drawn_from_the_vocabulary_that_lies_beside_a_file(model, monkeypatch):
+    asked: list[Path] = []
+
+    def no_ids(config: Path) -> int:
+        asked.append(config)
+        return 2
+
+    monkeypatch.setattr("runtime.inputs.random_feeds._vocabulary", no_ids)
+    median_latencies([model / "model.onnx"], 1, repeats=1, warmup=0)
+    assert asked == [model / "config.json"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rival:
     """Opens a model, and measures nothing."""

@@ -3,16 +3,19 @@ import dataclasses
 import re
 
 import numpy as np
+import onnx
 import pytest
 
 from moe_spec.dataset import Dataset
 from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
+from moe_spec.manifest import Manifest, TensorSpec, list_files
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.targets import find_target
 from runtime.tensorrt.driver import compute_capability_here
 from runtime.verification.report import MARGIN_EDGES, ParityReport
+from runtime.verification.sides import Side
 from runtime.verification.tolerances import TOLERANCES, coarsest
 from runtime.verify import verify
 from tests.runtime import tiny
@@ -150,6 +153,29 @@ def test_an_engine_shows_no_routers_and_the_report_says_so(tmp_path):
     )
 
 
+def test_of_an_engine_in_half_precision_examples_that_rounding_may_flip_are_left_out(tmp_path):
+    """As if the flips of the twins were seen, which the model itself shows."""
+    twins, task_data = Tiny(twins=True), task(400)
+    shown = compare(tmp_path, dataclasses.replace(twins, dtype="float16"), twins, task_data)
+    assert shown.flips > 0
+    build(tmp_path / "candidate", find_target("onnxruntime-cpu"), BuildOptions(), tmp_path / "engine")
+    report = verify(tmp_path / "engine", tmp_path / "reference", task_data, threads=1)
+    compared = report.outputs[0].examples
+    assert (report.passed, report.layers) == (True, None)
+    assert 0 < compared < shown.outputs[0].examples
+    assert report.notes == (
+        "the candidate is an engine, which shows no routers: no flips were looked for, "
+        f"{400 - compared} of 400 examples were left out, in which rounding may choose other experts",
+    )
+    loose = dataclasses.replace(report.tolerance, margin=1e9)
+    report = verify(tmp_path / "engine", tmp_path / "reference", task_data, threads=1, tolerance=loose)
+    assert (report.passed, report.outputs[0].examples) == (False, 400)
+    assert report.notes == (
+        "the candidate is an engine, which shows no routers: no flips were looked for, "
+        "all examples were compared, in each of which rounding may choose other experts",
+    )
+
+
 def test_an_engine_may_be_the_reference_too(tmp_path):
     model = tiny.write(tmp_path / "candidate")
     build(model, find_target("onnxruntime-cpu"), BuildOptions(), tmp_path / "reference")
@@ -208,6 +234,67 @@ def test_models_that_are_not_comparable_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         compare(tmp_path, Tiny(keep=(0, 3)), Tiny(keep=(0, 1)))
+
+
+def test_outputs_of_other_widths_are_refused(tmp_path):
+    message = (
+        f"output logits of {tmp_path}/candidate is [1, 5], that of its reference [1, 3]\n"
+        "hint: give the model that the candidate was made from as --reference"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        compare(tmp_path, Tiny(classes=5), Tiny())
+
+
+def test_a_scalar_output_is_compared_like_any_other(tmp_path):
+    for name in ("reference", "candidate"):
+        with_scalar(tiny.write(tmp_path / name))
+    report = compare(tmp_path, Tiny(), Tiny())
+    assert (report.passed, [output.name for output in report.outputs]) == (True, ["logits", "aux_loss"])
+
+
+def with_scalar(directory):
+    """The sum of all logits as a further output."""
+    for name in ("model.onnx", "observed.onnx"):
+        model = onnx.load(directory / name, load_external_data=False)
+        model.graph.node.append(onnx.helper.make_node("ReduceSum", ["logits"], ["aux_loss"], keepdims=0))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("aux_loss", onnx.TensorProto.FLOAT, []))
+        onnx.save(model, directory / name)
+    manifest = Manifest.load(directory)
+    outputs = (*manifest.outputs, TensorSpec("aux_loss", "float32", ()))
+    (directory / "manifest.json").unlink()
+    dataclasses.replace(manifest, files=list_files(directory), outputs=outputs).save(directory)
+
+
+@dataclasses.dataclass
+class Embedded:
+    """A decoder with a cache that takes what its tokens mean, not their ids."""
+
+    inputs: tuple[TensorSpec, ...] = (
+        TensorSpec("inputs_embeds", "float32", ("batch", "sequence", 4)),
+        TensorSpec("past_key_values.0.key", "float32", ("batch", 1, "past", 4)),
+    )
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("logits", "float32", ("batch", "sequence", 4)),)
+
+    def run(self, feeds, _outputs=None):
+        return {"logits": feeds["inputs_embeds"]}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_decoder_that_takes_no_ids_writes_no_text(tmp_path):
+    session = Embedded()
+    manifest = Manifest("optimized", tiny.SOURCE, tiny.SOURCE, (), session.inputs, session.outputs)
+    side = Side(tmp_path, manifest, session, observed=True)
+    report = verify(side, side, tolerance=TOLERANCES["float32"])
+    assert (report.passed, report.greedy) == (True, None)
+    assert report.notes == (
+        "no texts were compared: the model takes inputs_embeds, past_key_values.0.key and gives logits: it generates "
+        "no text",
+    )
 
 
 def test_layers_of_other_names_are_refused(tmp_path):

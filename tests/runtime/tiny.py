@@ -68,7 +68,8 @@ class Tiny:
 
     ``keep`` lists the experts in the graph, ``masked`` those of them that no token can select. With one expert kept no
     router is left. ``rolled`` names a layer whose router has its columns in the wrong order: a real fault. With
-    ``twins`` experts 0 and 1 score almost the same. ``head`` multiplies the weights behind the last layer.
+    ``twins`` experts 0 and 1 score almost the same. ``head`` multiplies the weights behind the last layer, which give
+    ``classes`` logits.
     """
 
     keep: tuple[int, ...] = tuple(range(EXPERTS))
@@ -77,6 +78,7 @@ class Tiny:
     dtype: str = "float"
     twins: bool = False
     head: float = 1.0
+    classes: int = CLASSES
     seed: int = 0
 
     @property
@@ -98,7 +100,7 @@ def write(directory: Path, tiny: Tiny = Tiny(), plan: PruningPlan | None = None)
         parent_sha256=SOURCE,
         files=list_files(directory),
         inputs=(TensorSpec("x", _numpy(tiny), ("batch", "sequence", HIDDEN)),),
-        outputs=(TensorSpec("logits", _numpy(tiny), ("batch", CLASSES)),),
+        outputs=(TensorSpec("logits", _numpy(tiny), ("batch", tiny.classes)),),
         blocks=tuple(_block(tiny, index) for index in range(len(LAYERS))),
         plan=plan,
     )
@@ -147,7 +149,7 @@ def _graph(tiny: Tiny, observed: bool) -> onnx.ModelProto:
         for kind in ("gates", "scores")
         if observed and tiny.routed
     )
-    text = _MODEL.format(dtype=tiny.dtype, hidden=HIDDEN, classes=CLASSES, observed=extra, layers=layers)
+    text = _MODEL.format(dtype=tiny.dtype, hidden=HIDDEN, classes=tiny.classes, observed=extra, layers=layers)
     model = onnx.parser.parse_model(text)
     offset = 0
     for name, array in _constants(tiny).items():
@@ -179,7 +181,7 @@ def _weights(tiny: Tiny) -> dict[str, np.ndarray]:
             weights[f"router_{index}"] = np.roll(router, 1, axis=1) if tiny.rolled == index else router
         weights[f"w_up_{index}"] = up if tiny.routed else up[0]
         weights[f"w_down_{index}"] = down if tiny.routed else down[0]
-    weights["head"] = random.standard_normal((HIDDEN, CLASSES)) * tiny.head
+    weights["head"] = random.standard_normal((HIDDEN, tiny.classes)) * tiny.head
     return {name: np.ascontiguousarray(array, _numpy(tiny)) for name, array in weights.items()}
 
 

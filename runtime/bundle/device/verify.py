@@ -29,7 +29,7 @@ sys.dont_write_bytecode = True  # a bundle stays as it is
 import numpy as np
 
 from moe_spec.errors import UserError
-from runtime.parity import Routing, compare_routing, selection_margin
+from runtime.parity import Routing, ScoreMatch, compare_routing, say_moved, selection_margin
 
 OUT, SUMS, ENGINE, OBSERVED = "out", "SHA256SUMS", "engine.plan", "observed.plan"
 ONNX_RUNTIME = "onnxruntime"
@@ -172,6 +172,7 @@ class Layer:
         self.block, self.allowed = block, allowed
         self.tokens = self.flips = self.judged = self.judged_flips = self.faults = 0
         self.margin = 0.0
+        self.match = ScoreMatch()
 
     def add(self, expected: dict[str, Any], got: dict[str, Any], clean_B: Any) -> Any:
         """Compare a batch; the examples that are without a flip still."""
@@ -192,6 +193,7 @@ class Layer:
         self.judged_flips += int(flips.sum())
         self.faults += int(faults.sum())
         self.margin = max(self.margin, float(tokens.margin[flips].max(initial=0.0)))
+        self.match.add(mine, theirs)
         by_example = tokens.flipped.reshape(len(clean_B), -1).any(axis=1) if whole else tokens.flipped.any()
         return clean_B & ~by_example
 
@@ -200,6 +202,8 @@ class Layer:
         name, found = self.block["name"], []
         if self.faults:
             found.append(f"layer {name}: {self.faults} tokens select other experts although the choice was clear")
+        elif self.match.moved():
+            found.append(f"layer {name}: its router {say_moved(self.match.moved())}")
         if self.judged_flips > self.allowed["flips"] * max(self.judged, 1):
             found.append(f"layer {name}: {self.judged_flips} of {self.judged} tokens select other experts")
         return found
@@ -227,7 +231,7 @@ class Output:
         """Take in a batch: its examples without flips, and those where an unseen flip is to be expected."""
         if expected.shape != got.shape:
             raise UserError(f"output {self.name} is {list(got.shape)}, expected {list(expected.shape)}", hint="")
-        whole = len(expected) % len(clean_B) == 0  # else rows belong to no example
+        whole = expected.ndim > 0 and len(expected) % len(clean_B) == 0  # else rows belong to no example
         clean, tied = (clean_B, tied_B) if whole else (np.array([clean_B.all()]), np.array([tied_B.any()]))
         mine, theirs = (x.astype(np.float64).reshape(len(clean), -1)[clean] for x in (expected, got))
         difference = np.nan_to_num(np.where(mine == theirs, 0.0, np.abs(mine - theirs)), nan=np.inf)

@@ -12,6 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 
@@ -26,7 +28,7 @@ from moe_spec.manifest import Manifest, TensorSpec
 from runtime.backend import BuildOptions
 from runtime.build import build
 from runtime.bundle.bundle import bundle
-from runtime.bundle.golden import Case, save_case
+from runtime.bundle.golden import Case, golden_cases, save_case
 from runtime.bundle.scripts import DEVICE, LIBRARY, PACKAGES, write_scripts
 from runtime.profiles import ShapeRange, parse_profiles
 from runtime.targets import find_target
@@ -160,6 +162,26 @@ def test_cuda_is_told_to_compute_float32_in_float32(bundled, monkeypatch):
     options = argparse.Namespace(threads=0, provider=["CUDAExecutionProvider"])
     program(monkeypatch)["OnnxRuntime"](bundled, options)
     assert told == [[("CUDAExecutionProvider", {"use_tf32": "0"})]]
+
+
+def test_a_scalar_is_that_of_all_examples(monkeypatch):
+    output = program(monkeypatch)["Output"]("aux_loss", {"element": 0.1})
+    seen, not_tied = np.array([True, True]), np.array([False, False])
+    output.add(np.array(2.0), np.array(3.0), seen, not_tied)
+    output.add(np.array(4.0), np.array(0.0), np.array([True, False]), not_tied)
+    assert output.report() == {"name": "aux_loss", "examples": 1, "excused": 0, "max_rel": 0.5}
+
+
+def test_a_graph_of_bfloat16_is_refused_before_inputs_are_drawn_which_numpy_cannot(tmp_path, monkeypatch):
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+        half (bfloat16[batch, 4] x) => (bfloat16[batch, 4] y) { y = Identity(x) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "observed.onnx")
+    manifest = Manifest("optimized", "", "", (), (TensorSpec("x", "bfloat16", ("batch", 4)),), ())
+    monkeypatch.setattr("runtime.bundle.golden.batches_of", None)
+    with pytest.raises(
+        UserError, match=r"^x of \S+/observed\.onnx is bfloat16, which numpy lacks\nhint: ONNX Runtime has "
+    ):
+        golden_cases(tmp_path, manifest, None, 1, ())
 
 
 def test_a_router_that_chooses_wrongly_is_a_fault(mine, device, tmp_path):

@@ -1,5 +1,6 @@
 import re
 
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16" by name)
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ from moe_spec.errors import UserError
 from moe_spec.manifest import TensorSpec
 from runtime.inputs.feeds import check_feeds
 from runtime.inputs.random_feeds import RandomFeeds
+from runtime.verification.sides import cast_to
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "length"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "length"))
@@ -41,6 +43,15 @@ def test_random_feeds_go_on_from_what_is_in_the_cache(tmp_path):
     assert [each["attention_mask"].shape for each in feeds] == [(1, 4), (2, 7), (5, 10)]
     assert [each["past_key_values.0.key"].shape for each in feeds] == [(1, 2, 3, 8), (2, 2, 0, 8), (5, 2, 6, 8)]
     assert [each["position_ids"][-1].tolist() for each in feeds] == [[3], [*range(7)], [6, 7, 8, 9]]
+
+
+def test_a_cache_in_bfloat16_is_drawn_and_cast_as_floats_are(tmp_path):
+    half, single = (TensorSpec("past_key_values.0.key", dtype, ("batch", 4)) for dtype in ("bfloat16", "float32"))
+    drawn = RandomFeeds.of([single], tmp_path).draw(64, 1, seed=0)
+    for feeds in (RandomFeeds.of([half], tmp_path).draw(64, 1, seed=0), cast_to([half], drawn)):
+        check_feeds([half], feeds, "model")
+        assert feeds[half.name].astype(np.float32).std() > 0.5
+        np.testing.assert_allclose(cast_to([single], feeds)[half.name], drawn[half.name], rtol=1e-2)
 
 
 def test_a_mask_for_other_tokens_than_there_are_is_refused(tmp_path):
