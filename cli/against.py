@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cli.options import Against
 from exporter.timed_session import CompiledSession, TimedSession, require_compiler
@@ -29,9 +30,9 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 class InTorch:
     """A checkpoint that torch runs, called like the export ``like`` (a `runtime.bench.Contestant`)."""
 
-    def __init__(self, how: str, checkpoint: Path, like: Path) -> None:
+    def __init__(self, how: str, checkpoint: Path, like: Path, *, trust_remote_code: bool = False) -> None:
         self.name, self.directory = f"{how} {checkpoint}", checkpoint
-        self._how, self._like = how, like
+        self._how, self._like, self._trusted = how, like, trust_remote_code
         self._sessions: list[TimedSession] = []
 
     @property
@@ -45,7 +46,7 @@ class InTorch:
         Raises:
             UserError: it cannot be loaded, is of another model, or there is nothing to compile with.
         """
-        self._sessions.append(_open(self._how, self.directory, self._like, threads))
+        self._sessions.append(_open(self._how, self.directory, self._like, threads, trusted=self._trusted))
         return self._sessions[-1]
 
     def alone(self, leading: int, other: int, past: int, threads: int) -> Alone:
@@ -54,7 +55,7 @@ class InTorch:
         Raises:
             UserError: the process failed.
         """
-        further = {"how": self._how, "like": str(self._like.resolve())}
+        further = {"how": self._how, "like": str(self._like.resolve()), "trusted": self._trusted}
         return measure_alone(self.directory, leading, other, past, threads, module="cli.against", **further)
 
     def notes(self) -> Iterator[str]:
@@ -70,13 +71,16 @@ class InTorch:
                 yield f"{self.name}: graph breaks, where Python runs between compiled parts: {found}"
 
 
-def in_torch(hows: Sequence[str], checkpoint: Path | None, models: Sequence[Path]) -> list[InTorch]:
+def in_torch(
+    hows: Sequence[str], checkpoint: Path | None, models: Sequence[Path], *, trust_remote_code: bool = False
+) -> list[InTorch]:
     """The checkpoint that ``models`` are timed against, in each of the ways ``hows``.
 
     Args:
         hows: keys of `SESSIONS`.
         checkpoint: its directory; None for the one in this package, where the models were made from it.
         models: the first that has a manifest tells how the checkpoint is called.
+        trust_remote_code: run the Python files that the checkpoint's config.json names (`models.own_code`).
 
     Raises:
         UserError: none of `SESSIONS`; no model has a manifest, the checkpoint is not known, or there is nothing to
@@ -97,18 +101,25 @@ def in_torch(hows: Sequence[str], checkpoint: Path | None, models: Sequence[Path
         )
     if Against.COMPILED in hows:
         require_compiler()
-    return [InTorch(how, checkpoint or fashion_mnist(), like) for how in dict.fromkeys(hows)]
+    directory = checkpoint or fashion_mnist()
+    return [InTorch(how, directory, like, trust_remote_code=trust_remote_code) for how in dict.fromkeys(hows)]
 
 
-def _open(how: str, checkpoint: Path, like: Path, threads: int) -> TimedSession:
-    return SESSIONS[how](checkpoint, Manifest.load(like), threads or len(cores()) or os.cpu_count() or 1)
+def _open(how: str, checkpoint: Path, like: Path, threads: int, *, trusted: bool) -> TimedSession:
+    threads = threads or len(cores()) or os.cpu_count() or 1
+    return SESSIONS[how](checkpoint, Manifest.load(like), threads, trust_remote_code=trusted)
 
 
-def _main(request: Mapping[str, str]) -> str:
+def _main(request: Mapping[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as empty:
         os.environ[_CACHE] = empty
         opened = functools.partial(
-            _open, request["how"], Path(request["model"]), Path(request["like"]), int(request["threads"])
+            _open,
+            request["how"],
+            Path(request["model"]),
+            Path(request["like"]),
+            request["threads"],
+            trusted=request["trusted"],
         )
         return measure_here(request, opened, compiles=request["how"] == Against.COMPILED)
 

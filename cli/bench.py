@@ -28,9 +28,11 @@ from cli.options import (
     ProviderOptions,
     Spinning,
     Threads,
+    TrustRemoteCode,
     execution_of,
     written,
 )
+from cli.trust import warn_of_code
 from moe_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def bench(
         Path | None, typer.Option(help="That checkpoint; not needed for models of the one in this package.")
     ] = None,
     pin: Annotated[bool, typer.Option("--pin/--no-pin", help="Keep to as many cores as threads.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[Path | None, written("the table, bench.json")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,9 +83,10 @@ def bench(
 
     if output is not None:
         refuse_existing(output)
-    task = None if data is None else load_dataset(data, models[0])
+    task = None if data is None else load_dataset(data, *models)
     execution = execution_of(provider, provider_option, cpu_fallback, parallel, spinning, cache)
-    rivals = _rivals(against or (), checkpoint, models)
+    warn_of_code(checkpoint, trusted=trust_remote_code)
+    rivals = _rivals(against or (), checkpoint, models, trust_remote_code=trust_remote_code)
     opening = console.progress(f"opening {len(models) + len(rivals)} models", ticking=False)
     with opening as tell, pinned(threads if pin else 0) as cores:
         rows = measure(
@@ -110,14 +114,16 @@ def bench(
     console.result("\n".join(_footer(report)), {}, as_json)
 
 
-def _rivals(against: Sequence[str], checkpoint: Path | None, models: Sequence[Path]) -> "list[InTorch]":
+def _rivals(
+    against: Sequence[str], checkpoint: Path | None, models: Sequence[Path], *, trust_remote_code: bool
+) -> "list[InTorch]":
     if not against:
         if checkpoint is not None:
             raise UserError("--checkpoint is for --against", hint="add --against torch")
         return []
     from cli.against import in_torch
 
-    return in_torch(against, checkpoint, models)
+    return in_torch(against, checkpoint, models, trust_remote_code=trust_remote_code)
 
 
 def _table(rows: "Sequence[BenchRow]") -> Table:

@@ -17,13 +17,25 @@ from moe_spec.plan import PruningPlan
 from moe_spec.progress import Progress, silent
 from runtime.bench import BenchRow, bench
 from runtime.execution import BY_DEFAULT, Execution
-from runtime.model_dir import model_file
+from runtime.model_dir import model_file, with_manifest
 from runtime.verification.bisect import find_fault
 from runtime.verification.cut_run import CutPair
 from runtime.verification.report import ParityReport
 from runtime.verification.sides import Side
 from runtime.verification.tolerances import TOLERANCES, Tolerance
 from runtime.verify import GREEDY_TOKENS, verify
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What `judge` is told of how to run models."""
+
+    data: Dataset | None
+    batch_size: int
+    threads: int
+    execution: Execution
+    trust_remote_code: bool
+    on_progress: Progress
 
 
 def judge(
@@ -40,6 +52,7 @@ def judge(
     bisect: bool = True,
     greedy_tokens: int = GREEDY_TOKENS,
     cost: bool = False,
+    trust_remote_code: bool = False,
     on_progress: Progress = silent,
 ) -> ParityReport:
     """Compare ``candidate`` with what it was made from, whoever exported the two.
@@ -58,14 +71,16 @@ def judge(
         greedy_tokens: so many tokens decoders write to be compared.
         cost: whether both are timed, by turns, as the candidate is run, and their memory is measured; checkpoints are
             run as transformers does by default.
+        trust_remote_code: run the Python files that a checkpoint's config.json names (`models.own_code`).
         on_progress: told of all of it.
 
     Raises:
         UserError: a model is missing or damaged, cannot be run here, or the two are not comparable.
     """
+    candidate, reference = map(with_manifest, (candidate, reference))
     with tempfile.TemporaryDirectory(prefix="moe-edge-verify-") as directory:
         scratch = Path(directory)
-        child, parent = sides_of(candidate, reference, plan, scratch)
+        child, parent = sides_of(candidate, reference, plan, scratch, trust_remote_code=trust_remote_code)
         report = verify(
             child,
             parent,
@@ -79,12 +94,18 @@ def judge(
             greedy_tokens=greedy_tokens,
             on_progress=on_progress,
         )
+        how = _How(data, batch_size, threads, execution, trust_remote_code, on_progress)
         if bisect and not report.passed:
             faulty = child if isinstance(child, Side) else candidate
-            report = _with_fault(report, faulty, parent, scratch, data, batch_size, threads, execution, on_progress)
+            try:
+                report = _with_fault(report, faulty, parent, scratch, how)
+            except UserError as error:  # of a report that is made already, nothing may be lost
+                report = report.with_note(f"the part at fault is not known: {error.what}")
         if cost:
-            both = (reference, parent), (candidate, child)
-            report = report.with_cost(_cost(both, batch_size, threads, execution, data, on_progress))
+            try:
+                report = report.with_cost(_cost(((reference, parent), (candidate, child)), how))
+            except UserError as error:
+                report = report.with_note(f"what both cost is not known: {error.what}")
     return dataclasses.replace(
         report,
         candidate_sha256=_sha256(candidate, report.candidate_sha256),
@@ -100,41 +121,30 @@ def _sha256(model: Path, of_copy: str) -> str:
     return onnx_sha256(model_file(model)) if is_onnx(model) else of_copy
 
 
-def _cost(
-    both: Sequence[tuple[Path, Opened]],
-    batch_size: int,
-    threads: int,
-    execution: Execution,
-    data: Dataset | None,
-    on_progress: Progress,
-) -> list[BenchRow]:
+def _cost(both: Sequence[tuple[Path, Opened]], how: _How) -> list[BenchRow]:
     """What each costs, in this order; a checkpoint is called as the other one is."""
     graphs = [model for model, side in both if not isinstance(side, Side)]
     checkpoints = [model for model, side in both if isinstance(side, Side)]
     measure = partial(
-        bench, graphs, [batch_size], threads=threads, execution=execution, data=data, on_progress=on_progress
+        bench,
+        graphs,
+        [how.batch_size if how.data is None else min(how.batch_size, len(how.data))],
+        threads=how.threads,
+        execution=how.execution,
+        data=how.data,
+        on_progress=how.on_progress,
     )
     if not checkpoints:
         return measure()
     from cli.against import InTorch
 
     like = next(side for _, side in both if not isinstance(side, Side))
-    rivals = [InTorch(Against.EAGER, model, like) for model in checkpoints]
+    rivals = [InTorch(Against.EAGER, model, like, trust_remote_code=how.trust_remote_code) for model in checkpoints]
     rows = measure(rivals=rivals)
     return sorted(rows, key=lambda row: row.model == str(both[1][0]))  # the reference first; the sort is stable
 
 
-def _with_fault(
-    report: ParityReport,
-    candidate: Opened,
-    reference: Opened,
-    scratch: Path,
-    data: Dataset | None,
-    batch_size: int,
-    threads: int,
-    execution: Execution,
-    on_progress: Progress,
-) -> ParityReport:
+def _with_fault(report: ParityReport, candidate: Opened, reference: Opened, scratch: Path, how: _How) -> ParityReport:
     """``report`` and the first part of the candidate that went wrong, or a note of why none is named."""
     try:
         from graph_passes.variants.cut import save_cut, save_watched
@@ -147,7 +157,10 @@ def _with_fault(
             "an engine cannot be cut: verify the model that it was built from to find the part at fault"
         )
     try:
-        ours, theirs = (graph_of(side, scratch / "exported") for side in (reference, candidate))
+        ours, theirs = (
+            graph_of(side, scratch / "exported", trust_remote_code=how.trust_remote_code)
+            for side in (reference, candidate)
+        )
     except (UserError, VerificationError) as error:
         return report.with_note(f"to find the part at fault a checkpoint is exported, and it is not: {error}")
     watched = save_watched(ours, scratch / "cut" / "reference")
@@ -159,12 +172,12 @@ def _with_fault(
     fault = find_fault(
         pair,
         ours,
-        data,
+        how.data,
         tolerance=report.tolerance,
-        batch_size=batch_size,
-        threads=threads,
-        execution=execution,
-        on_progress=on_progress,
+        batch_size=how.batch_size,
+        threads=how.threads,
+        execution=how.execution,
+        on_progress=how.on_progress,
     )
     uncut = [layer.name for layer in report.layers if layer.name not in names]
     if uncut:

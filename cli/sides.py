@@ -10,18 +10,16 @@ from moe_spec.identity import checkpoint_sha256, is_checkpoint
 from moe_spec.manifest import FILE_NAME, OBSERVED, Manifest
 from moe_spec.plan import PLAN, PruningPlan
 from runtime.backend import ENGINE
+from runtime.model_dir import home
 from runtime.verification.sides import Side
 
 Opened = Path | Side
 """A directory that `runtime.verify` opens, or a checkpoint that is open in torch."""
 
 
-def home(model: Path) -> Path:
-    """The directory of an .onnx file, or the model directory itself."""
-    return model if model.is_dir() else model.parent
-
-
-def sides_of(candidate: Path, reference: Path, plan: PruningPlan | None, scratch: Path) -> tuple[Opened, Opened]:
+def sides_of(
+    candidate: Path, reference: Path, plan: PruningPlan | None, scratch: Path, *, trust_remote_code: bool = False
+) -> tuple[Opened, Opened]:
     """Both as `runtime.verify` takes them; graphs that have to be made lie in ``scratch``.
 
     Args:
@@ -29,6 +27,7 @@ def sides_of(candidate: Path, reference: Path, plan: PruningPlan | None, scratch
         reference: likewise; without the experts that the candidate lacks where it is given back.
         plan: what was applied to the candidate; None: what it says itself.
         scratch: an empty directory.
+        trust_remote_code: run the Python files that a checkpoint's config.json names (`models.own_code`).
 
     Raises:
         UserError: both are checkpoints, or one is missing, damaged, or not what the other was made from.
@@ -41,7 +40,7 @@ def sides_of(candidate: Path, reference: Path, plan: PruningPlan | None, scratch
     applied = _applied(candidate, reference) if plan is None else plan
     if is_checkpoint(candidate):
         parent = _masked(reference, applied, scratch / "reference")
-        return _in_torch(candidate, parent, applied), parent
+        return _in_torch(candidate, parent, applied, trust_remote_code=trust_remote_code), parent
     child = _observable(candidate, scratch / "candidate")
     if not is_checkpoint(reference):
         return child, _masked(reference, applied, scratch / "reference")
@@ -50,7 +49,7 @@ def sides_of(candidate: Path, reference: Path, plan: PruningPlan | None, scratch
             f"{reference} is a checkpoint, in which no plan is applied",
             hint="export it whole, and give that as --reference: moe-edge export CHECKPOINT -o exported/",
         )
-    return child, _in_torch(reference, child, applied)
+    return child, _in_torch(reference, child, applied, trust_remote_code=trust_remote_code)
 
 
 def forced_model(candidate: Path, scratch: Path) -> ForcedModel | None:
@@ -66,7 +65,7 @@ def forced_model(candidate: Path, scratch: Path) -> ForcedModel | None:
     return model if model.layers else None
 
 
-def graph_of(side: Opened, scratch: Path) -> Path:
+def graph_of(side: Opened, scratch: Path, *, trust_remote_code: bool = False) -> Path:
     """A graph that can be cut: of a checkpoint its export to ``scratch``, which is proven to compute the same.
 
     Raises:
@@ -81,7 +80,8 @@ def graph_of(side: Opened, scratch: Path) -> Path:
 
     like, blocks = side.manifest, {block.name: block for block in side.manifest.blocks}
     task, cache = task_like(spec.name for spec in like.outputs), has_cache(like.inputs)
-    made = export(side.path, scratch, OnnxRuntimeRunner(), task=task, cache=cache)
+    runner = OnnxRuntimeRunner()
+    made = export(side.path, scratch, runner, task=task, cache=cache, trust_remote_code=trust_remote_code)
     named = [dataclasses.replace(block, keep=blocks[block.name].keep) for block in made.blocks]
     (scratch / FILE_NAME).unlink()
     dataclasses.replace(made, blocks=tuple(named)).save(scratch)  # ids of the model at the start, as the other side's
@@ -100,18 +100,21 @@ def _applied(candidate: Path, reference: Path) -> PruningPlan | None:
 def _plan_in(model: Path) -> PruningPlan | None:
     """What was applied to ``model``, as far as it says."""
     if is_checkpoint(model):
-        return PruningPlan.load(model / PLAN) if (model / PLAN).is_file() else None
+        plan = PruningPlan.load(model / PLAN) if (model / PLAN).is_file() else None
+        is_for_it = plan is not None and plan.model_sha256 == checkpoint_sha256(model)
+        return None if is_for_it else plan
     directory = home(model)
     return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
 
 
-def _in_torch(checkpoint: Path, other: Path, plan: PruningPlan | None) -> Side:
+def _in_torch(checkpoint: Path, other: Path, plan: PruningPlan | None, *, trust_remote_code: bool) -> Side:
     """``checkpoint``, called as ``other`` is; ids of its experts are those of before ``plan``."""
     if not (other / FILE_NAME).is_file():
         raise UserError(f"{other} is no model or engine directory", hint="check the path")
     from exporter.torch_session import open_checkpoint
 
-    session, manifest = open_checkpoint(checkpoint, Manifest.load(other), plan)
+    like = Manifest.load(other)
+    session, manifest = open_checkpoint(checkpoint, like, plan, trust_remote_code=trust_remote_code)
     return Side(checkpoint, manifest, session, observed=True)
 
 

@@ -28,9 +28,11 @@ from cli.options import (
     ProviderOptions,
     Spinning,
     Threads,
+    TrustRemoteCode,
     execution_of,
     written,
 )
+from cli.trust import warn_of_code
 from moe_spec.errors import VerificationError
 
 
@@ -66,6 +68,7 @@ def verify(
         int, typer.Option(min=0, help="Tokens that decoders write, to be compared; 0: none.")
     ] = 16,
     cost: Annotated[bool, typer.Option("--cost", help="Time both, too, and measure their memory.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models, and write parity.json."""
@@ -73,6 +76,7 @@ def verify(
     from cli.judge import judge
     from moe_spec.dataset import load_dataset
     from moe_spec.files import refuse_existing
+    from moe_spec.identity import is_checkpoint
     from moe_spec.plan import PruningPlan
     from runtime.verification.tolerances import TOLERANCES, load_tolerances, tolerance_of
 
@@ -82,6 +86,8 @@ def verify(
     tolerance = None if precision is None else tolerance_of(precision, rows)
     given = None if plan is None else PruningPlan.load(plan)
     task = None if data is None else load_dataset(data, candidate, reference)
+    checkpoints = (path for path in (candidate, reference) if is_checkpoint(path))
+    warn_of_code(*checkpoints, trusted=trust_remote_code)
     with console.progress(f"opening {candidate}") as tell:
         report = judge(
             candidate,
@@ -96,6 +102,7 @@ def verify(
             bisect=bisect,
             greedy_tokens=greedy_tokens,
             cost=cost,
+            trust_remote_code=trust_remote_code,
             on_progress=tell,
         )
     if output is not None:

@@ -21,10 +21,13 @@ RECOMPILATIONS = 256
 
 
 class TimedSession(TorchSession):
-    """A transformers model in float32 that uses ``threads`` threads for one operator, in this whole process."""
+    """A transformers model in float32 that uses ``threads`` threads for one operator, in this whole process.
 
-    def __init__(self, directory: Path, like: Manifest, threads: int) -> None:
-        super().__init__(load_model(directory), like)
+    ``trust_remote_code`` runs the Python files that the checkpoint's config.json names (`models.own_code`).
+    """
+
+    def __init__(self, directory: Path, like: Manifest, threads: int, *, trust_remote_code: bool = False) -> None:
+        super().__init__(load_model(directory, trust_remote_code=trust_remote_code), like)
         takes, given = sorted(self.task.axes), sorted(spec.name for spec in like.inputs)
         if takes != given:
             raise UserError(
@@ -49,9 +52,9 @@ class CompiledSession(TimedSession):
         UserError: there is no C++ compiler, or, when it runs, torch cannot compile the model.
     """
 
-    def __init__(self, directory: Path, like: Manifest, threads: int) -> None:
+    def __init__(self, directory: Path, like: Manifest, threads: int, *, trust_remote_code: bool = False) -> None:
         require_compiler()
-        super().__init__(directory, like, threads)
+        super().__init__(directory, like, threads, trust_remote_code=trust_remote_code)
         self._directory, self._earlier = directory, Counter(counters["graph_break"])
         (self.model.base_model if self.task.headless else self.model).compile(dynamic=False)
 

@@ -79,7 +79,7 @@ class ObservedTorchSession(TorchSession):
 
 
 def open_checkpoint(
-    directory: Path, like: Manifest, plan: PruningPlan | None = None
+    directory: Path, like: Manifest, plan: PruningPlan | None = None, *, trust_remote_code: bool = False
 ) -> tuple[ObservedTorchSession, Manifest]:
     """The checkpoint in ``directory`` in float32, called as the export of manifest ``like`` is, and a manifest of it.
 
@@ -87,12 +87,13 @@ def open_checkpoint(
         directory: of the checkpoint.
         like: tells its inputs and outputs.
         plan: what it was pruned by, for the ids that its experts had before; None: ids are its own.
+        trust_remote_code: run the Python files that config.json names (`models.own_code`).
 
     Raises:
         UserError: no checkpoint that can be loaded, one that ``plan`` did not make, or of a model in which experts
             choose their tokens.
     """
-    model = load_model(directory)
+    model = load_model(directory, trust_remote_code=trust_remote_code)
     layers = find_moe_layers(model)
     require_token_choice(layers)
     session = ObservedTorchSession(model, like)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from cli.against import InTorch
 from models.checkpoints import load_model, own_code
 from models.moe_layers import find_moe_layers
 from moe_spec.identity import checkpoint_sha256
 from moe_spec.manifest import Manifest
 from moe_spec.plan import PruningPlan
+from runtime.measuring.memory import Alone
 from tests.cli.helpers import invoke, leftovers
 from tests.models_table import example_inputs
 from tests.oracle import masked
@@ -25,6 +27,15 @@ def loud(*checkpoints):
         f"warning: {checkpoint} runs code of its own, with your rights on this machine:\n"
         + "".join(f"warning:   {sha256}  {name}\n" for name, sha256 in own_code(checkpoint).items())
         for checkpoint in checkpoints
+    )
+
+
+def refused(checkpoint):
+    """What stderr says where its code may not run."""
+    return (
+        f"error: {checkpoint} is a 'own_moe', which code of its own defines: {', '.join(FILES)}\n"
+        "hint: read these files; where you trust them, --trust-remote-code runs them (in Python "
+        "trust_remote_code=True)\n"
     )
 
 
@@ -50,6 +61,13 @@ def plan(own_checkpoint, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def exported(own_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "exported"
+    trusted("export", own_checkpoint, "--no-cache", "-o", path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [
@@ -60,16 +78,15 @@ def plan(own_checkpoint, tmp_path_factory):
         ("prune", ("--plan", "PLAN", "-o", "OUT")),
         ("finetune", ("--data", "DATA", "-o", "OUT")),
         ("export", ("-o", "OUT")),
+        ("verify", ("--reference", "EXPORTED")),
     ],
 )
-def test_unasked_nothing_runs(verb, arguments, own_checkpoint, data, plan, tmp_path):
-    given = {"DATA": data, "PLAN": plan, "OUT": tmp_path / "out"}
+def test_unasked_nothing_runs(verb, arguments, own_checkpoint, data, plan, exported, tmp_path):
+    given = {"DATA": data, "PLAN": plan, "EXPORTED": exported, "OUT": tmp_path / "out"}
     assert invoke(verb, own_checkpoint, *(given.get(argument, argument) for argument in arguments)) == (
         1,
         "",
-        f"error: {own_checkpoint} is a 'own_moe', which code of its own defines: {', '.join(FILES)}\n"
-        "hint: read these files; where you trust them, --trust-remote-code runs them (in Python "
-        "trust_remote_code=True)\n",
+        refused(own_checkpoint),
     )
     assert leftovers(tmp_path) == set()
 
@@ -115,6 +132,18 @@ def test_an_export_is_compared_with_what_its_code_computes_and_lists_it(own_chec
     assert details["own_code"] == own_code(own_checkpoint)
     assert max(entry["max_rel"] for entry in details["parity_with_torch"]) < 1e-5
     assert not set(FILES) & leftovers(out)
+
+
+def test_an_export_is_verified_by_what_its_code_computes_and_timed_beside_it(own_checkpoint, exported, monkeypatch):
+    assert json.loads(trusted("verify", own_checkpoint, "--reference", exported, "--json"))["passed"] is True
+    monkeypatch.setattr(InTorch, "alone", lambda *_: Alone(load_ms=1.0, peak_bytes=None))
+    quickly = ("--batch-size", 1, "--repeats", 1, "--warmup", 0, "--json")
+    timed = ("bench", exported, "--against", "torch", "--checkpoint", own_checkpoint, *quickly)
+    code, _, stderr = invoke(*timed)
+    assert (code, stderr.splitlines()[-2:]) == (1, refused(own_checkpoint).splitlines())
+    code, stdout, stderr = invoke(*timed, TRUST)
+    assert (code, stderr) == (0, loud(own_checkpoint))
+    assert [row["model"] for row in json.loads(stdout)["rows"]] == [str(exported), f"torch {own_checkpoint}"]
 
 
 def test_the_option_is_for_checkpoints(data, tmp_path):

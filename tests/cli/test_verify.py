@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.planted import FAULTS, plant
 from graph_passes.optimize import optimize
+from moe_spec.errors import UserError
 from moe_spec.files import sha256_file
 from moe_spec.identity import onnx_sha256
 from moe_spec.layer_plan import LayerPlan
@@ -55,15 +56,30 @@ def test_a_fault_ends_with_exit_code_3_after_the_report_is_written(model, tmp_pa
     assert err.endswith(f"verification failed: {reason}; the routers of all layers agree\n")
 
 
-def test_both_are_timed_and_measured_when_asked(model, tmp_path):
+def test_both_are_timed_and_measured_when_asked(model, tmp_path, data):
     copy, path = tiny.write(tmp_path / "copy"), tmp_path / "parity.json"
-    code, out, _ = invoke("verify", copy, "--reference", model, "--batch-size", 2, "--cost", "-o", path)
+    code, out, _ = invoke("verify", copy, "--reference", model, "--data", data, "--cost", "-o", path)
     report = ParityReport.load(path)
     assert code == 0
-    assert [(row.model, row.batch_size) for row in report.cost] == [(str(model), 2), (str(copy), 2)]
+    examples = 20  # all that the data has, which is less than a batch
+    assert [(row.model, row.batch_size) for row in report.cost] == [(str(model), examples), (str(copy), examples)]
     lines = [line for line in out.splitlines() if "MiB RAM" in line]
-    measured = r": [\d.]+ ms for 2 examples, (-|[\d.]+) MiB RAM, [\d,]+ bytes"
+    measured = r": [\d.]+ ms for 20 examples, (-|[\d.]+) MiB RAM, [\d,]+ bytes"
     assert re.fullmatch(f"  {re.escape(str(model))}{measured}", lines[0])
+
+
+def test_what_fails_behind_the_comparison_is_a_note_of_its_report(model, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise UserError("the disk is full", hint="free some of it")
+
+    monkeypatch.setattr("graph_passes.variants.cut.save_watched", fail)
+    monkeypatch.setattr("cli.judge.bench", fail)
+    broken, path = tiny.write(tmp_path / "broken", Tiny(head=1.5)), tmp_path / "parity.json"
+    assert invoke("verify", broken, "--reference", model, "--cost", "-o", path)[0] == 3
+    assert ParityReport.load(path).notes == (
+        "the part at fault is not known: the disk is full",
+        "what both cost is not known: the disk is full",
+    )
 
 
 def test_the_first_layer_that_went_wrong_is_named(model, tmp_path):
@@ -182,6 +198,15 @@ def test_a_full_router_is_compared_with_the_parent_whose_gates_are_0(zoo, tmp_pa
     rows = tuple(dataclasses.replace(layer, router="rows") for layer in layers)
     dataclasses.replace(plan, layers=rows).save(tmp_path / "rows.json")
     assert invoke("verify", tmp_path / "full", "--reference", exported, "--plan", tmp_path / "rows.json")[0] == 3
+
+
+def test_the_graph_of_a_model_directory_is_that_directory(model, tmp_path):
+    """Its manifest says more than the file: which numbers it is judged by, and who it is."""
+    manifest = Manifest.load(model)
+    (model / "manifest.json").unlink()
+    dataclasses.replace(manifest, details={"activations": {}, "precision": {"experts": "int8"}}).save(model)
+    report = json.loads(invoke("verify", model / "model.onnx", "--reference", model, "--json")[1])
+    assert (report["candidate_sha256"], report["precision"]) == (sha256_file(model / "manifest.json"), "int8")
 
 
 def test_an_export_and_a_foreign_graph_are_observed_on_the_fly(zoo, tmp_path):

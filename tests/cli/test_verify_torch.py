@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,13 @@ def test_a_checkpoint_is_no_reference_of_a_pruned_model(zoo, tmp_path):
         f"error: {checkpoint} is a checkpoint, in which no plan is applied\n"
         "hint: export it whole, and give that as --reference: moe-edge export CHECKPOINT -o exported/\n",
     )
+
+
+def test_a_plan_that_was_made_for_a_checkpoint_and_lies_in_it_was_not_applied_to_it(zoo, tmp_path):
+    checkpoint = shutil.copytree(zoo.checkpoint("mixtral"), tmp_path / "checkpoint")
+    plan = save_plan(zoo.exported("mixtral"), (1, 5), checkpoint).rename(checkpoint / "plan.json")
+    code, _, err = invoke("verify", zoo.exported("mixtral"), "--reference", checkpoint, "--plan", plan)
+    assert (code, err.splitlines()[0]) == (1, f"error: {checkpoint} is a checkpoint, in which no plan is applied")
 
 
 def test_a_pruned_checkpoint_computes_what_its_parents_graph_does_without_the_experts(zoo, tmp_path):

@@ -1,6 +1,7 @@
 import bisect
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import onnx
@@ -286,7 +287,7 @@ class Embedded:
 
 
 def test_a_decoder_that_takes_no_ids_writes_no_text(tmp_path):
-    session = Embedded()
+    session: Any = Embedded()
     manifest = Manifest("optimized", tiny.SOURCE, tiny.SOURCE, (), session.inputs, session.outputs)
     side = Side(tmp_path, manifest, session, observed=True)
     report = verify(side, side, tolerance=TOLERANCES["float32"])
