@@ -89,9 +89,9 @@ but which experts a token goes to.
   for each length by itself. Its load is with compiling, nothing found ready.
 - *times as quick as their best*: the time of transformers' quickest export over this one's.
 - *bound*: the longer of two times: its weights (of experts only those that its tokens can go to) and cache over the
-  bandwidth, and its products over the peak. Both speeds were measured in turns with the models, by the same core: the
-  quicker of a product of a matrix of 64 MiB with a vector and of a copy of it, and the quicker of torch's and ONNX
-  Runtime's product of square matrices.
+  bandwidth, and its products over the peak. Both speeds were measured in turns with the models, by the same core, and
+  are those of the quickest run: of a product of a matrix of 64 MiB with a vector or a copy of it, and of a product of
+  square matrices in torch or in ONNX Runtime.
   What a step takes beyond it goes to nodes that compute little, each of which costs ONNX Runtime some microseconds:
   the share of its profiler is that of the pruned model, run by itself."""
 
@@ -160,7 +160,8 @@ def measure(subject: Subject, repeats: int) -> str:
     for rival in theirs:
         check_same(ours[WHOLE], rival)
     print("timing", file=sys.stderr)
-    rivals: list[Contestant] = [*theirs, *in_torch.values(), *map(Probe, PROBES)]
+    probes = [Probe(name) for name in PROBES]
+    rivals: list[Contestant] = [*theirs, *in_torch.values(), *probes]
     with pinned(THREADS):
         rows = bench(
             list(ours.values()), (1,), repeats=repeats, warmup=WARMUP, threads=THREADS, length=LENGTH, rivals=rivals
@@ -168,7 +169,7 @@ def measure(subject: Subject, repeats: int) -> str:
     names = {str(path): name for name, path in ours.items()}
     names |= {rival.name: how for how, rival in in_torch.items()}
     named = [dataclasses.replace(row, model=names.get(row.model, row.model)) for row in rows]
-    speeds = speeds_of({row.model: row.median_ms for row in named if row.model in PROBES})
+    speeds = speeds_of({probe.name: min(probe.times) for probe in probes})
     kept = {name: Manifest.load(path).blocks[0].experts for name, path in ours.items()}
     timed = [row for row in named if row.model not in PROBES]
     texts = []
@@ -272,7 +273,7 @@ def costs(rows: Sequence[BenchRow]) -> str:
 
 def _speeds(speeds: Speeds) -> str:
     bandwidth, peak = speeds.bandwidth / 1e9, speeds.peak / 1e9
-    return f"In turns with the models this core read {bandwidth:.1f} GB/s and did {peak:.0f} GFLOP/s."
+    return f"In turns with the models this core read {bandwidth:.1f} GB/s and did {peak:.0f} GFLOP/s at its best."
 
 
 def decoder(models: Path, quick: bool) -> str:
