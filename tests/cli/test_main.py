@@ -44,6 +44,7 @@ def test_names_that_are_no_text_are_written_with_escapes(monkeypatch, tmp_path):
         console.result("may ship: \udcff", {}, as_json=False)
 
     monkeypatch.setattr(importlib.import_module("cli.inspect"), "inspect", inspect)
+    monkeypatch.setattr(console.SAID, "handlers", [])  # pytest's hands it on to another process, as UTF-8
     out, log = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), tmp_path / "log"
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as leaving:
         main(["--log-file", str(log), "inspect"], verbs=["inspect"])
