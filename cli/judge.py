@@ -18,6 +18,7 @@ from moe_spec.progress import Progress, silent
 from runtime.bench import BenchRow, bench
 from runtime.execution import BY_DEFAULT, Execution
 from runtime.model_dir import model_file, with_manifest
+from runtime.onnx_file import locations_of
 from runtime.verification.bisect import find_fault
 from runtime.verification.cut_run import CutPair
 from runtime.verification.report import ParityReport
@@ -118,7 +119,7 @@ def _sha256(model: Path, of_copy: str) -> str:
     manifest = model / FILE_NAME
     if manifest.is_file():
         return sha256_file(manifest)
-    return onnx_sha256(model_file(model)) if is_onnx(model) else of_copy
+    return onnx_sha256(model_file(model), locations_of(model_file(model))) if is_onnx(model) else of_copy
 
 
 def _cost(both: Sequence[tuple[Path, Opened]], how: _How) -> list[BenchRow]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import onnx
 
+from exporter.fold import names_read
+
 
 def divide_by_roots(graph: onnx.GraphProto) -> None:
     """Write ``Mul(x, Reciprocal(Sqrt(v)))`` as ``Div(x, Sqrt(v))`` where nothing else reads the reciprocal.
@@ -20,7 +22,7 @@ def divide_by_roots(graph: onnx.GraphProto) -> None:
     [('Sqrt', ['v']), ('Div', ['x', 'r'])]
     """
     made_by = {name: node for node in graph.node for name in node.output}
-    read = Counter(name for node in graph.node for name in node.input) + Counter(value.name for value in graph.output)
+    read = Counter(names_read(graph.node)) + Counter(value.name for value in graph.output)
     gone = set()
     for node in graph.node:
         factors = list(node.input)

@@ -86,6 +86,15 @@ def check_external_data(path: Path) -> list[TensorRef]:
     return tensors
 
 
+def locations_of(path: Path) -> set[str]:
+    """The files beside ``path`` that hold its weights, as it names them.
+
+    Raises:
+        UserError: the file is missing, or no complete ONNX file.
+    """
+    return {tensor.location for tensor in read_tensors(path) if tensor.location is not None}
+
+
 def float_types(tensors: list[TensorRef]) -> list[str]:
     """Names of the floating types among ``tensors``, sorted."""
     return sorted({tensor.dtype for tensor in tensors if "float" in tensor.dtype})

@@ -45,6 +45,16 @@ def test_what_is_no_norm_stays_as_it_is(body, outputs):
     assert not any("Div" in line for line in rewritten(body, outputs))
 
 
+def test_a_reciprocal_that_a_body_reads_stays():
+    bodies = "<then_branch = t () => (float[N, 4] t) { t = Mul(a, inverse) }, else_branch = e () => (e) { e = Exp(a) }>"
+    norm = "root = Sqrt(v) inverse = Reciprocal(root) a = Mul(x, inverse)"
+    assert rewritten(f"{norm} yes = Constant<value = bool {{1}}>() y = If(yes) {bodies}")[:3] == [
+        "root = Sqrt(v)",
+        "inverse = Reciprocal(root)",
+        "a = Mul(x, inverse)",
+    ]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_onnx_runtime_makes_one_node_of_every_norm(name, zoo, tmp_path):
     options = onnxruntime.SessionOptions()
