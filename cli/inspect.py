@@ -209,8 +209,7 @@ def _plan(path: Path) -> Description:
     from moe_spec.plan import PruningPlan
 
     plan = PruningPlan.load(path)
-    by = plan.criterion.removeprefix("by ")  # one is called "by hand"
-    lines = [f"{path}: plan by {by} for model {plan.model_sha256[:12]}"]
+    lines = [f"{path}: plan {plan.by} for model {plan.model_sha256[:12]}"]
     lines += [
         f"  {layer.name}: keeps {len(layer.keep)} of {layer.experts}, K={layer.top_k}"
         f"{'' if layer.router == ROWS else f', router {layer.router}'}: {list(layer.keep)}"

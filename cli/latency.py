@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_spec.errors import UserError
 from moe_spec.layer_plan import LayerPlan
-from moe_spec.plan import PruningPlan
+from moe_spec.plan import BY_HAND, PruningPlan
 from moe_spec.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def measure_on_cpu(
             source = export(checkpoint, exported, runner, trust_remote_code=trust_remote_code).source_sha256
             for count, layers in plans.items():
                 tell(f"writing it with {count} experts a layer")
-                plan = PruningPlan(source, "by hand", tuple(layers))
+                plan = PruningPlan(source, BY_HAND, tuple(layers))
                 optimize(exported, Path(scratch) / str(count), runner, plan=plan, accepted=accepted, prove=False)
             tell("timing these")
             models = [Path(scratch) / str(count) for count in plans]

@@ -215,13 +215,10 @@ def _at_most(written: Mapping[str, str | None]) -> "AtMost | None":
 
 
 def _summary(plan: "PruningPlan", output: Path) -> str:
-    from moe_spec.plan import BY_HAND
-
     kept, total = (sum(counts) for counts in zip(*((len(one.keep), one.experts) for one in plan.layers), strict=True))
-    how = plan.criterion if plan.criterion == BY_HAND else f"by {plan.criterion}"
-    summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {how}"
+    summary = f"keeps {kept} of {total} experts in {len(plan.layers)} layers, {plan.by}"
     if plan.merges:
-        summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, {how}"
+        summary = f"merges {total} experts in {len(plan.layers)} layers into {kept}, {plan.by}"
     notes = (f"  note: {note}" for note in _notes(plan))
     return "\n".join([summary, *notes, *_means(plan, output), *_spent(plan.options)])
 

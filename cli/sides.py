@@ -90,21 +90,26 @@ def graph_of(side: Opened, scratch: Path, *, trust_remote_code: bool = False) ->
 
 def _applied(candidate: Path, reference: Path) -> PruningPlan | None:
     """What was applied to ``candidate`` and not to ``reference``, as far as it says."""
-    plan, known = _plan_in(candidate), home(reference) / FILE_NAME
-    if plan is None or not is_checkpoint(candidate) or not known.is_file():
-        return plan
-    is_export = Manifest.load(known.parent).source_sha256 == checkpoint_sha256(candidate)
-    return None if is_export else plan
+    directory = home(reference)
+    if is_checkpoint(candidate) and (directory / FILE_NAME).is_file():
+        return _plan_of(candidate, Manifest.load(directory).source_sha256)  # nothing to apply to an export of it
+    return _plan_in(candidate)
 
 
 def _plan_in(model: Path) -> PruningPlan | None:
     """What was applied to ``model``, as far as it says."""
     if is_checkpoint(model):
-        plan = PruningPlan.load(model / PLAN) if (model / PLAN).is_file() else None
-        is_for_it = plan is not None and plan.model_sha256 == checkpoint_sha256(model)
-        return None if is_for_it else plan
+        return _plan_of(model)
     directory = home(model)
     return Manifest.load(directory).plan if (directory / FILE_NAME).is_file() else None
+
+
+def _plan_of(checkpoint: Path, *others: str) -> PruningPlan | None:
+    """What made ``checkpoint``: the plan in it, unless that is for it, or it is itself one of the models ``others``."""
+    if not (checkpoint / PLAN).is_file():
+        return None
+    plan, identity = PruningPlan.load(checkpoint / PLAN), checkpoint_sha256(checkpoint)
+    return None if identity in (plan.model_sha256, *others) else plan
 
 
 def _in_torch(checkpoint: Path, other: Path, plan: PruningPlan | None, *, trust_remote_code: bool) -> Side:

@@ -94,6 +94,15 @@ class PruningPlan:
                 "moe-edge optimize exported/ --plan plan.json -o optimized/",
             )
 
+    @property
+    def by(self) -> str:
+        """What chose the experts, in words.
+
+        >>> PruningPlan("", "reap", ()).by, PruningPlan("", BY_HAND, ()).by
+        ('by reap', 'by hand')
+        """
+        return self.criterion if self.criterion == BY_HAND else f"by {self.criterion}"
+
     def require_narrow_routers(self, where: str) -> None:
         """Refuse a plan that leaves rows of a router without an expert, for what cannot have such.
 

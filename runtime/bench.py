@@ -220,15 +220,9 @@ def _runs(who: Contestant, session: Timed, size: int, length: int, past: int, da
 def _length(session: Timed, feeds: Feeds, default: int) -> int:
     """The longest of the dynamic axes that do not lead an input and are not of a cache; ``default`` without any."""
     leading = {spec.shape[0] for spec in session.inputs if spec.shape}
-    lengths = [
-        length
-        for spec in session.inputs
-        if spec.name in feeds and not spec.name.startswith(PAST)
-        for dim, length in zip(
-            spec.shape, feeds[spec.name].shape, strict=False
-        )  # what does not fit is refused by a run
-        if isinstance(dim, str) and dim not in leading
-    ]
+    given = [spec for spec in session.inputs if spec.name in feeds and not spec.name.startswith(PAST)]
+    axes = (zip(spec.shape, feeds[spec.name].shape, strict=False) for spec in given)  # a run refuses what does not fit
+    lengths = [length for pairs in axes for dim, length in pairs if isinstance(dim, str) and dim not in leading]
     return max(lengths, default=default)
 
 

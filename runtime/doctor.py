@@ -128,9 +128,7 @@ def _extra(name: str, modules: Sequence[str], distributions: Mapping[str, Sequen
                 importlib.import_module(module)
         except ModuleNotFoundError as error:
             missing.append(str(error.name))
-        except (
-            Exception
-        ) as error:  # whatever a package raises that does not fit its libraries, such as numpy's ValueError
+        except Exception as error:  # what does not fit its libraries may raise anything, as numpy a ValueError
             broken.append(f"{module} cannot be imported: {' '.join(str(error).split())}")
         else:
             (distribution, *_) = distributions.get(module, [module])
